@@ -10,17 +10,21 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import recommends an optional CPU kernel
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's use of it
 
 import bitsandbytes  # noqa: E402
 import jinja2  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig  # noqa: E402
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
+)
 from transformers.integrations import sdpa_attention  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -88,8 +92,9 @@ def loading(name: str):
         fail(f"cannot load the model {name!r}: {what} ({' '.join(str(error).split()):.200})")
 
 
-def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradient_checkpointing: str = "auto", trainable: bool = True):
-    """Loads a causal language model with a LoRA adapter to train.
+def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradient_checkpointing: str = "auto", trainable: bool = True,
+               task: str = "CAUSAL_LM"):
+    """Loads a language model, or one with a scalar head instead of its own, with a LoRA adapter to train.
 
     Args:
         name: a Hub name, a local folder, or a LoRA adapter, whose base is then loaded below it.
@@ -97,6 +102,8 @@ def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradi
         lora_rank: of a new adapter on all linear layers but the head; 0 trains the full weights. An adapter keeps its own.
         gradient_checkpointing: "on", "off", or "auto", which is on for CUDA.
         trainable: False loads the model as it is, to use it.
+        task: "CAUSAL_LM", or "SEQ_CLS" for a reward model: the scalar head `score` is trained and saved with the adapter. It may
+            start from an adapter of either task.
 
     The trainable adapter is called "default" and is in fp32; all else is frozen. A start from an adapter is kept a
     second time, frozen, as "reference". Exits with code 2 if there is nothing to load.
@@ -114,29 +121,35 @@ def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradi
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype) if quantise else None
     with loading(name):
         adapter = adapter_config(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            base_of(name), dtype=dtype, quantization_config=quantisation, device_map={"": device},
-            attn_implementation="sdpa")  # eager attention overflows in fp16 on Qwen
+        auto, head = (AutoModelForCausalLM, {}) if task == "CAUSAL_LM" else (AutoModelForSequenceClassification, {"num_labels": 1})
+        model = auto.from_pretrained(base_of(name), dtype=dtype, quantization_config=quantisation, device_map={"": device},
+                                     attn_implementation="sdpa", **head)  # eager attention overflows in fp16 on Qwen
     if full and (quantise or adapter):
         fail("--lora-rank 0 trains the full weights: it goes with no LoRA adapter as --model and not with --load-in-4bit on")
 
     # frozen by hand: peft's prepare_model_for_kbit_training would also turn embeddings and head into fp32, 2 GiB at 7B
     model.requires_grad_(full)
-    if adapter:
-        if adapter.task_type != "CAUSAL_LM":
-            fail(f"{name} is an adapter for {adapter.task_type}, not a language model")
+    if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
+        fail(f"{name} is an adapter for the task {adapter.task_type}; needed is one for {task}")
+    if adapter and adapter.task_type == task:
         model = PeftModel.from_pretrained(model, find(name), is_trainable=trainable)
-        if trainable:
+        if trainable and task == "CAUSAL_LM":
             model.load_adapter(find(name), "reference", is_trainable=False)
     elif trainable and not full:
-        model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-        model.peft_config["default"].base_model_name_or_path = name
+        config = adapter or LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+        config.task_type, config.modules_to_save, config.inference_mode = task, ["score"] if task == "SEQ_CLS" else None, False
+        config.base_model_name_or_path = config.base_model_name_or_path or name
+        model = get_peft_model(model, config)
+        if adapter:  # a reward model that starts from a language model's adapter takes over its matrices
+            score = {"base_model.model.score.weight": model.get_base_model().score.modules_to_save["default"].weight}
+            set_peft_model_state_dict(model, load_peft_weights(find(name), device="cpu") | score)
     for parameter in model.parameters():
         if parameter.requires_grad:  # the GradScaler cannot unscale fp16 gradients
             parameter.data = parameter.data.float()
     if gradient_checkpointing == "on" or gradient_checkpointing == "auto" and device.type == "cuda":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    check_head(model)
+    if task == "CAUSAL_LM":
+        check_head(model)
     return model.train(trainable)
 
 

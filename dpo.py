@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+import common  # first, because it quiets what the others import
 import datasets
 import pyarrow.parquet
 import torch
@@ -38,8 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, HfArgumentParser, get_cosine_schedule_with_warmup
-
-import common
 
 FIGURES = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
 REFERENCE_FREE = ("simpo", "orpo", "cpo")

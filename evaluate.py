@@ -23,13 +23,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Optional
 
+import common  # first, because it quiets what the others import
 import datasets
 import pyarrow.parquet
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, HfArgumentParser
-
-import common
 
 OnOff = Literal["auto", "on", "off"]
 
