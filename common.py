@@ -276,6 +276,11 @@ def encode_chat(tokenizer, messages: list, first_trained: int = 0) -> tuple[list
     return input_ids, loss_mask
 
 
+def shared_length(a: list, b: list) -> int:
+    """How many items two lists have in common at their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 def encode_prompt(tokenizer, prompt: str | list) -> list[int]:
     """The token ids up to the point where the model answers."""
     return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else render(tokenizer, prompt, add_generation_prompt=True)
@@ -289,5 +294,5 @@ def encode_text(tokenizer, prompt: str, completion: str) -> tuple[list[int], lis
     if not completion:
         raise ValueError("the completion is empty")
     input_ids = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
-    divide = len(os.path.commonprefix([tokenizer(prompt)["input_ids"], input_ids]))  # before a token that spans the border
+    divide = shared_length(tokenizer(prompt)["input_ids"], input_ids)  # before a token that spans the border
     return input_ids, [0] * divide + [1] * (len(input_ids) - divide)

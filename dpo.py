@@ -169,10 +169,10 @@ def encode_pair(row, tokenizer, max_length):
     if isinstance(chosen, str):
         encoded = [common.encode_text(tokenizer, prompt or "", answer) for answer in (chosen, rejected)]
         if not prompt:  # what they share in tokens, not in characters: a cut inside a word would give tokens the model does not know
-            shared = len(os.path.commonprefix([ids for ids, _ in encoded]))
+            shared = common.shared_length(*(ids for ids, _ in encoded))
             encoded = [(ids, [0] * shared + [1] * (len(ids) - shared)) for ids, _ in encoded]
     else:
-        prompt = prompt or os.path.commonprefix([chosen, rejected])
+        prompt = prompt or chosen[:common.shared_length(chosen, rejected)]
         conversations = [answer if answer[:len(prompt)] == prompt else prompt + answer for answer in (chosen, rejected)]
         encoded = [common.encode_chat(tokenizer, messages, first_trained=len(prompt)) for messages in conversations]
     (chosen, chosen_mask), (rejected, rejected_mask) = encoded
@@ -468,6 +468,7 @@ def train(args):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), args.max_grad_norm).item()
         if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
+            bar.close()
             common.fail(f"step {step}: the loss is {means['loss']} and the gradient norm {grad_norm} in {settings['dtype']}: most likely --learning-rate "
                         f"{args.learning_rate} is too high" + (", or activations exceed what fp16 can hold" if scaler.is_enabled() else ""))
         learning_rate = schedule.get_last_lr()[0]
@@ -488,7 +489,7 @@ def train(args):
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if tracker:
-            tracker.log(metrics, step=step)
+            tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         if step % args.save_every == 0:
             state |= {"step": step, "seconds": time.time() - clock, "weights": {name: p.data for name, p in weights.items()},
                       "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
@@ -498,6 +499,8 @@ def train(args):
     # 9. the end: the same held-out pairs and prompts once more
     seconds = time.time() - clock
     after, shown = evaluate(model, held_out, args, pad_id, rank, world), sample_answers(model, tokenizer, examples, args)
+    if tracker:
+        tracker.finish()
     if rank > 0:
         return
     for prompt, old, new in zip(examples, state["shown"], shown):
