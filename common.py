@@ -169,17 +169,56 @@ def check_head(model):
 
 
 @contextlib.contextmanager
-def reference(model):
-    """Inside, `model` is the frozen model that training started from: adapters off, or the frozen copy of the adapter it started from."""
-    if "reference" not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    model.set_adapter("reference", inference_mode=True)  # without inference_mode peft would make the copy trainable
+def using(model, role: str | None):
+    """Inside, `model` wears another adapter, or with None it is the bare base. What can be trained stays as it was: peft would change that too."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        yield
+        with model.disable_adapter() if role is None else contextlib.nullcontext():
+            if role is not None:
+                model.set_adapter(role)
+            model.requires_grad_(False)
+            for p in trainable:
+                p.requires_grad_(True)
+            yield
     finally:
         model.set_adapter("default")
+        model.requires_grad_(False)
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def reference(model):
+    """A context in which `model` is the frozen model that training started from: the base, or a copy of the adapter it started from."""
+    return using(model, "reference" if "reference" in model.peft_config else None)
+
+
+def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:
+    """Puts one more adapter called `role` on `model`, and returns the scalar head that goes with it.
+
+    Adapter and head are those of the saved reward model `name`; with None they are new, and the head starts at 0. Exits with code 2
+    unless reward_model.py saved `name` on the same base.
+    """
+    own = model.peft_config["default"]
+    kept, score, weights = [p for p in model.parameters() if p.requires_grad], torch.zeros(1, causal_lm(model).config.hidden_size), {}
+    config = LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
+    if name is not None:
+        with loading(name):
+            config, weights = adapter_config(name), load_peft_weights(find(name), device="cpu")
+        if config.task_type != "SEQ_CLS" or "base_model.model.score.weight" not in weights:
+            fail(f"{name} is no reward model that reward_model.py saved")
+        if Path(base_of(name)).resolve() != Path(find(own.base_model_name_or_path)).resolve():
+            fail(f"the reward model {name} is for the base {base_of(name)}, the policy for {own.base_model_name_or_path}: one base has to carry both")
+        score = weights.pop("base_model.model.score.weight")
+    config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    model.add_adapter(role, config)
+    if weights:
+        set_peft_model_state_dict(model, weights, adapter_name=role)
+    model.requires_grad_(False)
+    for parameter in kept + [p for n, p in model.named_parameters() if trainable and f".{role}." in n]:
+        parameter.requires_grad_(True).data = parameter.data.float()
+    head = torch.nn.Linear(score.shape[1], 1, bias=False, device=causal_lm(model).device)
+    head.weight.data.copy_(score)
+    return head.requires_grad_(trainable)
 
 
 def describe(model) -> dict:

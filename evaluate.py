@@ -90,14 +90,16 @@ def final_answer(text):
                 break
         text = inside
         if not re.fullmatch(r"[\s$]*-?\d[\d,]*(\.\d+)?(/\d+)?[\s$.%]*", text):
-            return "".join(text.split())  # a formula
+            return "".join(text.split()).strip("$")  # a formula
     numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/[1-9]\d*)?", text)
     return Fraction(numbers[-1].replace(",", "")) if numbers else None
 
 
-def correct_answer(prompts, completions, answer, **columns):
-    """1.0 where the completion's last \\boxed{} or number equals the row's answer, else 0.0."""
-    return [float(final_answer(text) is not None and final_answer(text) == final_answer(str(right))) for text, right in zip(completions, answer)]
+def correct_answer(prompts, completions, answer=None, solution=None, **columns):
+    """1.0 where the completion's last \\boxed{} or number is the row's `answer` (or `solution`, as some datasets call it), else 0.0."""
+    truths = [str(truth).split("####")[-1] for truth in (answer if answer is not None else solution)]  # GSM8K puts its answer after ####
+    truths = [final_answer(truth if "\\boxed{" in truth else f"\\boxed{{{truth}}}") for truth in truths]
+    return [float(final_answer(text) == truth) for text, truth in zip(completions, truths)]
 
 
 def load_function(spec):

@@ -1,19 +1,23 @@
 """Rebuild the embedded default: the tiny tokenizer, the tiny models and their data.
 
     python tiny/make.py            # everything, written beside this file
-    python tiny/make.py chat       # one stage of: data, base, chat
+    python tiny/make.py chat       # one stage of: data, base, chat, reward
 
 A Qwen2-architecture model of one million parameters reads text about addition and subtraction until it can
 do sums, which gives `tiny/base`: it continues text, and has never seen a chat. `tiny/chat` is that model after
-it imitated chats in which 43 answers in 100 are wrong. It learned the chat format and the mistakes with it: sampled, it
-is right about half the time, although it can do better. That gap is what the post-training methods close.
+it imitated chats in which 43 answers in 100 are wrong, and users sometimes say so. It learned the chat format and the mistakes with it: sampled, it
+is right about half the time, although it can do better. That gap is what the post-training methods close. `tiny/reward` is
+an adapter on it that reward_model.py trained, for ppo.py.
 
 Everything follows from SEED. Questions that hash into HELD_OUT_SHARE appear in no training text of any stage.
 """
 import hashlib
 import json
 import random
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -95,6 +99,12 @@ def demonstration(rng, a, op, b):
     """A chat as a careless writer would leave it: right with probability CORRECT_SHARE."""
     value = result(a, op, b) if rng.random() < CORRECT_SHARE else mistake(rng, a, op, b)
     return [{"role": "user", "content": question(rng, a, op, b)}, {"role": "assistant", "content": equation(a, op, b, value)}]
+
+
+def with_feedback(rng, messages, a, op, b):
+    """The same chat, half of the time with what the user says to the answer: from this the model learns to tell right from wrong."""
+    verdict = "Right." if messages[1]["content"] == equation(a, op, b, result(a, op, b)) else "Wrong."
+    return messages + [{"role": "user", "content": verdict}] * (rng.random() < 0.5)
 
 
 # ---- data files -------------------------------------------------------------------------------------------
@@ -204,13 +214,27 @@ def make_chat():
     tokenizer.eos_token = "<|im_end|>"
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     sums = train_sums()
-    chats = (tokenizer.apply_chat_template(demonstration(rng, *rng.choice(sums)), tokenize=False) for _ in iter(int, 1))
-    fit(model, packed(tokenizer, chats, 128), steps=300, batch_size=32, learning_rate=1e-3)
+
+    def chats():
+        while True:
+            a, op, b = rng.choice(sums)
+            yield tokenizer.apply_chat_template(with_feedback(rng, demonstration(rng, a, op, b), a, op, b), tokenize=False)
+
+    fit(model, packed(tokenizer, chats(), 128), steps=600, batch_size=32, learning_rate=1e-3)
     save(model, tokenizer, "chat")
 
 
+def make_reward():
+    """What `python reward_model.py` learns from the preferences, without the traces of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "reward_model.py", "--output-dir", folder], cwd=HERE.parent, check=True)
+        (HERE / "reward").mkdir(exist_ok=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(Path(folder) / name, HERE / "reward")
+
+
 if __name__ == "__main__":
-    stages = {"data": make_data, "base": make_base, "chat": make_chat}
+    stages = {"data": make_data, "base": make_base, "chat": make_chat, "reward": make_reward}
     for name in sys.argv[1:] or stages:
         print(f"{name}:", flush=True)
         stages[name]()
