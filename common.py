@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict  # noqa: E402
 from transformers import (  # noqa: E402
-    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
 )
 from transformers.integrations import sdpa_attention  # noqa: E402
 
@@ -42,14 +42,14 @@ def fail(message: str) -> NoReturn:
 
 def choose_device() -> torch.device:
     """The GPU of this process (torchrun sets LOCAL_RANK), or the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # bitsandbytes and nccl work on the current device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:
-    """bf16 if the GPU computes in it, fp16 on older ones such as the T4, fp32 on a CPU.
-
-    By compute capability, for `torch.cuda.is_bf16_supported()` says True on a T4, which only emulates bf16.
-    """
+    """fp32 on a CPU, bf16 if the GPU computes in it, fp16 on older ones: `torch.cuda.is_bf16_supported()` says True on a T4, which emulates it."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -63,10 +63,10 @@ def find(name: str) -> str:
 def adapter_config(name: str) -> PeftConfig | None:
     """The config of a LoRA adapter, or None for a full model."""
     path = Path(find(name))
-    if path.is_dir() and not (path / "adapter_config.json").exists():
-        return None
+    if path.is_dir():
+        return PeftConfig.from_pretrained(path) if (path / "adapter_config.json").exists() else None
     try:
-        return PeftConfig.from_pretrained(str(path))
+        return PeftConfig.from_pretrained(name)
     except ValueError:  # peft's answer if the Hub has no adapter_config.json there
         return None
 
@@ -84,10 +84,10 @@ def is_tiny(name: str) -> bool:
 
 @contextlib.contextmanager
 def loading(name: str):
-    """Turns the errors that libraries raise for names, files and networks into one line."""
+    """Turns what libraries raise for names, files and networks into one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each library has types of its own
         what = "that folder holds no such model" if Path(find(name)).is_dir() else "there is no such folder, and the Hub did not give it"
         fail(f"cannot load the model {name!r}: {what} ({' '.join(str(error).split()):.200})")
 
@@ -96,19 +96,16 @@ def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradi
                task: str = "CAUSAL_LM"):
     """Loads a language model, or one with a scalar head instead of its own, with a LoRA adapter to train.
 
-    Args:
-        name: a Hub name, a local folder, or a LoRA adapter, whose base is then loaded below it.
-        load_in_4bit: "on", "off", or "auto", which is on for CUDA. NF4 with double quantisation; CPUs can do it too.
-        lora_rank: of a new adapter on all linear layers but the head; 0 trains the full weights. An adapter keeps its own.
-        gradient_checkpointing: "on", "off", or "auto", which is on for CUDA.
-        trainable: False loads the model as it is, to use it.
-        task: "CAUSAL_LM", or "SEQ_CLS" for a reward model: the scalar head `score` is trained and saved with the adapter. It may
-            start from an adapter of either task.
+    name: a Hub name, a local folder, or a LoRA adapter, whose base is then loaded below it.
+    load_in_4bit, gradient_checkpointing: "on", "off", or "auto", which is on for CUDA. 4 bits are NF4 with double quantisation, also on CPUs.
+    lora_rank: of a new adapter on all linear layers but the head; 0 trains the full weights. An adapter given as `name` keeps its own.
+    trainable: False loads the model as it is, to use it.
+    task: "CAUSAL_LM", or "SEQ_CLS" for a reward model, whose scalar head `score` is saved with the adapter; it may start from either kind.
 
-    The trainable adapter is called "default" and is in fp32; all else is frozen. A start from an adapter is kept a
-    second time, frozen, as "reference". Exits with code 2 if there is nothing to load.
+    The trainable adapter is "default", in fp32; all else is frozen. A start from an adapter is kept a second time, frozen, as "reference".
+    Exits with code 2 if there is nothing to load.
     """
-    device, adapter, full = choose_device(), None, trainable and lora_rank == 0
+    device, full = choose_device(), trainable and lora_rank == 0
     dtype = torch.float32 if full else choose_dtype(device)  # in 16 bits, most of Adam's small steps would round to nothing
     quantise = load_in_4bit == "on" or load_in_4bit == "auto" and device.type == "cuda" and not full
     if device.type == "cpu":
@@ -117,16 +114,14 @@ def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradi
     elif torch.cuda.get_device_capability(device) < (8, 0):
         # before Ampere, SDPA runs enable_gqa in its slow math kernel; without it transformers repeats the keys itself
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype) if quantise else None
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     with loading(name):
         adapter = adapter_config(name)
+        if full and (quantise or adapter):
+            fail("--lora-rank 0 trains the full weights: it goes with no LoRA adapter as --model and not with --load-in-4bit on")
         auto, head = (AutoModelForCausalLM, {}) if task == "CAUSAL_LM" else (AutoModelForSequenceClassification, {"num_labels": 1})
-        model = auto.from_pretrained(base_of(name), dtype=dtype, quantization_config=quantisation, device_map={"": device},
+        model = auto.from_pretrained(base_of(name), dtype=dtype, quantization_config=nf4 if quantise else None, device_map={"": device},
                                      attn_implementation="sdpa", **head)  # eager attention overflows in fp16 on Qwen
-    if full and (quantise or adapter):
-        fail("--lora-rank 0 trains the full weights: it goes with no LoRA adapter as --model and not with --load-in-4bit on")
-
     # frozen by hand: peft's prepare_model_for_kbit_training would also turn embeddings and head into fp32, 2 GiB at 7B
     model.requires_grad_(full)
     if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
@@ -170,21 +165,21 @@ def check_head(model):
 
 @contextlib.contextmanager
 def using(model, role: str | None):
-    """Inside, `model` wears another adapter, or with None it is the bare base. What can be trained stays as it was: peft would change that too."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        with model.disable_adapter() if role is None else contextlib.nullcontext():
-            if role is not None:
-                model.set_adapter(role)
-            model.requires_grad_(False)
-            for p in trainable:
-                p.requires_grad_(True)
-            yield
-    finally:
-        model.set_adapter("default")
+    """Inside, `model` wears another adapter, or with None it is the bare base. What can be trained stays as it was, where peft would change it."""
+    def keep(trainable=[p for p in model.parameters() if p.requires_grad]):
         model.requires_grad_(False)
         for p in trainable:
             p.requires_grad_(True)
+
+    try:
+        with contextlib.nullcontext() if role else model.disable_adapter():
+            if role:
+                model.set_adapter(role)
+            keep()
+            yield
+    finally:
+        model.set_adapter("default")
+        keep()
 
 
 def reference(model):
@@ -193,13 +188,10 @@ def reference(model):
 
 
 def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:
-    """Puts one more adapter called `role` on `model`, and returns the scalar head that goes with it.
-
-    Adapter and head are those of the saved reward model `name`; with None they are new, and the head starts at 0. Exits with code 2
-    unless reward_model.py saved `name` on the same base.
-    """
-    own = model.peft_config["default"]
-    kept, score, weights = [p for p in model.parameters() if p.requires_grad], torch.zeros(1, causal_lm(model).config.hidden_size), {}
+    """Puts one more adapter called `role` on `model` and returns the scalar head that goes with it: both from the reward model `name`, which
+    reward_model.py saved on the same base (else exit code 2), or with None a new adapter and a head of zeros."""
+    own, kept = model.peft_config["default"], [p for p in model.parameters() if p.requires_grad]
+    score, weights = torch.zeros(1, causal_lm(model).config.hidden_size), {}
     config = LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
     if name is not None:
         with loading(name):
@@ -207,7 +199,7 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
         if config.task_type != "SEQ_CLS" or "base_model.model.score.weight" not in weights:
             fail(f"{name} is no reward model that reward_model.py saved")
         if Path(base_of(name)).resolve() != Path(find(own.base_model_name_or_path)).resolve():
-            fail(f"the reward model {name} is for the base {base_of(name)}, the policy for {own.base_model_name_or_path}: one base has to carry both")
+            fail(f"the reward model {name} has the base {base_of(name)}, the policy {own.base_model_name_or_path}: one base has to carry both")
         score = weights.pop("base_model.model.score.weight")
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     model.add_adapter(role, config)
@@ -216,9 +208,9 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
     model.requires_grad_(False)
     for parameter in kept + [p for n, p in model.named_parameters() if trainable and f".{role}." in n]:
         parameter.requires_grad_(True).data = parameter.data.float()
-    head = torch.nn.Linear(score.shape[1], 1, bias=False, device=causal_lm(model).device)
+    head = torch.nn.Linear(score.shape[1], 1, bias=False, device=causal_lm(model).device).requires_grad_(trainable)
     head.weight.data.copy_(score)
-    return head.requires_grad_(trainable)
+    return head
 
 
 def describe(model) -> dict:
@@ -236,14 +228,18 @@ def describe(model) -> dict:
 # ---- tokens -----------------------------------------------------------------------------------------------
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model or adapter, with a pad token, and with a chat template whose answers end in a token the model knows.
+    """The tokenizer of a model or adapter, with a pad token, and with a chat template whose answers end in a token that the model knows.
 
-    A published base model such as Qwen2.5-0.5B comes with a template that ends turns in <|im_end|>, which it was never trained on. Its
-    row of the frozen head never learns, so LoRA cannot make the model say it; eos it does know. The template is changed accordingly.
+    A published base model such as Qwen2.5-0.5B comes with a template that ends turns in <|im_end|>, a token it was never trained on. LoRA
+    with a frozen head cannot make it say that; eos it does know. Where the end of turn is no stop token of the model, eos takes its place.
     """
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(find(name))
-        known = stop_token_ids(tokenizer, GenerationConfig.from_pretrained(base_of(name)), template=False)
+        try:
+            generation_config = GenerationConfig.from_pretrained(base_of(name))
+        except OSError:  # the file is optional
+            generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base_of(name)))
+    known = stop_token_ids(tokenizer, generation_config, template=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, never from `id != pad`
     end = end_of_turn_id(tokenizer)
@@ -279,6 +275,8 @@ def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[
 
 def render(tokenizer, messages: list, add_generation_prompt: bool = False) -> list[int]:
     """The token ids of a conversation. ValueError if it is none, or none that the template takes."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("a conversation must be a list of messages, and not empty")
     follows = {"system": ("start",), "user": ("start", "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
     previous = "start"
     for number, message in enumerate(messages, 1):
@@ -307,11 +305,12 @@ def encode_chat(tokenizer, messages: list, first_trained: int = 0) -> tuple[list
         if messages[turn]["role"] != "assistant":
             continue
         prompt, whole = render(tokenizer, messages[:turn], add_generation_prompt=True), render(tokenizer, messages[:turn + 1])
-        if input_ids[:len(prompt)] != prompt or input_ids[:len(whole)] != whole:
+        start = shared_length(prompt, input_ids)  # one token before its end if an answer's first newline merges with the header's last
+        if start < len(prompt) - 1 or input_ids[:len(whole)] != whole:
             raise ValueError(f"the chat template rewrites message {turn + 1} or those before it once others follow: end the row with that turn")
-        stops = [i for i in range(len(prompt), len(whole)) if whole[i] in (tokenizer.eos_token_id, end_of_turn_id(tokenizer))]
+        stops = [i for i in range(start, len(whole)) if whole[i] in (tokenizer.eos_token_id, end_of_turn_id(tokenizer))]
         end = stops[-1] + 1 if stops else len(whole)  # the newline that many templates write after it is not the model's to say
-        loss_mask[len(prompt):end] = [1] * (end - len(prompt))
+        loss_mask[start:end] = [1] * (end - start)
     return input_ids, loss_mask
 
 

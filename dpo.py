@@ -243,7 +243,7 @@ def completion_logps(model, input_ids, attention_mask, loss_mask, temperature=1.
 def exact_kl(hidden, ref_hidden, head, positions=64):
     """KL(π ‖ π_ref) of the next token, over the whole vocabulary: its mean at up to `positions` of the N scored places [N, D] of the data."""
     pick = torch.linspace(0, len(hidden) - 1, min(positions, len(hidden)), device=hidden.device).long()
-    logp, ref_logp = ((h[pick] @ head.T).float().log_softmax(-1) for h in (hidden, ref_hidden))  # [positions, V]
+    logp, ref_logp = ((h[pick].to(head.dtype) @ head.T).float().log_softmax(-1) for h in (hidden, ref_hidden))  # [positions, V]
     return (logp.exp() * (logp - ref_logp)).sum(-1).mean()
 
 

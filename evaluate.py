@@ -17,7 +17,6 @@ import importlib.util
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -79,26 +78,33 @@ def load_rows(source, split, limit, seed):
 
 
 def final_answer(text):
-    """What a text says in the end: the content of its last \\boxed{}, else its last number as a Fraction, else None."""
+    """What a text says in the end: the content of its last \\boxed{}, else its last number, else None. Numbers are Fractions, so that 3.0 is 3."""
+    def parse(number):
+        over, _, under = number.replace(",", "").partition("/")
+        try:
+            return Fraction(over) / Fraction(under or 1)
+        except (ValueError, ZeroDivisionError):  # 1/0, or thousands of digits
+            return number
+
+    pattern, text = r"-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?", text.replace("−", "-")
     start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, inside = 1, text[start + len("\\boxed{"):]
-        for end, character in enumerate(inside):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                inside = inside[:end]
-                break
-        text = inside
-        if not re.fullmatch(r"[\s$]*-?\d[\d,]*(\.\d+)?(/\d+)?[\s$.%]*", text):
-            return "".join(text.split()).strip("$")  # a formula
-    numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/[1-9]\d*)?", text)
-    return Fraction(numbers[-1].replace(",", "")) if numbers else None
+    if start < 0:
+        numbers = re.findall(r"(?<![\w.])" + pattern, text)
+        return parse(numbers[-1]) if numbers else None
+    depth, end = 1, start + len("\\boxed{")
+    while end < len(text) and depth:
+        depth, end = depth + (text[end] == "{") - (text[end] == "}"), end + 1
+    inside = text[start + len("\\boxed{"):end - (depth == 0)]
+    inside = re.sub(r"\\text\{[^}]*\}|\\[$!,]", "", inside)  # 21 \text{ apples}, \$18, 1\,000
+    number = re.fullmatch(rf"[\s$]*({pattern})[\s$.%]*", inside)
+    return parse(number[1]) if number else "".join(inside.split()).strip("$")  # or a formula
 
 
 def correct_answer(prompts, completions, answer=None, solution=None, **columns):
     """1.0 where the completion's last \\boxed{} or number is the row's `answer` (or `solution`, as some datasets call it), else 0.0."""
     truths = [str(truth).split("####")[-1] for truth in (answer if answer is not None else solution)]  # GSM8K puts its answer after ####
-    truths = [final_answer(truth if "\\boxed{" in truth else f"\\boxed{{{truth}}}") for truth in truths]
+    # a bare formula is compared as a whole, a sentence by its last number
+    truths = [final_answer(truth if "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth else f"\\boxed{{{truth}}}") for truth in truths]
     return [float(final_answer(text) == truth) for text, truth in zip(completions, truths)]
 
 
@@ -109,10 +115,32 @@ def load_function(spec):
         common.fail(f"--reward {spec}: no file {file!r}; write it as FILE.py:function")
     module_spec = importlib.util.spec_from_file_location("reward_file", file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        common.fail(f"--reward {spec}: {file} cannot be imported: {type(error).__name__}: {error}")
     if not callable(getattr(module, name, None)):
         common.fail(f"--reward {spec}: {file} has no function {name!r}")
     return getattr(module, name)
+
+
+def call_rewards(functions, rows, completions):
+    """Scores of each function for each completion, [functions, rows]. A function that fails ends the run with a row shown."""
+    columns = {name: [row.get(name) for row in rows] for name in sorted({name for row in rows for name in row} - {"prompt", "prompt_ids"})}
+    scores = []
+    for name, function in functions.items():
+        try:
+            given = [float(score) for score in function(prompts=[row["prompt"] for row in rows], completions=completions, **columns)]
+            problem = f"gave {len(given)} scores for {len(rows)} completions" if len(given) != len(rows) else ""
+        except Exception as error:  # the user's code may raise anything
+            given, problem = [], f"raised {type(error).__name__}: {error}"
+        bad = [i for i, score in enumerate(given) if not math.isfinite(score)]
+        if problem or bad:
+            i = bad[0] if bad else 0
+            shown = {k: v for k, v in rows[i].items() if k != "prompt_ids"} | {"completion": completions[i]}
+            common.fail(f"the reward {name} {problem or f'gave {given[i]}, no finite number'}; row: {json.dumps(shown, default=str):.500}")
+        scores.append(given)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def wilson(share, count):
@@ -207,16 +235,21 @@ def sample(model, prompts, samples_per_prompt, max_new_tokens, temperature, stop
 
 # ---- the table --------------------------------------------------------------------------------------------
 
-def kl_from(first, model, prompts, completions, temperature, pad_id):
-    """KL(model ‖ first) in nats an answer, by the estimator k3 (Schulman 2020): Σ_t r − 1 − log r with r = p_first / p_model, on the model's own samples."""
+def collate(prompts, completions, pad_id, device):
+    """B prompts with their completions as one batch [B, T], padded on the right; the mask is on what was sampled."""
     rows = [prompt + completion for prompt, completion in zip(prompts, completions)]
     width = max(map(len, rows))
     batch = {
         "input_ids": [row + [pad_id] * (width - len(row)) for row in rows],
         "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in rows],
-        "loss_mask": [[0] * len(prompt) + [1] * len(completion) + [0] * (width - len(prompt) - len(completion)) for prompt, completion in zip(prompts, completions)],
+        "loss_mask": [[0] * len(p) + [1] * len(c) + [0] * (width - len(p) - len(c)) for p, c in zip(prompts, completions)],
     }
-    batch = {name: torch.tensor(value, device=common.causal_lm(model).device) for name, value in batch.items()}
+    return {name: torch.tensor(value, device=device) for name, value in batch.items()}
+
+
+def kl_from(first, model, prompts, completions, temperature, pad_id):
+    """KL(model ‖ first) in nats an answer, by the estimator k3 (Schulman 2020): Σ_t r − 1 − log r with r = p_first / p_model, on the model's own samples."""
+    batch = collate(prompts, completions, pad_id, common.causal_lm(model).device)
     log_ratio = completion_logps(first, **batch, temperature=temperature)[0] - completion_logps(model, **batch, temperature=temperature)[0]  # [B, T-1]
     return (log_ratio.exp() - 1 - log_ratio).sum(-1)  # [B]; 0 outside the mask
 
@@ -230,7 +263,7 @@ def measure(name, rows, args, score, first=None):
     except ValueError as error:
         common.fail(f"{args.dataset} with the model {name}: {error}")
     model = common.load_model(name, load_in_4bit=args.load_in_4bit, trainable=False)
-    stop_ids, columns = common.stop_token_ids(tokenizer, model.generation_config), {column for row in rows for column in row} - {"prompt"}
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     results = {"sampled": [], "greedy": [], "reward": [], "kl": [], "length": [], "stopped": []}
     for mode, temperature, repeats in (("sampled", args.temperature, args.samples_per_prompt), ("greedy", 0.0, 1)):
         size = max(1, args.batch_size // repeats)
@@ -238,18 +271,15 @@ def measure(name, rows, args, score, first=None):
             part = [row for row in rows[i:i + size] for _ in range(repeats)]
             ids = sample(model, prompts[i:i + size], repeats, args.max_new_tokens, temperature, stop_ids, tokenizer.pad_token_id, args.seed + i)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            given = {column: [row.get(column) for row in part] for column in columns}
-            results[mode] += correct_answer([row["prompt"] for row in part], texts, **given)
+            results[mode] += call_rewards({"correct_answer": correct_answer}, part, texts)[0].tolist()
             if mode == "greedy":
                 continue
-            results["reward"] += score(prompts=[row["prompt"] for row in part], completions=texts, **given)
+            results["reward"] += call_rewards({args.reward: score}, part, texts)[0].tolist() if args.reward else results[mode][-len(part):]
             results["length"] += [len(row) for row in ids]
             results["stopped"] += [row[-1] in stop_ids for row in ids]
             if first and first[1].get_vocab() == tokenizer.get_vocab():
                 repeated = [prompt for prompt in prompts[i:i + size] for _ in range(repeats)]
                 results["kl"] += kl_from(first[0], model, repeated, ids, temperature, tokenizer.pad_token_id).tolist()
-    if len(results["reward"]) != len(results["length"]) or not all(math.isfinite(r) for r in results["reward"]):
-        common.fail(f"--reward {args.reward} gave {len(results['reward'])} scores for {len(results['length'])} answers, or one that is no finite number")
     means = {column: sum(values) / len(values) if values else None for column, values in results.items()}
     intervals = {f"{mode}_interval": wilson(means[mode], len(rows)) for mode in ("sampled", "greedy")}
     return {"checkpoint": name, **means, "kl": means["kl"] if first else 0.0, **intervals}, (model, tokenizer)
@@ -271,6 +301,8 @@ def main():
     for number, row in enumerate(rows, 1):
         if missing := [column for column in ("prompt", "answer") if row.get(column) is None]:
             common.fail(f"{args.dataset}, row {number}, has no {' and no '.join(missing)}: it has {', '.join(row)}, wanted are prompt, answer")
+        if not row["prompt"] or not isinstance(row["prompt"], (str, list)):
+            common.fail(f"{args.dataset}, row {number}: the prompt must be a string or a list of messages, and not empty")
 
     table, first = [], None
     for name in names:

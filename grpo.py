@@ -50,11 +50,11 @@ def arg(default, help):
 @dataclass
 class Args:
     model: str = arg("tiny/chat", "Hub name, local folder or saved LoRA adapter to start from")
-    dataset: Optional[str] = arg(None, "Hub name or .json, .jsonl or .parquet file with a prompt and what rewards need (default: tiny/data, other models trl-lib/DeepMath-103K)")
+    dataset: Optional[str] = arg(None, "Hub name or .json, .jsonl or .parquet file with a prompt (default: tiny/data, other models trl-lib/DeepMath-103K)")
     split: str = arg("train", "split of a Hub dataset")
     eval_dataset: Optional[str] = arg(None, "held-out prompts, like --dataset (default: rows kept out of it)")
     eval_size: int = arg(64, "number of held-out prompts")
-    reward: Optional[List[str]] = arg(None, "correct_answer, well_formed, concise or FILE.py:function, any number (default: correct_answer, or none with --reward-model)")
+    reward: Optional[List[str]] = arg(None, "any of correct_answer, well_formed, concise, FILE.py:function (default: correct_answer; none with --reward-model)")
     reward_weights: Optional[List[float]] = arg(None, "a weight for each of --reward (default: all 1)")
     reward_model: Optional[str] = arg(None, "a run of reward_model.py on the same base: its score is added with weight 1")
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = arg("grpo", "which policy loss")
@@ -99,7 +99,8 @@ def check(args):
     if len(args.reward_weights) != len(args.reward):
         common.fail(f"--reward-weights has {len(args.reward_weights)} numbers for the {len(args.reward)} functions of --reward")
     for names, low, high in (
-        ("batch_size micro_batch_size sample_batch_size updates max_new_tokens max_prompt_length max_steps lora_rank eval_size show_every save_every", 1, sys.maxsize),
+        ("batch_size micro_batch_size sample_batch_size updates max_new_tokens max_prompt_length max_steps lora_rank eval_size", 1, sys.maxsize),
+        ("show_every save_every", 1, sys.maxsize),
         ("group_size", 1 if args.baseline == "none" else 2, sys.maxsize), ("seed beta", 0, sys.maxsize), ("warmup_ratio", 0, 1),
         ("temperature learning_rate max_grad_norm epsilon epsilon_high", 1e-9, 1e9),
     ):
@@ -176,26 +177,33 @@ def last_words(prompt):
 
 
 def final_answer(text):
-    """What a text says in the end: the content of its last \\boxed{}, else its last number as a Fraction, else None."""
+    """What a text says in the end: the content of its last \\boxed{}, else its last number, else None. Numbers are Fractions, so that 3.0 is 3."""
+    def parse(number):
+        over, _, under = number.replace(",", "").partition("/")
+        try:
+            return Fraction(over) / Fraction(under or 1)
+        except (ValueError, ZeroDivisionError):  # 1/0, or thousands of digits
+            return number
+
+    pattern, text = r"-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?", text.replace("−", "-")
     start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, inside = 1, text[start + len("\\boxed{"):]
-        for end, character in enumerate(inside):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                inside = inside[:end]
-                break
-        text = inside
-        if not re.fullmatch(r"[\s$]*-?\d[\d,]*(\.\d+)?(/\d+)?[\s$.%]*", text):
-            return "".join(text.split()).strip("$")  # a formula
-    numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/[1-9]\d*)?", text)
-    return Fraction(numbers[-1].replace(",", "")) if numbers else None
+    if start < 0:
+        numbers = re.findall(r"(?<![\w.])" + pattern, text)
+        return parse(numbers[-1]) if numbers else None
+    depth, end = 1, start + len("\\boxed{")
+    while end < len(text) and depth:
+        depth, end = depth + (text[end] == "{") - (text[end] == "}"), end + 1
+    inside = text[start + len("\\boxed{"):end - (depth == 0)]
+    inside = re.sub(r"\\text\{[^}]*\}|\\[$!,]", "", inside)  # 21 \text{ apples}, \$18, 1\,000
+    number = re.fullmatch(rf"[\s$]*({pattern})[\s$.%]*", inside)
+    return parse(number[1]) if number else "".join(inside.split()).strip("$")  # or a formula
 
 
 def correct_answer(prompts, completions, answer=None, solution=None, **columns):
     """1.0 where the completion's last \\boxed{} or number is the row's `answer` (or `solution`, as some datasets call it), else 0.0."""
     truths = [str(truth).split("####")[-1] for truth in (answer if answer is not None else solution)]  # GSM8K puts its answer after ####
-    truths = [final_answer(truth if "\\boxed{" in truth else f"\\boxed{{{truth}}}") for truth in truths]
+    # a bare formula is compared as a whole, a sentence by its last number
+    truths = [final_answer(truth if "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth else f"\\boxed{{{truth}}}") for truth in truths]
     return [float(final_answer(text) == truth) for text, truth in zip(completions, truths)]
 
 
@@ -216,7 +224,10 @@ def load_function(spec):
         common.fail(f"--reward {spec}: no file {file!r}; write it as FILE.py:function")
     module_spec = importlib.util.spec_from_file_location("reward_file", file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        common.fail(f"--reward {spec}: {file} cannot be imported: {type(error).__name__}: {error}")
     if not callable(getattr(module, name, None)):
         common.fail(f"--reward {spec}: {file} has no function {name!r}")
     return getattr(module, name)
@@ -236,9 +247,9 @@ def call_rewards(functions, rows, completions):
         if problem or bad:
             i = bad[0] if bad else 0
             shown = {k: v for k, v in rows[i].items() if k != "prompt_ids"} | {"completion": completions[i]}
-            common.fail(f"the reward {name} {problem or f'gave {given[i]}'}; row: {json.dumps(shown, default=str):.500}")
+            common.fail(f"the reward {name} {problem or f'gave {given[i]}, no finite number'}; row: {json.dumps(shown, default=str):.500}")
         scores.append(given)
-    return torch.tensor(scores)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -450,7 +461,7 @@ def rollout(model, tokenizer, rows, functions, head, args, repeats, seed):
         batch = collate([row["prompt_ids"] for row in rows], ids, tokenizer.pad_token_id, device)
         scores = call_rewards(functions, rows, texts)
         if head is not None:
-            scores = torch.cat([scores, role_scores(model, head, "reward", batch, args.micro_batch_size).cpu()[None]])
+            scores = torch.cat([scores, role_scores(model, head, "reward", batch, args.micro_batch_size).cpu().double()[None]])
     stopped = torch.tensor([row[-1] in stop_ids for row in ids])
     return rows, ids, texts, scores, stopped, batch
 
@@ -481,7 +492,7 @@ def train(args):
         dist.broadcast(p.data, 0)
     head = common.add_role(model, args.reward_model, "reward") if args.reward_model else None
     names = [name.rpartition(":")[2] for name in args.reward] + ["reward_model"] * (head is not None)
-    reward_weights = torch.tensor(args.reward_weights + [1.0] * (head is not None))[:, None]  # [functions, 1]
+    reward_weights = torch.tensor(args.reward_weights + [1.0] * (head is not None), dtype=torch.float64)[:, None]  # [functions, 1]
     optimizer = torch.optim.AdamW(weights.values(), lr=args.learning_rate, weight_decay=0.0)
     optimizer_steps = args.max_steps * args.updates
     schedule = get_cosine_schedule_with_warmup(optimizer, round(args.warmup_ratio * optimizer_steps), optimizer_steps)
@@ -527,7 +538,7 @@ def train(args):
 
         # 3. advantages within the groups. DAPO leaves truncated answers out (overlong filtering), and groups without spread, for
         # which it would sample others: here they are dropped, so that only the tokens of the rest count in the mean
-        advantages = group_advantages(rewards, args.baseline, scale=args.loss != "dr_grpo").flatten().to(device)  # [B]
+        advantages = group_advantages(rewards, args.baseline, scale=args.loss != "dr_grpo").flatten().float().to(device)  # [B]
         spread = (rewards.amax(-1) > rewards.amin(-1))  # [P]
         if args.loss == "dapo":
             used = stopped & spread.repeat_interleave(args.group_size)
@@ -579,8 +590,8 @@ def train(args):
             optimizer.zero_grad()
 
         # 6. what happened, over all ranks
-        counts = torch.tensor([len(mine), (~spread).sum(), rewards.sum(), rewards.square().sum(), advantages.square().sum(), sum(map(len, ids)), (~stopped).sum(),
-                               *scores.sum(1)], dtype=torch.float64, device=device)
+        counts = torch.tensor([len(mine), (~spread).sum(), rewards.sum(), rewards.square().sum(), advantages.square().sum(), sum(map(len, ids)),
+                               (~stopped).sum(), *scores.sum(1)], dtype=torch.float64, device=device)
         add_over_ranks([counts])
         prompts, flat, reward, square, advantage_square, length, truncated, *sums = counts.tolist()
         count = prompts * args.group_size
@@ -588,8 +599,8 @@ def train(args):
         seconds = time.time() - began
         metrics = {
             "step": step, "reward": reward / count, "reward_std": reward_std, **{f"reward_{name}": total / count for name, total in zip(names, sums)},
-            "zero_spread": flat / prompts, **means, "advantage_std": math.sqrt(advantage_square / count), "length": length / count, "truncated": truncated / count,
-            "grad_norm": grad_norm, "learning_rate": learning_rate, "sampling_share": sampling_seconds / seconds,
+            "zero_spread": flat / prompts, **means, "advantage_std": math.sqrt(advantage_square / count), "length": length / count,
+            "truncated": truncated / count, "grad_norm": grad_norm, "learning_rate": learning_rate, "sampling_share": sampling_seconds / seconds,
             "tokens_per_second": length / seconds, "peak_memory_gib": peak_memory_gib(device)}
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "kl", "length")}, refresh=False)
         if rank > 0:

@@ -61,11 +61,11 @@ def arg(default, help):
 @dataclass
 class Args:
     model: str = arg("tiny/chat", "Hub name, local folder or saved LoRA adapter to start from")
-    dataset: Optional[str] = arg(None, "Hub name or .json, .jsonl or .parquet file with the column prompt (default: tiny/data, other models trl-lib/DeepMath-103K)")
+    dataset: Optional[str] = arg(None, "Hub name or .json, .jsonl or .parquet file with a prompt (default: tiny/data, other models trl-lib/DeepMath-103K)")
     split: str = arg("train", "split of a Hub dataset")
     eval_dataset: Optional[str] = arg(None, "held-out prompts, like --dataset (default: rows kept out of it)")
     eval_size: int = arg(64, "number of held-out prompts")
-    reward_model: Optional[str] = arg(None, "a run of reward_model.py on the same base, or any sequence classifier with one output (default for the tiny model: tiny/reward)")
+    reward_model: Optional[str] = arg(None, "a run of reward_model.py on the same base, or any sequence classifier (default: tiny/reward for the tiny model)")
     reward: Optional[str] = arg(None, "instead of a reward model, correct_answer or FILE.py:function")
     beta: float = arg(0.05, "coefficient of the KL penalty in the reward")
     adaptive_kl: Optional[float] = arg(None, "adapt beta so that the KL of an answer approaches this many nats (default: beta stays)")
@@ -191,26 +191,33 @@ def last_words(prompt):
 
 
 def final_answer(text):
-    """What a text says in the end: the content of its last \\boxed{}, else its last number as a Fraction, else None."""
+    """What a text says in the end: the content of its last \\boxed{}, else its last number, else None. Numbers are Fractions, so that 3.0 is 3."""
+    def parse(number):
+        over, _, under = number.replace(",", "").partition("/")
+        try:
+            return Fraction(over) / Fraction(under or 1)
+        except (ValueError, ZeroDivisionError):  # 1/0, or thousands of digits
+            return number
+
+    pattern, text = r"-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?", text.replace("−", "-")
     start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, inside = 1, text[start + len("\\boxed{"):]
-        for end, character in enumerate(inside):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                inside = inside[:end]
-                break
-        text = inside
-        if not re.fullmatch(r"[\s$]*-?\d[\d,]*(\.\d+)?(/\d+)?[\s$.%]*", text):
-            return "".join(text.split()).strip("$")  # a formula
-    numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/[1-9]\d*)?", text)
-    return Fraction(numbers[-1].replace(",", "")) if numbers else None
+    if start < 0:
+        numbers = re.findall(r"(?<![\w.])" + pattern, text)
+        return parse(numbers[-1]) if numbers else None
+    depth, end = 1, start + len("\\boxed{")
+    while end < len(text) and depth:
+        depth, end = depth + (text[end] == "{") - (text[end] == "}"), end + 1
+    inside = text[start + len("\\boxed{"):end - (depth == 0)]
+    inside = re.sub(r"\\text\{[^}]*\}|\\[$!,]", "", inside)  # 21 \text{ apples}, \$18, 1\,000
+    number = re.fullmatch(rf"[\s$]*({pattern})[\s$.%]*", inside)
+    return parse(number[1]) if number else "".join(inside.split()).strip("$")  # or a formula
 
 
 def correct_answer(prompts, completions, answer=None, solution=None, **columns):
     """1.0 where the completion's last \\boxed{} or number is the row's `answer` (or `solution`, as some datasets call it), else 0.0."""
     truths = [str(truth).split("####")[-1] for truth in (answer if answer is not None else solution)]  # GSM8K puts its answer after ####
-    truths = [final_answer(truth if "\\boxed{" in truth else f"\\boxed{{{truth}}}") for truth in truths]
+    # a bare formula is compared as a whole, a sentence by its last number
+    truths = [final_answer(truth if "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth else f"\\boxed{{{truth}}}") for truth in truths]
     return [float(final_answer(text) == truth) for text, truth in zip(completions, truths)]
 
 
@@ -221,7 +228,10 @@ def load_function(spec):
         common.fail(f"--reward {spec}: no file {file!r}; write it as FILE.py:function")
     module_spec = importlib.util.spec_from_file_location("reward_file", file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        common.fail(f"--reward {spec}: {file} cannot be imported: {type(error).__name__}: {error}")
     if not callable(getattr(module, name, None)):
         common.fail(f"--reward {spec}: {file} has no function {name!r}")
     return getattr(module, name)
@@ -241,9 +251,9 @@ def call_rewards(functions, rows, completions):
         if problem or bad:
             i = bad[0] if bad else 0
             shown = {k: v for k, v in rows[i].items() if k != "prompt_ids"} | {"completion": completions[i]}
-            common.fail(f"the reward {name} {problem or f'gave {given[i]}'}; row: {json.dumps(shown, default=str):.500}")
+            common.fail(f"the reward {name} {problem or f'gave {given[i]}, no finite number'}; row: {json.dumps(shown, default=str):.500}")
         scores.append(given)
-    return torch.tensor(scores)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -362,7 +372,7 @@ def whiten(values, mask):
     return (values - mean) * mask / math.sqrt(max(squares / count - mean**2, 0.0) + 1e-8)
 
 
-def policy_loss(logps, old_logps, advantages, mask, tokens, epsilon):
+def clipped_loss(logps, old_logps, advantages, mask, tokens, epsilon):
     """PPO eq. 7 as a loss, summed over the answers given and divided by the `tokens` of the whole minibatch; and the ratios [B, T-1]."""
     ratio = ((logps - old_logps) * mask).exp()  # [B, T-1]
     # min: the clip takes away the gain of going further, never the way back. With A < 0 it is the larger loss, too
@@ -483,7 +493,8 @@ def train(args):
     elif args.reward_model:
         with common.loading(args.reward_model):
             classifier_tokenizer = AutoTokenizer.from_pretrained(args.reward_model)
-            classifier = AutoModelForSequenceClassification.from_pretrained(args.reward_model, num_labels=1, dtype=common.choose_dtype(device)).to(device).eval()
+            classifier = AutoModelForSequenceClassification.from_pretrained(args.reward_model, num_labels=1, dtype=common.choose_dtype(device))
+            classifier = classifier.to(device).eval()
         classifier.config.pad_token_id = classifier_tokenizer.pad_token_id
     critic_head = common.add_role(model, args.reward_model if own_reward_model else None, "critic", trainable=True)  # [4]
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad} | {"critic_head": critic_head.weight}
@@ -528,7 +539,7 @@ def train(args):
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             batch = collate([row["prompt_ids"] for row in rows], ids, tokenizer.pad_token_id, device)
             if args.reward:
-                scores = call_rewards(functions, rows, texts)[0].to(device)
+                scores = call_rewards(functions, rows, texts)[0].float().to(device)
             elif classifier is not None:
                 scores = classifier_scores(classifier, classifier_tokenizer, rows, texts, args.micro_batch_size)
             else:
@@ -586,7 +597,7 @@ def train(args):
                     micro = {name: value[pick] for name, value in batch.items()}
                     with autocast:
                         logps = policy_logps(micro)  # [b, T-1]
-                    policy, ratio = policy_loss(logps, old_logps[pick], advantages[pick], mask[pick], tokens.item(), args.epsilon)
+                    policy, ratio = clipped_loss(logps, old_logps[pick], advantages[pick], mask[pick], tokens.item(), args.epsilon)
                     scaler.scale(policy).backward()
                     # each role's backward runs while its adapter is on: gradient checkpointing computes the forward pass again
                     with common.using(model, "critic"):
@@ -605,8 +616,9 @@ def train(args):
                 grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), args.max_grad_norm).item()
                 if not figures[:2].isfinite().all() or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
                     bar.close()
-                    common.fail(f"step {step}: the losses are {figures[:2].tolist()} and the gradient norm {grad_norm} in {settings['dtype']}: most likely "
-                                f"--learning-rate {args.learning_rate} is too high" + (", or activations exceed what fp16 can hold" if scaler.is_enabled() else ""))
+                    common.fail(f"step {step}: the losses are {figures[:2].tolist()} and the gradient norm {grad_norm} in {settings['dtype']}: most "
+                                f"likely --learning-rate {args.learning_rate} is too high"
+                                + (", or activations exceed what fp16 can hold" if scaler.is_enabled() else ""))
                 learning_rate = schedule.get_last_lr()[0]
                 scaler.step(optimizer)
                 scaler.update()
@@ -619,8 +631,9 @@ def train(args):
         # 5. what happened, over all ranks
         variance = [((x - (x * mask).sum() / mask.sum()) ** 2 * mask).sum() / mask.sum() for x in (returns - old_values, returns)]
         kl = (old_logps - ref_logps).sum(-1)  # [B] k1 summed over the answer
-        counts = torch.stack([torch.tensor(float(len(ids)), device=device), scores.sum(), scores.square().sum(), kl.sum(), mask.sum(), (~stopped).sum(),
-                              (rewards * mask).sum(), (raw_advantages.square() * mask).sum(), len(ids) * (1 - variance[0] / variance[1].clamp(min=1e-8))]).double()
+        explained = len(ids) * (1 - variance[0] / variance[1].clamp(min=1e-8))
+        counts = torch.tensor([len(ids), scores.sum(), scores.square().sum(), kl.sum(), mask.sum(), (~stopped).sum(), (rewards * mask).sum(),
+                               (raw_advantages.square() * mask).sum(), explained], dtype=torch.float64, device=device)
         add_over_ranks([counts])
         count, score, square, kl, length, truncated, total, spread, explained = counts.tolist()
         seconds = time.time() - began
@@ -641,7 +654,8 @@ def train(args):
             shown = [{"step": step, "prompt": row["prompt"], "completion": text, "reward": value} for row, text, value in zip(mine, texts, scores.tolist())][:8]
             with open(folder / "samples.jsonl", "a") as file:
                 file.write("".join(json.dumps(sample) + "\n" for sample in shown))
-            bar.write(f"\nstep {step}:" + "".join(f"\n  {s['reward']:6.2f}  {last_words(s['prompt'])} → {' '.join(s['completion'].split()):.100}" for s in shown[:4]))
+            lines = [f"\n  {s['reward']:6.2f}  {last_words(s['prompt'])} → {' '.join(s['completion'].split()):.100}" for s in shown[:4]]
+            bar.write(f"\nstep {step}:{''.join(lines)}")
         if tracker:
             tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         if step % args.save_every == 0:
