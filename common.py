@@ -111,6 +111,8 @@ def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradi
     if device.type == "cpu":
         # on CPUs with AVX512-BF16 an eval forward would repack the 4-bit weights, and the next training forward fail
         bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+        if is_tiny(name):  # matrices this small gain nothing from a second thread, and threads that wait for each other cost a lot
+            torch.set_num_threads(1)
     elif torch.cuda.get_device_capability(device) < (8, 0):
         # before Ampere, SDPA runs enable_gqa in its slow math kernel; without it transformers repeats the keys itself
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False

@@ -140,7 +140,7 @@ def encode_rows(rows, encode, wanted, source, max_length):
             common.fail(f"{source}, row {number}, has no {' and no '.join(missing)}: it has {', '.join(row)}, wanted are {', '.join(wanted)}")
         try:
             example = encode(row)
-            note = "dropped: no answer fits into" if example is None else "cut to" if example["cut"] else ""
+            note = "dropped: too long for" if example is None else "cut to" if example["cut"] else ""
             note = note and f"{note} --max-length {max_length}"
         except ValueError as error:
             if Path(source).suffix:
@@ -460,8 +460,10 @@ def train(args):
             totals += figures
             if i == 0 and ref_hidden is not None:  # a diagnostic: one micro-batch is enough
                 kl = exact_kl(hidden, ref_hidden, common.causal_lm(model).get_output_embeddings().weight).item()
+        for p in weights.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may be without pairs in the last window
         add_over_ranks([totals])
-        add_over_ranks([p.grad if p.grad is not None else p.new_zeros(p.shape) for p in weights.values()])
+        add_over_ranks([p.grad for p in weights.values()])
         means = dict(zip(FIGURES, (totals / len(window)).tolist()))
 
         # 7. unscale, clip, step. Where fp16 gradients overflowed, the scaler skips the step and lowers its scale: no error until it is at 1
