@@ -14,6 +14,7 @@ import ppo
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,6 +254,8 @@ def save_classifier(folder, kind="qwen", labels=1, template=True):
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=labels, initializer_range=0.5)
     model = BertForSequenceClassification(BertConfig(**sizes)) if kind == "bert" else Qwen2ForSequenceClassification(Qwen2Config(**sizes, num_key_value_heads=1, pad_token_id=0))
+    if kind == "bert":  # its template writes what the tokenizer would otherwise put before a text
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single="A $A", special_tokens=[("A", 40)])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -337,6 +340,32 @@ def test_the_ratio_is_1_at_the_start_of_every_rollout_and_not_after(tmp_path, mo
     monkeypatch.setattr(ppo, "clipped_loss", spy)
     run(tmp_path, temperature=1.3, learning_rate=3e-3, warmup_ratio=0, target_kl=None)
     assert len(seen) == 8 and all((away < 1e-4) == (i % 4 == 0) for i, away in enumerate(seen)), seen
+
+
+def test_what_was_computed_is_what_is_learned_from(tmp_path, monkeypatch):
+    """The losses get the whitened advantages and the returns of the rollout, and the values of a critic that starts as the reward model."""
+    seen = {}
+    for name in ("generalised_advantages", "whiten", "clipped_loss", "value_loss"):
+        def spy(*args, name=name, original=getattr(ppo, name)):
+            seen[name] = args, original(*args)
+            return seen[name][1]
+        monkeypatch.setattr(ppo, name, spy)
+
+    def same(a, b):  # in any order of the answers
+        return torch.equal(a.flatten().sort().values, b.flatten().sort().values)
+    settings = {"epochs": 1, "minibatch_size": 8, "max_steps": 1}
+    logged = metrics_of(run(tmp_path, **settings))
+    (_, values, mask, *_), (advantages, returns) = seen["generalised_advantages"]
+    assert same(seen["whiten"][0][0], advantages) and same(seen["clipped_loss"][0][2], seen["whiten"][1]) and not same(advantages, seen["whiten"][1])
+    assert same(seen["value_loss"][0][2], returns) and same(seen["value_loss"][0][1], values) and (values[mask == 1] != 0).all() and logged[0]["reward_std"] > 0
+    run(tmp_path, "function", reward="correct_answer", **settings)
+    assert (seen["generalised_advantages"][0][1] == 0).all()  # nothing to start from: a head of zeros
+
+
+def test_policy_and_critic_share_one_gradient_norm_with_the_value_weight(tmp_path):
+    """‖g‖² = ‖g_policy‖² + weight² ‖g_critic‖², for they share no weight."""
+    square = [metrics_of(run(tmp_path, str(w), value_weight=w, epochs=1, minibatch_size=8, max_steps=1))[0]["grad_norm"] ** 2 for w in (0.0, 1.0, 2.0)]
+    assert square[1] > 1.01 * square[0] > 0 and square[2] - square[0] == pytest.approx(4 * (square[1] - square[0]), rel=1e-3)
 
 
 def test_micro_batches_and_checkpointing_change_nothing(tmp_path):
