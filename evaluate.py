@@ -8,6 +8,7 @@ A checkpoint is a saved run, a local folder or a Hub name. A dataset has the col
 
     sampled   share of correct answers at --temperature, with a 95 % interval
     greedy    share of correct answers when the likeliest token is taken every time, with the same interval
+    pass@k    chance that at least one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)
     reward    mean score of the sampled answers by --reward (default: `correct_answer`, so that it equals `sampled`)
     kl        KL from the first checkpoint in nats an answer: how far the checkpoint is from it
     length    tokens of a sampled answer
@@ -42,6 +43,7 @@ class Args:
     split: str = arg("test", "split of a Hub dataset")
     size: int = arg(300, "number of prompts at most")
     samples_per_prompt: int = arg(4, "sampled answers to each prompt")
+    k: Optional[int] = arg(None, "the k of pass@k, at most --samples-per-prompt (default: that many)")
     temperature: float = arg(1.0, "of the sampled answers")
     max_new_tokens: int = arg(256, "longest answer")
     batch_size: int = arg(64, "answers generated at a time")
@@ -141,6 +143,11 @@ def call_rewards(functions, rows, completions):
             common.fail(f"the reward {name} {problem or f'gave {given[i]}, no finite number'}; row: {json.dumps(shown, default=str):.500}")
         scores.append(given)
     return torch.tensor(scores, dtype=torch.float64)
+
+
+def pass_at_k(right, count, k):
+    """Unbiased chance that one of k samples is right, when `right` of `count` were: 1 minus the chance of drawing k wrong ones."""
+    return 1 - math.comb(count - right, k) / math.comb(count, k)
 
 
 def wilson(share, count):
@@ -281,6 +288,8 @@ def measure(name, rows, args, score, first=None):
                 repeated = [prompt for prompt in prompts[i:i + size] for _ in range(repeats)]
                 results["kl"] += kl_from(first[0], model, repeated, ids, temperature, tokenizer.pad_token_id).tolist()
     means = {column: sum(values) / len(values) if values else None for column, values in results.items()}
+    groups = [results["sampled"][i:i + args.samples_per_prompt] for i in range(0, len(results["sampled"]), args.samples_per_prompt)]
+    means[f"pass@{args.k}"] = sum(pass_at_k(int(sum(group)), len(group), args.k) for group in groups) / len(groups)
     intervals = {f"{mode}_interval": wilson(means[mode], len(rows)) for mode in ("sampled", "greedy")}
     return {"checkpoint": name, **means, "kl": means["kl"] if first else 0.0, **intervals}, (model, tokenizer)
 
@@ -291,9 +300,12 @@ def main():
     args, names = parser.parse_args_into_dataclasses()
     names = names.checkpoints or ["tiny/chat"] + [str(run.parent) for run in sorted(Path("runs").glob("*/adapter_config.json"))
                                                   if common.is_tiny(str(run.parent)) and common.adapter_config(str(run.parent)).task_type == "CAUSAL_LM"]
-    for name in ("size", "samples_per_prompt", "max_new_tokens", "batch_size", "temperature"):
+    args.k = args.samples_per_prompt if args.k is None else args.k
+    for name in ("size", "samples_per_prompt", "k", "max_new_tokens", "batch_size", "temperature"):
         if not 0 < getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if args.k > args.samples_per_prompt:
+        common.fail(f"--k {args.k} needs at least as many --samples-per-prompt, not {args.samples_per_prompt}")
     if args.output and Path(args.output).exists():
         common.fail(f"--output {args.output} exists already: name a new file")
     score = load_function(args.reward) if args.reward else correct_answer
@@ -309,12 +321,13 @@ def main():
         line, loaded = measure(name, rows, args, score, first)
         table, first = table + [line], first or loaded
     width = max(len(name) for name in names + ["checkpoint"])
-    print(f"{len(rows)} prompts of {args.dataset}, {args.samples_per_prompt} samples each at temperature {args.temperature}\n")
-    print(f"{'checkpoint':<{width}}  {'sampled':>19}  {'greedy':>19}  {'reward':>7}  {'kl':>7}  {'length':>6}  {'stopped':>7}")
+    print(f"\n{len(rows)} prompts of {args.dataset}, {args.samples_per_prompt} samples each at temperature {args.temperature}\n")
+    print(f"{'checkpoint':<{width}}  {'sampled':>19}  {'greedy':>19}  {f'pass@{args.k}':>7}  {'reward':>7}  {'kl':>7}  {'length':>6}  {'stopped':>7}")
     for line in table:
         shares = [f"{line[mode]:.3f} ({line[mode + '_interval'][0]:.3f}–{line[mode + '_interval'][1]:.3f})" for mode in ("sampled", "greedy")]
         kl = "-" if line["kl"] is None else f"{line['kl']:.3f}"
-        print(f"{line['checkpoint']:<{width}}  {shares[0]:>19}  {shares[1]:>19}  {line['reward']:7.3f}  {kl:>7}  {line['length']:6.1f}  {line['stopped']:7.3f}")
+        print(f"{line['checkpoint']:<{width}}  {shares[0]:>19}  {shares[1]:>19}  {line[f'pass@{args.k}']:7.3f}  {line['reward']:7.3f}  {kl:>7}"
+              f"  {line['length']:6.1f}  {line['stopped']:7.3f}")
     if args.output:
         Path(args.output).write_text(json.dumps(table, indent=2))
 

@@ -73,7 +73,7 @@ class Args:
     learning_rate: Optional[float] = arg(None, "highest learning rate (default: 2e-5, tiny model 1e-3)")
     warmup_ratio: float = arg(0.1, "share of the steps in which the learning rate rises, before it falls along a cosine")
     max_grad_norm: float = arg(1.0, "longer gradients are scaled down to this norm")
-    max_steps: Optional[int] = arg(None, "rollouts (default: 250, tiny model 100)")
+    max_steps: Optional[int] = arg(None, "rollouts (default: 250, tiny model 80)")
     lora_rank: int = arg(16, "rank of new LoRA matrices; an adapter given as --model keeps its own")
     load_in_4bit: OnOff = arg("auto", "quantise the frozen base; auto: on CUDA")
     gradient_checkpointing: OnOff = arg("auto", "save memory by computing activations twice; auto: on CUDA")
@@ -92,7 +92,7 @@ def check(args):
         args.dataset, args.eval_dataset = "tiny/data/prompt_train.jsonl", args.eval_dataset or "tiny/data/prompt_heldout.jsonl"
     defaults = {
         "dataset": "trl-lib/DeepMath-103K", "batch_size": 16 if tiny else 8, "micro_batch_size": 128 if tiny else 2, "max_new_tokens": 24 if tiny else 512,
-        "learning_rate": 1e-3 if tiny else 2e-5, "max_steps": 100 if tiny else 250, "reward": [] if args.reward_model else ["correct_answer"],
+        "learning_rate": 1e-3 if tiny else 2e-5, "max_steps": 80 if tiny else 250, "reward": [] if args.reward_model else ["correct_answer"],
         "epsilon_high": {"dapo": 0.28, "cispo": 5.0}.get(args.loss, args.epsilon)}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.reward_weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(args.reward)

@@ -87,7 +87,7 @@ class Args:
     learning_rate: Optional[float] = arg(None, "highest learning rate of policy and critic (default: 1e-5, tiny model 5e-4)")
     warmup_ratio: float = arg(0.1, "share of the steps in which the learning rate rises, before it falls along a cosine")
     max_grad_norm: float = arg(1.0, "longer gradients are scaled down to this norm")
-    max_steps: Optional[int] = arg(None, "rollouts (default: 200, tiny model 40)")
+    max_steps: Optional[int] = arg(None, "rollouts (default: 200, tiny model 25)")
     lora_rank: int = arg(16, "rank of new LoRA matrices; an adapter given as --model keeps its own")
     load_in_4bit: OnOff = arg("auto", "quantise the frozen base; auto: on CUDA")
     gradient_checkpointing: OnOff = arg("auto", "save memory by computing activations twice; auto: on CUDA")
@@ -111,7 +111,7 @@ def check(args):
     defaults = {
         "dataset": "trl-lib/DeepMath-103K", "reward_model": None if args.reward else "tiny/reward", "batch_size": 128 if tiny else 64,
         "minibatch_size": 64 if tiny else 16, "micro_batch_size": 64 if tiny else 2, "max_new_tokens": 24 if tiny else 256,
-        "learning_rate": 5e-4 if tiny else 1e-5, "max_steps": 40 if tiny else 200}
+        "learning_rate": 5e-4 if tiny else 1e-5, "max_steps": 25 if tiny else 200}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     for names, low, high in (
         ("batch_size minibatch_size micro_batch_size sample_batch_size epochs max_new_tokens max_prompt_length max_steps lora_rank eval_size", 1, sys.maxsize),

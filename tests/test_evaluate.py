@@ -400,3 +400,10 @@ def test_flags_out_of_range(refusal, flag):
 def test_missing_dataset_file(refusal):
     """A file that is not there is named."""
     assert "gone.jsonl" in refusal(TINY, "--dataset", "gone.jsonl")
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    """Every draw of k out of n samples, enumerated."""
+    for n, right, k in ((4, 0, 2), (4, 1, 2), (4, 4, 3), (6, 2, 3), (5, 1, 5)):
+        draws = list(itertools.combinations([1] * right + [0] * (n - right), k))
+        assert evaluate.pass_at_k(right, n, k) == pytest.approx(sum(map(any, draws)) / len(draws))
