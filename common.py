@@ -173,6 +173,7 @@ def using(model, role: str | None):
         for p in trainable:
             p.requires_grad_(True)
 
+    outer = model.active_adapter
     try:
         with contextlib.nullcontext() if role else model.disable_adapter():
             if role:
@@ -180,7 +181,7 @@ def using(model, role: str | None):
             keep()
             yield
     finally:
-        model.set_adapter("default")
+        model.set_adapter(outer)
         keep()
 
 

@@ -480,6 +480,9 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
 
+    if world > args.batch_size:
+        common.fail(f"--batch-size {args.batch_size} leaves some of the {world} processes without a prompt")
+
     # data, rewards, then the model
     functions = {name: globals()[name] if name in ("correct_answer", "well_formed", "concise") else load_function(name) for name in args.reward}
     tokenizer = common.load_tokenizer(args.model)
@@ -591,14 +594,19 @@ def train(args):
 
         # 6. what happened, over all ranks
         counts = torch.tensor([len(mine), (~spread).sum(), rewards.sum(), rewards.square().sum(), advantages.square().sum(), sum(map(len, ids)),
-                               (~stopped).sum(), *scores.sum(1)], dtype=torch.float64, device=device)
+                               (~stopped).sum(), *scores.sum(1), *scores.square().sum(1)], dtype=torch.float64, device=device)
         add_over_ranks([counts])
         prompts, flat, reward, square, advantage_square, length, truncated, *sums = counts.tolist()
         count = prompts * args.group_size
-        reward_std = math.sqrt(max(0.0, square / count - (reward / count) ** 2))
+
+        def spread_of(total, squares):
+            return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+
         seconds = time.time() - began
         metrics = {
-            "step": step, "reward": reward / count, "reward_std": reward_std, **{f"reward_{name}": total / count for name, total in zip(names, sums)},
+            "step": step, "reward": reward / count, "reward_std": spread_of(reward, square),
+            **{f"reward_{name}": total / count for name, total in zip(names, sums)},
+            **{f"reward_{name}_std": spread_of(total, squares) for name, total, squares in zip(names, sums, sums[len(names):])},
             "zero_spread": flat / prompts, **means, "advantage_std": math.sqrt(advantage_square / count), "length": length / count,
             "truncated": truncated / count, "grad_norm": grad_norm, "learning_rate": learning_rate, "sampling_share": sampling_seconds / seconds,
             "tokens_per_second": length / seconds, "peak_memory_gib": peak_memory_gib(device)}

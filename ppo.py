@@ -121,6 +121,8 @@ def check(args):
         for name in names.split():
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
                 common.fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: from {low} to {high}")
+    if args.minibatch_size > args.batch_size:
+        common.fail(f"--minibatch-size {args.minibatch_size} is more than --batch-size {args.batch_size}")
     if args.track and not importlib.util.find_spec(args.track):
         common.fail(f"--track {args.track}: that package is not installed (pip install {args.track})")
 
@@ -479,6 +481,9 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
 
+    if world > args.minibatch_size:
+        common.fail(f"--minibatch-size {args.minibatch_size} leaves some of the {world} processes without an answer")
+
     # data first, then one base with its roles
     functions = {args.reward: correct_answer if args.reward == "correct_answer" else load_function(args.reward)} if args.reward else {}
     tokenizer = common.load_tokenizer(args.model)
@@ -492,9 +497,11 @@ def train(args):
         reward_head = common.add_role(model, args.reward_model, "reward")
     elif args.reward_model:
         with common.loading(args.reward_model):
-            classifier_tokenizer = AutoTokenizer.from_pretrained(args.reward_model)
+            classifier_tokenizer = AutoTokenizer.from_pretrained(args.reward_model, truncation_side="left")  # keeps the answer
             classifier = AutoModelForSequenceClassification.from_pretrained(args.reward_model, num_labels=1, dtype=common.choose_dtype(device))
             classifier = classifier.to(device).eval()
+        if not classifier_tokenizer.chat_template and any(isinstance(row["prompt"], list) for row in rows + held_out):
+            common.fail(f"the prompts are messages, but {args.reward_model} has no chat template to read them with")
         classifier.config.pad_token_id = classifier_tokenizer.pad_token_id
     critic_head = common.add_role(model, args.reward_model if own_reward_model else None, "critic", trainable=True)  # [4]
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad} | {"critic_head": critic_head.weight}
@@ -588,7 +595,7 @@ def train(args):
         totals, updates = torch.zeros(len(FIGURES), dtype=torch.float64, device=device), 0
         for epoch in range(args.epochs):
             order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(args.seed + step * args.epochs + epoch))
-            epoch_kl, minibatches = 0.0, order.split(max(1, args.minibatch_size // world))
+            epoch_kl, minibatches = 0.0, order.tensor_split(max(1, args.batch_size // args.minibatch_size))  # as many on every rank
             for minibatch in minibatches:
                 tokens = mask[minibatch].sum().double()
                 add_over_ranks([tokens])
@@ -632,7 +639,7 @@ def train(args):
         variance = [((x - (x * mask).sum() / mask.sum()) ** 2 * mask).sum() / mask.sum() for x in (returns - old_values, returns)]
         kl = (old_logps - ref_logps).sum(-1)  # [B] k1 summed over the answer
         explained = len(ids) * (1 - variance[0] / variance[1].clamp(min=1e-8))
-        counts = torch.tensor([len(ids), scores.sum(), scores.square().sum(), kl.sum(), mask.sum(), (~stopped).sum(), (rewards * mask).sum(),
+        counts = torch.tensor([len(ids), scores.double().sum(), scores.double().square().sum(), kl.sum(), mask.sum(), (~stopped).sum(), (rewards * mask).sum(),
                                (raw_advantages.square() * mask).sum(), explained], dtype=torch.float64, device=device)
         add_over_ranks([counts])
         count, score, square, kl, length, truncated, total, spread, explained = counts.tolist()

@@ -257,7 +257,7 @@ def refusal(command, capsys):
 
 
 QUICK = ("--size", 4, "--max_new_tokens", 16, "--samples_per_prompt", 2)
-NAMES = ["sampled", "greedy", "reward", "kl", "length", "stopped"]
+NAMES = ["sampled", "greedy", "pass@4", "reward", "kl", "length", "stopped"]
 
 
 def test_command_prints_one_table_and_saves_it(tmp_path):
@@ -269,7 +269,7 @@ def test_command_prints_one_table_and_saves_it(tmp_path):
     (row,) = json.loads((tmp_path / "x.json").read_text())
     assert lines[-2] == ["checkpoint", *NAMES] and lines[-1][0] == "tiny/chat" == row["checkpoint"] and len(lines) == 3
     assert lines[-1][1:] == [f"{row['sampled']:.3f}", "({:.3f}–{:.3f})".format(*row["sampled_interval"]), f"{row['greedy']:.3f}",
-                             "({:.3f}–{:.3f})".format(*row["greedy_interval"]), f"{row['reward']:.3f}", "0.000",
+                             "({:.3f}–{:.3f})".format(*row["greedy_interval"]), f"{row['pass@4']:.3f}", f"{row['reward']:.3f}", "0.000",
                              f"{row['length']:.1f}", f"{row['stopped']:.3f}"]
     assert row["reward"] == row["sampled"] and row["kl"] == 0 and all(0 <= row[name] <= 1 for name in ("sampled", "greedy", "stopped"))
     assert all(row[f"{mode}_interval"] == pytest.approx(evaluate.wilson(row[mode], 20)) for mode in ("sampled", "greedy"))

@@ -233,6 +233,7 @@ def raises(prompts, completions, **columns): raise KeyError("no such thing")
 def too_few(prompts, completions, **columns): return [1.0]
 def nan(prompts, completions, **columns): return [0.0, float("nan")] + [0.0] * (len(prompts) - 2)
 def varied(prompts, completions, **columns): return [sum(map(ord, text)) % 10 / 10 for text in completions]
+def half(prompts, completions, difficulty, **columns): return [len(text) if d > 4 else 1.0 for text, d in zip(completions, difficulty)]
 def words(prompts, completions, **columns): return ["good"] * len(prompts)
 """)
     return str(tmp_path / "rewards.py")
@@ -371,6 +372,19 @@ def test_dapo_with_nothing_left_to_learn_from_moves_nothing(tmp_path):
     folder = run(tmp_path, loss="dapo", max_new_tokens=1, reward=[f"{write_rewards(tmp_path)}:varied"], temperature=3.0)
     assert all(m["loss"] == m["grad_norm"] == 0 and m["truncated"] == 1 and m["zero_spread"] < 1 for m in metrics_of(folder))
     assert all((w == 0).all() for name, w in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in name)
+
+
+def test_dapo_counts_only_the_tokens_of_groups_with_spread(tmp_path, monkeypatch, write_jsonl):
+    """The prompt of difficulty 3 gets 1 whatever is answered: its answers are masked and not among the tokens that the loss is divided by."""
+    seen, original = [], grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda *args: (seen.append(args), original(*args))[1])
+    monkeypatch.setattr(grpo, "sample", sample_by_prompt)
+    rows = [write_jsonl(ROWS, name) for name in ("train.jsonl", "eval.jsonl")]
+    folder = run(tmp_path, loss="dapo", reward=[f"{write_rewards(tmp_path)}:half"], dataset=rows[0], eval_dataset=rows[1], batch_size=3, max_steps=1, beta=0.0)
+    (_, _, _, advantages, mask, _, tokens, *_), = seen
+    used = advantages.view(3, 4).abs().sum(1) > 0
+    assert used.sum() == 2 and metrics_of(folder)[0]["zero_spread"] == pytest.approx(1 / 3)
+    assert ((mask.view(3, 4, -1).sum((1, 2)) > 0) == used).all() and tokens == mask.sum()
 
 
 def test_the_ratio_is_1_in_the_first_update_and_not_after(tmp_path, monkeypatch):
