@@ -121,8 +121,6 @@ def check(args):
         for name in names.split():
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
                 common.fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: from {low} to {high}")
-    if args.minibatch_size > args.batch_size:
-        common.fail(f"--minibatch-size {args.minibatch_size} is more than --batch-size {args.batch_size}")
     if args.track and not importlib.util.find_spec(args.track):
         common.fail(f"--track {args.track}: that package is not installed (pip install {args.track})")
 
@@ -481,7 +479,7 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
 
-    if world > args.minibatch_size:
+    if world > min(args.minibatch_size, args.batch_size):
         common.fail(f"--minibatch-size {args.minibatch_size} leaves some of the {world} processes without an answer")
 
     # data first, then one base with its roles
