@@ -77,11 +77,6 @@ def base_of(name: str) -> str:
     return find(adapter.base_model_name_or_path if adapter else name)
 
 
-def is_tiny(name: str) -> bool:
-    """True for the embedded models and adapters on them, which have data and learning rates of their own."""
-    return Path(find(name)).is_dir() and Path(base_of(name)).resolve().is_relative_to(HERE / "tiny")
-
-
 @contextlib.contextmanager
 def loading(name: str):
     """Turns what libraries raise for names, files and networks into one line."""
@@ -90,6 +85,12 @@ def loading(name: str):
     except Exception as error:  # each library has types of its own
         what = "that folder holds no such model" if Path(find(name)).is_dir() else "there is no such folder, and the Hub did not give it"
         fail(f"cannot load the model {name!r}: {what} ({' '.join(str(error).split()):.200})")
+
+
+def is_tiny(name: str) -> bool:
+    """True for the embedded models and adapters on them, which have data and learning rates of their own."""
+    with loading(name):
+        return Path(find(name)).is_dir() and Path(base_of(name)).resolve().is_relative_to(HERE / "tiny")
 
 
 def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradient_checkpointing: str = "auto", trainable: bool = True,
