@@ -12,12 +12,12 @@ same samples safe. GRPO drops the critic again. What makes it work on language m
 
     [1] the KL penalty is per token, in the reward, by k1 with samples of π (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)
     [2] the score is given at the last generated token only (Ziegler et al. 2019)
-    [3] answers that do not end by themselves lose --missing-eos-penalty (Stiennon et al. 2020 gave them a fixed low score)
+    [3] answers that do not end by themselves lose --missing-eos-penalty (the EOS trick in Huang et al. 2024, arXiv:2403.17031)
     [4] the critic starts from the reward model (Ouyang et al. 2022, appendix C.4), with weights of its own
-    [5] advantages are whitened over all real tokens of the batch (Ziegler et al.'s code; Huang et al. 2024, arXiv:2403.17031)
+    [5] advantages are whitened over all real tokens of the batch (Ziegler et al.'s code; Huang et al. 2024)
     [6] the value loss is clipped around the old values (Ziegler et al.'s code)
     [7] several epochs of minibatches on the same samples, each with an optimizer step (Schulman et al. 2017, algorithm 1)
-    [8] the epochs end early once the policy is --target-kl away from the sampler (Dossa et al. 2021)
+    [8] the epochs end early once the policy is --target-kl away from the sampler (studied by Dossa et al. 2021, IEEE Access)
     [9] the coefficient β can adapt to a KL target (Ziegler et al. 2019, section 2.2)
     [10] sampling and scoring use the same temperature and no dropout, so that the ratio is 1 at the start of the first epoch
 
@@ -559,7 +559,7 @@ def train(args):
         return {name: value[i:i + args.micro_batch_size] for name, value in batch.items()}
 
     def policy_logps(batch):
-        return completion_logps(model, **batch, temperature=args.temperature)[0]
+        return completion_logps(model, **batch, temperature=args.temperature)[0]  # [10]
 
     def evaluate(rows):
         ids, _, scores, stopped, _, logps, ref_logps = rollout(rows, args.seed)
