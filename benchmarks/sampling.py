@@ -49,7 +49,7 @@ def main():
     args = parser.parse_args()
     tokenizer, model = common.load_tokenizer(args.model), common.load_model(args.model, trainable=False)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
-    rows = [json.loads(line) for line in Path(common.find(args.prompts)).read_text().splitlines()][:args.count]
+    rows = [json.loads(line) for line in Path(common.find(args.prompts)).read_text().split("\n")[:args.count]]
     prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in rows]
     ratios = []
     for seed in range(-1, args.rounds):  # the first is a warm-up
