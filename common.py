@@ -18,6 +18,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import recommen
 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's use of it
 
 import bitsandbytes  # noqa: E402
+import huggingface_hub  # noqa: E402
 import jinja2  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -30,6 +31,7 @@ from transformers.integrations import sdpa_attention  # noqa: E402
 HERE = Path(__file__).resolve().parent
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+huggingface_hub.utils.logging.set_verbosity_error()  # without a network it reports every retry
 
 
 def fail(message: str) -> NoReturn:
