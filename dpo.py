@@ -57,7 +57,7 @@ class Args:
     eval_dataset: Optional[str] = arg(None, "held-out pairs, like --dataset (default: rows kept out of it that share no prompt with the rest)")
     eval_size: int = arg(100, "number of held-out pairs")
     loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"] = arg("dpo", "which preference loss")
-    beta: Optional[float] = arg(None, "pull towards the reference, or the scale of a loss without one (default: 0.1, simpo 2, tiny model 1)")
+    beta: Optional[float] = arg(None, "pull towards the reference, or the scale of a loss without one (default: 0.1, simpo 2, tiny model 2)")
     gamma: Optional[float] = arg(None, "simpo only: the margin γ that the rewards must exceed (default: 1)")
     label_smoothing: float = arg(0.0, "dpo only: the share of pairs assumed to be labelled the wrong way round")
     max_length: int = arg(1024, "longest prompt + answer, in tokens")
@@ -90,7 +90,7 @@ def check(args):
     if tiny and not args.dataset:
         args.dataset, args.eval_dataset = "tiny/data/preference_train.jsonl", args.eval_dataset or "tiny/data/preference_heldout.jsonl"
     # the tiny model's answers differ in a digit or two: at β = 0.1 it would be cheapest to unlearn the end of wrong answers
-    beta = {"simpo": 2.0}.get(args.loss, 1.0 if tiny else 0.1)
+    beta = {"simpo": 2.0}.get(args.loss, 2.0 if tiny else 0.1)
     defaults = {"dataset": "trl-lib/ultrafeedback_binarized", "micro_batch_size": 32 if tiny else 2, "learning_rate": 1e-3 if tiny else 2e-5,
                 "epochs": 2 if tiny else 1, "beta": beta, "gamma": 1.0 if args.loss == "simpo" else 0.0}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
