@@ -291,7 +291,8 @@ def test_collate_pads_from_lengths_though_pad_is_eos():
     sides = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
     for row, ids in enumerate(sides):
         assert batch["attention_mask"][row].sum() == len(ids)
-        assert batch["loss_mask"][row, len(ids) - 1] == 1 and ids[-2] == tokenizer.eos_token_id or ids[-1] == tokenizer.eos_token_id or batch["loss_mask"][row].sum() > 0
+        # the template closes a row with eos and a newline: eos is real and trained though pad has the same id, the newline is real and not trained
+        assert ids[-2] == tokenizer.eos_token_id and batch["loss_mask"][row, len(ids) - 2] == 1 and batch["loss_mask"][row, len(ids) - 1:].sum() == 0
         assert batch["input_ids"][row, :len(ids)].tolist() == ids
 
 
