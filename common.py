@@ -7,6 +7,7 @@ the model should learn to produce. A row that cannot be encoded raises ValueErro
 """
 import contextlib
 import functools
+import json
 import logging
 import os
 import sys
@@ -64,11 +65,10 @@ def find(name: str) -> str:
 
 def adapter_config(name: str) -> PeftConfig | None:
     """The config of a LoRA adapter, or None for a full model."""
-    path = Path(find(name))
-    if path.is_dir():
-        return PeftConfig.from_pretrained(path) if (path / "adapter_config.json").exists() else None
+    if Path(find(name)).is_dir() and not Path(find(name), "adapter_config.json").exists():
+        return None
     try:
-        return PeftConfig.from_pretrained(name)
+        return PeftConfig.from_pretrained(find(name))
     except ValueError:  # peft's answer if the Hub has no adapter_config.json there
         return None
 
@@ -84,15 +84,20 @@ def loading(name: str):
     """Turns what libraries raise for names, files and networks into one line."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        fail(f"the model {name!r} does not fit into the memory of the GPU: choose a smaller one, or --load-in-4bit on")
     except Exception as error:  # each library has types of its own
         what = "that folder holds no such model" if Path(find(name)).is_dir() else "there is no such folder, and the Hub did not give it"
         fail(f"cannot load the model {name!r}: {what} ({' '.join(str(error).split()):.200})")
 
 
 def is_tiny(name: str) -> bool:
-    """True for the embedded models and adapters on them, which have data and learning rates of their own."""
+    """True for the embedded models and what was trained from them: they have data and learning rates of their own."""
     with loading(name):
-        return Path(find(name)).is_dir() and Path(base_of(name)).resolve().is_relative_to(HERE / "tiny")
+        if not Path(find(name)).is_dir():
+            return False
+        run = Path(base_of(name), "summary.json")  # of a run that trained all weights
+        return is_tiny(json.loads(run.read_text())["model"]) if run.exists() else run.resolve().is_relative_to(HERE / "tiny")
 
 
 def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradient_checkpointing: str = "auto", trainable: bool = True,
@@ -138,11 +143,13 @@ def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradi
     elif trainable and not full:
         config = adapter or LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
         config.task_type, config.modules_to_save, config.inference_mode = task, ["score"] if task == "SEQ_CLS" else None, False
-        config.base_model_name_or_path = config.base_model_name_or_path or name
         model = get_peft_model(model, config)
         if adapter:  # a reward model that starts from a language model's adapter takes over its matrices
             score = {"base_model.model.score.weight": model.get_base_model().score.modules_to_save["default"].weight}
             set_peft_model_state_dict(model, load_peft_weights(find(name), device="cpu") | score)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # policy, reference and sampler must agree on a log-prob
+            module.p = 0.0
     for parameter in model.parameters():
         if parameter.requires_grad:  # the GradScaler cannot unscale fp16 gradients
             parameter.data = parameter.data.float()
@@ -170,22 +177,19 @@ def check_head(model):
 
 @contextlib.contextmanager
 def using(model, role: str | None):
-    """Inside, `model` wears another adapter, or with None it is the bare base. What can be trained stays as it was, where peft would change it."""
-    def keep(trainable=[p for p in model.parameters() if p.requires_grad]):
-        model.requires_grad_(False)
-        for p in trainable:
-            p.requires_grad_(True)
-
-    outer = model.active_adapter
+    """Inside, `model` wears another adapter, or with None it is the bare base. peft switches requires_grad with the adapter: it is put back."""
+    outer, flags = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
     try:
         with contextlib.nullcontext() if role else model.disable_adapter():
             if role:
                 model.set_adapter(role)
-            keep()
+            for p, flag in flags:
+                p.requires_grad_(flag)
             yield
     finally:
         model.set_adapter(outer)
-        keep()
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def reference(model):

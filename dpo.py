@@ -1,9 +1,9 @@
 """DPO: Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
 Learns from pairs (a prompt x, a better answer y_w, a worse answer y_l) without a reward model and without sampling.
-RLHF wants the policy of highest reward that stays near a reference. For any reward r that policy has a closed form,
-π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β), so r(x, y) = β log π(y|x) / π_ref(y|x) + a term in x alone (eq. 5). In the Bradley–Terry
-model of preferences only the difference of two rewards counts, the term in x drops out, and a classification loss is left (eq. 7):
+RLHF wants the policy π of highest reward r that stays near a reference: max E r − β KL(π ‖ π_ref), where β is the price of leaving it (eq. 3).
+That policy has a closed form, π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β), so r(x, y) = β log π(y|x) / π_ref(y|x) + a term in x alone (eq. 5). In the
+Bradley–Terry model of preferences only the difference of two rewards counts, the term in x drops out, and a classification loss is left (eq. 7):
 
     L = −E log σ( β [log π(y_w|x) − log π_ref(y_w|x)] − β [log π(y_l|x) − log π_ref(y_l|x)] )
 
@@ -15,18 +15,18 @@ sampling. `--loss` selects a relative: ipo and hinge, or simpo, orpo and cpo, wh
     python dpo.py --model runs/sft --dataset pairs.jsonl     # go on from an SFT adapter, which is then also the reference
     torchrun --nproc-per-node 2 dpo.py --model Qwen/Qwen2.5-7B-Instruct
 
-Healthy curves: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5, the margin grows steadily. The log-prob of
+Healthy curves: the loss starts at log 2 = 0.693 (with --loss dpo) and falls, the accuracy climbs from 0.5, the margin grows steadily. The log-prob of
 the chosen answer often falls too, only less than that of the rejected one: the loss asks for nothing but their difference.
 A KL that keeps growing while the accuracy stands still is over-optimisation: raise --beta or stop earlier.
 """
 import importlib.util
-import itertools
 import json
 import math
 import os
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import GenerationConfig, HfArgumentParser
 
 FIGURES = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
@@ -89,11 +89,13 @@ def check(args):
     tiny = common.is_tiny(args.model)
     if tiny and not args.dataset:
         args.dataset, args.eval_dataset = "tiny/data/preference_train.jsonl", args.eval_dataset or "tiny/data/preference_heldout.jsonl"
-    # the tiny model's answers differ in a digit or two: at β = 0.1 it would be cheapest to unlearn the end of wrong answers
+    # the tiny model's answers differ in a digit or two: at β = 0.1 it would be cheapest to unlearn ending a wrong answer
     beta = {"simpo": 2.0}.get(args.loss, 2.0 if tiny else 0.1)
     defaults = {"dataset": "trl-lib/ultrafeedback_binarized", "micro_batch_size": 32 if tiny else 2, "learning_rate": 1e-3 if tiny else 2e-5,
                 "epochs": 2 if tiny else 1, "beta": beta, "gamma": 1.0 if args.loss == "simpo" else 0.0}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
+    if args.eval_dataset == args.dataset:
+        common.fail(f"--eval-dataset {args.dataset} is also what is trained on: leave it out, and some of its rows are held out")
     for names, low, high in (
         ("batch_size micro_batch_size epochs lora_rank eval_size save_every max_new_tokens", 1, sys.maxsize), ("label_smoothing", 0, 0.5),
         ("max_length", 2, sys.maxsize), ("max_steps eval_every seed gamma", 0, sys.maxsize), ("beta learning_rate max_grad_norm", 1e-9, 1e9),
@@ -134,24 +136,24 @@ def load_rows(source, split, limit, seed):
 
 def encode_rows(rows, encode, wanted, source, max_length):
     """Encodes rows, and reports those cut or dropped. A bad row ends the run in a local file; in a Hub dataset it is dropped."""
-    examples, notes = [], {}
+    examples, notes = [], Counter()
     for number, row in enumerate(rows, 1):
-        if missing := [column for column in wanted if row.get(column) is None]:
-            common.fail(f"{source}, row {number}, has no {' and no '.join(missing)}: it has {', '.join(row)}, wanted are {', '.join(wanted)}")
         try:
+            if missing := [column for column in wanted if row.get(column) is None]:
+                raise ValueError(f"it has no {' and no '.join(missing)}; it has {', '.join(row)}, and wanted are {', '.join(wanted)}")
             example = encode(row)
-            note = "dropped: too long for" if example is None else "cut to" if example["cut"] else ""
-            note = note and f"{note} --max-length {max_length}"
+            note = "dropped as too long for" if example is None else "cut to" if example["cut"] else "within"
+            note = f"{note} --max-length {max_length}"
         except ValueError as error:
-            if Path(source).suffix:
+            if Path(source).suffix in (".json", ".jsonl", ".parquet"):
                 common.fail(f"{source}, row {number}: {error}")
-            example, note = None, f"dropped: {error}"
+            example, note = None, f"dropped, {error}"
         examples += [example] if example else []
-        notes[note] = notes.get(note, 0) + 1
-    for note, count in notes.items():
-        print(f"{source}: {count} of {len(rows)} rows {note}" if note else "", end="\n" if note else "")
+        notes[note] += 1
+    report = f"{source}, {len(rows)} rows: " + "; ".join(f"{count} {note}" for note, count in notes.items())
     if not examples:
-        common.fail(f"{source}: no row is left to use; {'; '.join(notes)}")
+        common.fail(f"{report}: no row is left to use")
+    print(report)
     return examples
 
 
@@ -162,7 +164,7 @@ def encode_pair(row, tokenizer, max_length):
     `chosen` and `rejected` begin with the prompt's ids. None if no answer token fits into max_length; ValueError for an unusable row.
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if {type(chosen), type(rejected), type(prompt)} - {type(None)} not in ({str}, {list}):
+    if {type(chosen), type(rejected), type(prompt)} - {type(None)} not in ({str}, {list}):  # no prompt, or one of the same type
         raise ValueError("prompt, chosen and rejected must all be strings or all be lists of messages")
     if chosen == rejected:
         raise ValueError("chosen equals rejected, so there is nothing to prefer")
@@ -178,8 +180,10 @@ def encode_pair(row, tokenizer, max_length):
     (chosen, chosen_mask), (rejected, rejected_mask) = encoded
     if 1 not in chosen_mask or 1 not in rejected_mask:
         raise ValueError("chosen or rejected holds no answer after the prompt")
-    # too long: the prompt loses its start, down to half of max_length and the same for both; then the answers lose their ends
     start, excess = min(chosen_mask.index(1), rejected_mask.index(1)), max(len(chosen), len(rejected)) - max_length
+    if start == 0 or chosen[:start] != rejected[:start]:
+        raise ValueError("chosen and rejected do not answer the same prompt: add it as a column, or let both begin with it")
+    # a prompt of max_length tokens or more is dropped. A shorter one loses its start, down to half of max_length; then the answers lose their ends
     cut = max(0, min(excess, start - max_length // 2))
     pair = {"chosen": chosen, "chosen_mask": chosen_mask, "rejected": rejected, "rejected_mask": rejected_mask, "prompt": chosen[:start]}
     pair = {name: ids[cut:cut + max_length] for name, ids in pair.items()}
@@ -204,8 +208,8 @@ def collate(pairs, pad_id, device):
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(hidden @ head.T / temperature)[targets] for a frozen head, without ever holding all logits.
 
-    For logits z and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature does not depend on the loss:
-    it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
+    For logits z = hidden @ head.T / temperature and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature
+    does not depend on the loss: it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
     """
 
     @staticmethod
@@ -274,7 +278,8 @@ def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected
     elif loss == "simpo":  # Meng et al. 2024, arXiv:2405.14734, eq. 6
         losses = -F.logsigmoid(margin - gamma)
     elif loss == "orpo":  # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7, with odds = p / (1 − p) and their λ as β
-        log_odds = (chosen_mean - rejected_mean) - (torch.log1p(-chosen_mean.exp()) - torch.log1p(-rejected_mean.exp()))
+        p_w, p_l = chosen_mean.clamp(max=-1e-6), rejected_mean.clamp(max=-1e-6)  # as a certain answer has infinite odds
+        log_odds = (p_w - p_l) - (torch.log1p(-p_w.exp()) - torch.log1p(-p_l.exp()))
         losses = -chosen_mean - beta * F.logsigmoid(log_odds)
     else:  # cpo: the preference loss, and the NLL of the chosen answer to keep it likely
         losses = -F.logsigmoid(margin) - chosen_logps
@@ -321,14 +326,11 @@ def sample_answers(model, tokenizer, prompts, args):
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=args.max_new_tokens,
         eos_token_id=common.stop_token_ids(tokenizer, model.generation_config), pad_token_id=tokenizer.pad_token_id)
-    answers = []
     model.eval()  # in train mode gradient checkpointing drops the cache, and the tokens change
-    for prompt in prompts:
-        torch.manual_seed(args.seed)
-        ids = model.generate(input_ids=torch.tensor([prompt], device=model.device), generation_config=config)[0, len(prompt):]
-        answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    torch.manual_seed(args.seed)
+    ids = [model.generate(input_ids=torch.tensor([prompt], device=model.device), generation_config=config)[0, len(prompt):] for prompt in prompts]
     model.train()
-    return answers
+    return [answer.strip() for answer in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def parse_args(kind, doc):
@@ -336,22 +338,22 @@ def parse_args(kind, doc):
     (args,) = HfArgumentParser(kind, description=doc.split("\n")[0]).parse_args_into_dataclasses()
     if not args.resume:
         return args
-    folder = Path(args.resume)
+    saved = Path(args.resume, "args.json")
     if args != kind(resume=args.resume):
         common.fail("--resume takes its settings from the run that it continues: leave all other flags out")
-    if (folder / "summary.json").exists() or not (folder / "args.json").exists():
-        common.fail(f"--resume {folder}: " + ("that run is finished" if (folder / "summary.json").exists() else "no run was started there"))
-    return kind(**json.loads((folder / "args.json").read_text()) | {"resume": args.resume})
+    if saved.with_name("summary.json").exists() or not saved.exists():
+        common.fail(f"--resume {args.resume}: " + ("no run was started there" if not saved.exists() else "that run is finished"))
+    return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
 
 
 def new_folder(wanted, default):
     """Creates the folder of a run: --output-dir, else the first free one of runs/x, runs/x-2, ... Never one that holds something."""
-    for number in itertools.count(1):
-        folder = Path(wanted or (default if number == 1 else f"{default}-{number}"))
-        if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
-            break
+    folder, number = Path(wanted or default), 1
+    while folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         if wanted:
             common.fail(f"--output-dir {wanted} is in use: name a new folder, or finish the run in it with --resume {wanted}")
+        number += 1
+        folder = Path(f"{default}-{number}")
     if number > 1:
         print(f"{default} is in use: this run goes to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -407,23 +409,23 @@ def train(args):
     folder = Path(args.resume) if args.resume else new_folder(args.output_dir, "runs/dpo") if rank == 0 else None
     torch.manual_seed(args.seed)
     model = common.load_model(args.model, load_in_4bit=args.load_in_4bit, lora_rank=args.lora_rank, gradient_checkpointing=args.gradient_checkpointing)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for p in weights.values() if world > 1 else ():
+    weights = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    for p in weights if world > 1 else ():
         dist.broadcast(p.data, 0)
-    optimizer = torch.optim.AdamW(weights.values(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     steps = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(args.warmup_ratio * steps), steps)
+    warmup = round(args.warmup_ratio * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * n / steps)))  # n from 0
     # small fp16 gradients would round to 0 without a scale; with bf16 and fp32 the scaler is off and passes everything through
     scaler = torch.amp.GradScaler(device.type, enabled=common.choose_dtype(device) == torch.float16)
 
     # 3. the state of the run: its start, or where it was interrupted
+    parts = {"weights": weights, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     state = {"step": 0, "seconds": 0.0, "before": None, "shown": None}
     if args.resume and (folder / "resume.pt").exists():
         state = torch.load(folder / "resume.pt", map_location=device, weights_only=True)
-        for name, p in weights.items():
-            p.data.copy_(state["weights"][name])
-        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", scaler)):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
     if rank == 0:
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if state["step"] else []
@@ -453,22 +455,22 @@ def train(args):
         mine = window[rank::world]
 
         # 6. gradients add up over micro-batches and ranks; a pair weighs 1 / window, so the sum is the gradient of the whole batch
-        totals, kl = torch.zeros(len(FIGURES), dtype=torch.float64, device=device), None
+        totals, kl = torch.zeros(len(FIGURES), dtype=torch.float64, device=device), {}
         for i in range(0, len(mine), args.micro_batch_size):
             loss, figures, hidden, ref_hidden = score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)
             scaler.scale(loss / len(window)).backward()
             totals += figures
             if i == 0 and ref_hidden is not None:  # a diagnostic: one micro-batch is enough
-                kl = exact_kl(hidden, ref_hidden, common.causal_lm(model).get_output_embeddings().weight).item()
-        for p in weights.values():
+                kl = {"kl": exact_kl(hidden, ref_hidden, common.causal_lm(model).get_output_embeddings().weight).item()}
+        for p in weights:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may be without pairs in the last window
         add_over_ranks([totals])
-        add_over_ranks([p.grad for p in weights.values()])
+        add_over_ranks([p.grad for p in weights])
         means = dict(zip(FIGURES, (totals / len(window)).tolist()))
 
         # 7. unscale, clip, step. Where fp16 gradients overflowed, the scaler skips the step and lowers its scale: no error until it is at 1
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), args.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
         if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
             bar.close()
             common.fail(f"step {step}: the loss is {means['loss']} and the gradient norm {grad_norm} in {settings['dtype']}: most likely --learning-rate "
@@ -480,11 +482,10 @@ def train(args):
         optimizer.zero_grad()
 
         # 8. what happened
+        seconds, tokens = time.time() - began, sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in window)
         evaluated = evaluate(model, held_out, args, pad_id, rank, world) if args.eval_every and step % args.eval_every == 0 else {}
-        tokens, memory = sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in window), peak_memory_gib(device)
-        metrics = {"step": step, **means, "kl": kl, "grad_norm": grad_norm, "learning_rate": learning_rate,
-                   "tokens_per_second": tokens / (time.time() - began), "peak_memory_gib": memory, **{f"eval_{k}": v for k, v in evaluated.items()}}
-        metrics = {name: value for name, value in metrics.items() if value is not None}
+        metrics = {"step": step, **means, **kl, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens_per_second": tokens / seconds,
+                   "peak_memory_gib": peak_memory_gib(device), **{f"eval_{k}": v for k, v in evaluated.items()}}
         bar.set_postfix({name: f"{means[name]:.3f}" for name in ("loss", "margin", "accuracy")}, refresh=False)
         if rank > 0:
             continue
@@ -493,10 +494,8 @@ def train(args):
         if tracker:
             tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         if step % args.save_every == 0:
-            state |= {"step": step, "seconds": time.time() - clock, "weights": {name: p.data for name, p in weights.items()},
-                      "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
-            torch.save(state, folder / "resume.pt.new")
-            os.replace(folder / "resume.pt.new", folder / "resume.pt")  # whole or not at all, whenever the run is killed
+            torch.save(state | {"step": step, "seconds": time.time() - clock} | {name: part.state_dict() for name, part in parts.items()}, folder / "new.pt")
+            os.replace(folder / "new.pt", folder / "resume.pt")  # whole or not at all, whenever the run is killed
 
     # 9. the end: the same held-out pairs and prompts once more
     seconds = time.time() - clock

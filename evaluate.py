@@ -81,33 +81,38 @@ def load_rows(source, split, limit, seed):
 
 def final_answer(text):
     """What a text says in the end: the content of its last \\boxed{}, else its last number, else None. Numbers are Fractions, so that 3.0 is 3."""
-    def parse(number):
-        over, _, under = number.replace(",", "").partition("/")
+    def parse(digits):
+        over, _, under = digits.replace(",", "").partition("/")
         try:
             return Fraction(over) / Fraction(under or 1)
         except (ValueError, ZeroDivisionError):  # 1/0, or thousands of digits
-            return number
+            return digits
 
-    pattern, text = r"-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?", text.replace("−", "-")
+    number = r"-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?![0-9])(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?(?:/[0-9]+)?"  # 1,000 but not 1,2
+    text = text.replace("−", "-")
     start = text.rfind("\\boxed{")
     if start < 0:
-        numbers = re.findall(r"(?<![\w.])" + pattern, text)
+        numbers = re.findall(r"(?<![\w.])" + number, text)
         return parse(numbers[-1]) if numbers else None
     depth, end = 1, start + len("\\boxed{")
     while end < len(text) and depth:
         depth, end = depth + (text[end] == "{") - (text[end] == "}"), end + 1
     inside = text[start + len("\\boxed{"):end - (depth == 0)]
-    inside = re.sub(r"\\text\{[^}]*\}|\\[$!,]", "", inside)  # 21 \text{ apples}, \$18, 1\,000
-    number = re.fullmatch(rf"[\s$]*({pattern})[\s$.%]*", inside)
-    return parse(number[1]) if number else "".join(inside.split()).strip("$")  # or a formula
+    inside = re.sub(r"\\[$!,]", "", inside)  # \$18, 1\,000
+    alone = re.fullmatch(rf"[\s$]*({number})[\s$.%]*", re.sub(r"\\text\{[^}]*\}", "", inside))  # 21 \text{ apples}
+    return parse(alone[1]) if alone else "".join(re.sub(r"\\text\{([^}]*)\}", r"\1", inside).split()).strip("$") or None  # a formula, or words
 
 
 def correct_answer(prompts, completions, answer=None, solution=None, **columns):
     """1.0 where the completion's last \\boxed{} or number is the row's `answer` (or `solution`, as some datasets call it), else 0.0."""
-    truths = [str(truth).split("####")[-1] for truth in (answer if answer is not None else solution)]  # GSM8K puts its answer after ####
-    # a bare formula is compared as a whole, a sentence by its last number
-    truths = [final_answer(truth if "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth else f"\\boxed{{{truth}}}") for truth in truths]
-    return [float(final_answer(text) == truth) for text, truth in zip(completions, truths)]
+    def final_truth(truth):  # a sentence is compared by its last number, a bare formula or words without a number as a whole
+        truth = str(truth).split("####")[-1]  # where GSM8K puts its answer
+        sentence = "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth
+        said = final_answer(truth) if sentence else None
+        return final_answer(f"\\boxed{{{truth}}}") if said is None else said
+
+    pairs = [(final_answer(text), final_truth(truth)) for text, truth in zip(completions, answer if answer is not None else solution)]
+    return [float(given is not None and given == truth) for given, truth in pairs]
 
 
 def load_function(spec):
@@ -162,8 +167,8 @@ def wilson(share, count):
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(hidden @ head.T / temperature)[targets] for a frozen head, without ever holding all logits.
 
-    For logits z and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature does not depend on the loss:
-    it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
+    For logits z = hidden @ head.T / temperature and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature
+    does not depend on the loss: it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
     """
 
     @staticmethod
@@ -212,7 +217,7 @@ def sample(model, prompts, samples_per_prompt, max_new_tokens, temperature, stop
     rows, width = len(prompts) * samples_per_prompt, max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=causal.device)  # [P, T], padded on the left
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=causal.device)  # [P, T]
-    noise = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(causal.device)
+    noise = torch.rand(rows, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(causal.device)
     new_ids = torch.full((rows, max_new_tokens), -1, device=causal.device)
     alive = torch.arange(rows, device=causal.device)  # rows that have not stopped
 

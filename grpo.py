@@ -6,6 +6,7 @@ reinforced as far as it beats the others of its group. With the group as the bas
     A_i = (r_i − mean(r)) / std(r)          for every token of completion i
     J = E 1/G Σ_i 1/|o_i| Σ_t { min[ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i] − β KL_t },   ρ_t = π(o_t) / π_old(o_t)
 
+KL_t is estimated by k3 = r − 1 − log r with r = π_ref/π, where k1 would be −log r (Schulman 2020, "Approximating KL divergence").
 Kept from PPO: the clipped ratio. Dropped: the critic, GAE and the value loss; the KL moves from the reward into the loss.
 `--loss` selects a relative (dr_grpo, dapo, gspo, cispo), `--baseline` what a reward is compared with (group, rloo, none).
 
@@ -14,11 +15,10 @@ Kept from PPO: the clipped ratio. Dropped: the critic, GAE and the value loss; t
     python grpo.py --model runs/sft --reward my_rewards.py:shortness correct_answer --reward-weights 0.1 1
     python grpo.py --reward-model runs/reward_model           # a learned reward on the same base
 
-Healthy curves: the reward rises, its spread within groups shrinks, KL and length grow slowly. The loss says nothing: it hovers around
-β KL. If most groups have no spread, the prompts are too easy or too hard; if entropy collapses while the reward stalls, lower the rate.
+Healthy curves: the reward rises, its spread within groups shrinks, KL (nats a token) and length grow slowly. The loss says nothing: with one
+update a rollout it is β KL. If most groups have no spread, the prompts are too easy or too hard; if entropy collapses while the reward stalls, lower the rate.
 """
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -37,7 +37,7 @@ import pyarrow.parquet
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import DynamicCache, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import DynamicCache, HfArgumentParser
 
 OnOff = Literal["auto", "on", "off"]
 FIGURES = ("loss", "kl", "entropy", "ratio", "clip_fraction")
@@ -57,9 +57,9 @@ class Args:
     reward: Optional[List[str]] = arg(None, "any of correct_answer, well_formed, concise, FILE.py:function (default: correct_answer; none with --reward-model)")
     reward_weights: Optional[List[float]] = arg(None, "a weight for each of --reward (default: all 1)")
     reward_model: Optional[str] = arg(None, "a run of reward_model.py on the same base: its score is added with weight 1")
-    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = arg("grpo", "which policy loss")
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = arg("grpo", "which policy loss; ratios and clips matter only with --updates above 1")
     baseline: Literal["group", "rloo", "none"] = arg("group", "what a reward is compared with: its group standardised, the others' mean, nothing")
-    beta: float = arg(0.04, "weight of the KL to the reference in the loss (0: no reference is computed)")
+    beta: Optional[float] = arg(None, "weight of the KL to the reference; 0 computes no reference (default: grpo and gspo 0.04, the others 0)")
     epsilon: float = arg(0.2, "how far below 1 the ratio counts (gspo: try 3e-4)")
     epsilon_high: Optional[float] = arg(None, "how far above 1 the ratio counts (default: epsilon; dapo 0.28, cispo 5)")
     updates: int = arg(1, "optimizer steps on the same samples")
@@ -93,11 +93,17 @@ def check(args):
     defaults = {
         "dataset": "trl-lib/DeepMath-103K", "batch_size": 16 if tiny else 8, "micro_batch_size": 128 if tiny else 2, "max_new_tokens": 24 if tiny else 512,
         "learning_rate": 1e-3 if tiny else 2e-5, "max_steps": 80 if tiny else 250, "reward": [] if args.reward_model else ["correct_answer"],
-        "epsilon_high": {"dapo": 0.28, "cispo": 5.0}.get(args.loss, args.epsilon)}
+        "epsilon_high": {"dapo": 0.28, "cispo": 5.0}.get(args.loss, args.epsilon), "beta": 0.04 if args.loss in ("grpo", "gspo") else 0.0}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.reward_weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(args.reward)
     if len(args.reward_weights) != len(args.reward):
         common.fail(f"--reward-weights has {len(args.reward_weights)} numbers for the {len(args.reward)} functions of --reward")
+    if len({name.rpartition(":")[2] for name in args.reward}) < len(args.reward):
+        common.fail(f"--reward {' '.join(args.reward)} has a function, or the name of one, twice: their figures could not be told apart")
+    if args.loss == "dapo" and args.baseline == "none":
+        common.fail("--loss dapo leaves groups of equal rewards out, which without a baseline teach as much as others: choose --baseline group or rloo")
+    if args.eval_dataset == args.dataset:
+        common.fail(f"--eval-dataset {args.dataset} is also what is trained on: leave it out, and some of its rows are held out")
     for names, low, high in (
         ("batch_size micro_batch_size sample_batch_size updates max_new_tokens max_prompt_length max_steps lora_rank eval_size", 1, sys.maxsize),
         ("show_every save_every", 1, sys.maxsize),
@@ -178,33 +184,38 @@ def last_words(prompt):
 
 def final_answer(text):
     """What a text says in the end: the content of its last \\boxed{}, else its last number, else None. Numbers are Fractions, so that 3.0 is 3."""
-    def parse(number):
-        over, _, under = number.replace(",", "").partition("/")
+    def parse(digits):
+        over, _, under = digits.replace(",", "").partition("/")
         try:
             return Fraction(over) / Fraction(under or 1)
         except (ValueError, ZeroDivisionError):  # 1/0, or thousands of digits
-            return number
+            return digits
 
-    pattern, text = r"-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?", text.replace("−", "-")
+    number = r"-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?![0-9])(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?(?:/[0-9]+)?"  # 1,000 but not 1,2
+    text = text.replace("−", "-")
     start = text.rfind("\\boxed{")
     if start < 0:
-        numbers = re.findall(r"(?<![\w.])" + pattern, text)
+        numbers = re.findall(r"(?<![\w.])" + number, text)
         return parse(numbers[-1]) if numbers else None
     depth, end = 1, start + len("\\boxed{")
     while end < len(text) and depth:
         depth, end = depth + (text[end] == "{") - (text[end] == "}"), end + 1
     inside = text[start + len("\\boxed{"):end - (depth == 0)]
-    inside = re.sub(r"\\text\{[^}]*\}|\\[$!,]", "", inside)  # 21 \text{ apples}, \$18, 1\,000
-    number = re.fullmatch(rf"[\s$]*({pattern})[\s$.%]*", inside)
-    return parse(number[1]) if number else "".join(inside.split()).strip("$")  # or a formula
+    inside = re.sub(r"\\[$!,]", "", inside)  # \$18, 1\,000
+    alone = re.fullmatch(rf"[\s$]*({number})[\s$.%]*", re.sub(r"\\text\{[^}]*\}", "", inside))  # 21 \text{ apples}
+    return parse(alone[1]) if alone else "".join(re.sub(r"\\text\{([^}]*)\}", r"\1", inside).split()).strip("$") or None  # a formula, or words
 
 
 def correct_answer(prompts, completions, answer=None, solution=None, **columns):
     """1.0 where the completion's last \\boxed{} or number is the row's `answer` (or `solution`, as some datasets call it), else 0.0."""
-    truths = [str(truth).split("####")[-1] for truth in (answer if answer is not None else solution)]  # GSM8K puts its answer after ####
-    # a bare formula is compared as a whole, a sentence by its last number
-    truths = [final_answer(truth if "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth else f"\\boxed{{{truth}}}") for truth in truths]
-    return [float(final_answer(text) == truth) for text, truth in zip(completions, truths)]
+    def final_truth(truth):  # a sentence is compared by its last number, a bare formula or words without a number as a whole
+        truth = str(truth).split("####")[-1]  # where GSM8K puts its answer
+        sentence = "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth
+        said = final_answer(truth) if sentence else None
+        return final_answer(f"\\boxed{{{truth}}}") if said is None else said
+
+    pairs = [(final_answer(text), final_truth(truth)) for text, truth in zip(completions, answer if answer is not None else solution)]
+    return [float(given is not None and given == truth) for given, truth in pairs]
 
 
 def well_formed(prompts, completions, **columns):
@@ -282,8 +293,8 @@ def collate(prompts, completions, pad_id, device):
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(hidden @ head.T / temperature)[targets] for a frozen head, without ever holding all logits.
 
-    For logits z and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature does not depend on the loss:
-    it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
+    For logits z = hidden @ head.T / temperature and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature
+    does not depend on the loss: it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
     """
 
     @staticmethod
@@ -339,8 +350,8 @@ def policy_loss(logps, old_logps, ref_logps, advantages, mask, sequences, tokens
     log_ratio = (logps - old_logps) * mask  # [B, T-1]
     if loss == "gspo":  # Zheng et al. 2025, arXiv:2507.18071, eqs. 5 and 7: one ratio a sequence, the geometric mean of its tokens'
         log_ratio = (log_ratio.sum(-1, keepdim=True) / length).expand_as(mask)
-    # With one update a rollout π is π_old: the ratio is 1, and as the advantages of a group add up to 0, so does the loss (but for the KL).
-    # Its gradient does not: d ratio = d log π, so that each token is pushed by its advantage, as in REINFORCE.
+    # With one update a rollout π is π_old: the ratio is 1, and as the advantages of a group add up to 0, so do the means of its sequences: the
+    # loss of grpo and gspo is 0 but for the KL. The gradient is not: d ratio = d log π, each token is pushed by its advantage, as in REINFORCE.
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     if loss == "cispo":  # MiniMax-M1 2025, arXiv:2506.13585, eqs. 4 and 5: REINFORCE with a clipped, detached weight; no token loses its gradient
@@ -348,7 +359,7 @@ def policy_loss(logps, old_logps, ref_logps, advantages, mask, sequences, tokens
     else:  # min: the clip takes away the gain of going further, never the way back (PPO eq. 7)
         objective = torch.minimum(ratio * advantages, clipped * advantages)  # [B, T-1]
     kl = torch.zeros_like(logps)
-    if beta > 0:  # k3, eq. 4: r − log r − 1 with r = π_ref / π, unbiased for KL(π ‖ π_ref) and never negative
+    if beta > 0:  # k3, DeepSeekMath eq. 4. Its value is unbiased for KL(π ‖ π_ref) and never negative; its gradient is that of KL(π_ref ‖ π)
         log_r = (ref_logps - logps) * mask
         kl = log_r.exp() - log_r - 1  # [B, T-1]
     weight = {  # what a token counts
@@ -374,7 +385,7 @@ def sample(model, prompts, samples_per_prompt, max_new_tokens, temperature, stop
     rows, width = len(prompts) * samples_per_prompt, max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=causal.device)  # [P, T], padded on the left
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=causal.device)  # [P, T]
-    noise = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(causal.device)
+    noise = torch.rand(rows, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(causal.device)
     new_ids = torch.full((rows, max_new_tokens), -1, device=causal.device)
     alive = torch.arange(rows, device=causal.device)  # rows that have not stopped
 
@@ -409,22 +420,22 @@ def parse_args(kind, doc):
     (args,) = HfArgumentParser(kind, description=doc.split("\n")[0]).parse_args_into_dataclasses()
     if not args.resume:
         return args
-    folder = Path(args.resume)
+    saved = Path(args.resume, "args.json")
     if args != kind(resume=args.resume):
         common.fail("--resume takes its settings from the run that it continues: leave all other flags out")
-    if (folder / "summary.json").exists() or not (folder / "args.json").exists():
-        common.fail(f"--resume {folder}: " + ("that run is finished" if (folder / "summary.json").exists() else "no run was started there"))
-    return kind(**json.loads((folder / "args.json").read_text()) | {"resume": args.resume})
+    if saved.with_name("summary.json").exists() or not saved.exists():
+        common.fail(f"--resume {args.resume}: " + ("no run was started there" if not saved.exists() else "that run is finished"))
+    return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
 
 
 def new_folder(wanted, default):
     """Creates the folder of a run: --output-dir, else the first free one of runs/x, runs/x-2, ... Never one that holds something."""
-    for number in itertools.count(1):
-        folder = Path(wanted or (default if number == 1 else f"{default}-{number}"))
-        if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
-            break
+    folder, number = Path(wanted or default), 1
+    while folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         if wanted:
             common.fail(f"--output-dir {wanted} is in use: name a new folder, or finish the run in it with --resume {wanted}")
+        number += 1
+        folder = Path(f"{default}-{number}")
     if number > 1:
         print(f"{default} is in use: this run goes to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -446,9 +457,9 @@ def add_over_ranks(tensors):
 
 
 def rollout(model, tokenizer, rows, functions, head, args, repeats, seed):
-    """Samples `repeats` completions of every row's prompt and scores them: steps 1 and 2 of a training step, and the evaluation.
+    """Samples `repeats` completions of every row's prompt and scores them: step 2 of a training step, and the evaluation.
 
-    Returns rows and completions (ids), one entry a sample; texts; scores [functions, samples]; and the batch for training.
+    Returns rows and completions (ids), one entry a sample; texts; scores [functions, samples]; what stopped by itself [samples]; the batch for training.
     """
     device, stop_ids = common.causal_lm(model).device, common.stop_token_ids(tokenizer, model.generation_config)
     size, ids = max(1, args.sample_batch_size // repeats), []
@@ -490,24 +501,24 @@ def train(args):
     folder = Path(args.resume) if args.resume else new_folder(args.output_dir, "runs/grpo") if rank == 0 else None
     torch.manual_seed(args.seed)
     model = common.load_model(args.model, load_in_4bit=args.load_in_4bit, lora_rank=args.lora_rank, gradient_checkpointing=args.gradient_checkpointing)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for p in weights.values() if world > 1 else ():
+    weights = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    for p in weights if world > 1 else ():
         dist.broadcast(p.data, 0)
     head = common.add_role(model, args.reward_model, "reward") if args.reward_model else None
     names = [name.rpartition(":")[2] for name in args.reward] + ["reward_model"] * (head is not None)
     reward_weights = torch.tensor(args.reward_weights + [1.0] * (head is not None), dtype=torch.float64)[:, None]  # [functions, 1]
-    optimizer = torch.optim.AdamW(weights.values(), lr=args.learning_rate, weight_decay=0.0)
-    optimizer_steps = args.max_steps * args.updates
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(args.warmup_ratio * optimizer_steps), optimizer_steps)
+    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
+    steps = args.max_steps * args.updates
+    warmup = round(args.warmup_ratio * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * n / steps)))  # n from 0
     # small fp16 gradients would round to 0 without a scale; with bf16 and fp32 the scaler is off and passes everything through
     scaler = torch.amp.GradScaler(device.type, enabled=common.choose_dtype(device) == torch.float16)
     # the state of the run: its start, or where it was interrupted
+    parts = {"weights": weights, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     state = {"step": 0, "seconds": 0.0, "before": None}
     if args.resume and (folder / "resume.pt").exists():
         state = torch.load(folder / "resume.pt", map_location=device, weights_only=True)
-        for name, p in weights.items():
-            p.data.copy_(state["weights"][name])
-        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", scaler)):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
     if rank == 0:
         for file in ("metrics.jsonl", "samples.jsonl"):
@@ -550,41 +561,43 @@ def train(args):
         add_over_ranks([tokens])
 
         # 4. log-probs of the samples by the policy that wrote them and by the reference, before anything moves
-        parts = [slice(i, i + args.micro_batch_size) for i in range(0, len(ids), args.micro_batch_size)]
-        parts = [part for part in parts if batch["loss_mask"][part].any()]
+        micros = [slice(i, i + args.micro_batch_size) for i in range(0, len(ids), args.micro_batch_size)]
+        micros = [micro for micro in micros if batch["loss_mask"][micro].any()]
 
-        def score(part):
+        def score(micro):
             with torch.autocast(device.type, common.choose_dtype(device), enabled=device.type == "cuda"):
-                return completion_logps(model, **{name: value[part] for name, value in batch.items()}, temperature=args.temperature)[0]
+                return completion_logps(model, **{name: value[micro] for name, value in batch.items()}, temperature=args.temperature)[0]
 
         model.train()
         with torch.no_grad():
-            old_logps = [score(part) if args.updates > 1 else None for part in parts]
+            old_logps = [score(micro) if args.updates > 1 else None for micro in micros]
             with common.reference(model):
-                ref_logps = [score(part) if args.beta > 0 else None for part in parts]
+                ref_logps = [score(micro) if args.beta > 0 else None for micro in micros]
 
         # 5. the updates: gradients add up over micro-batches and ranks
+        means = torch.zeros(len(FIGURES), dtype=torch.float64, device=device)
         for update in range(args.updates):
             totals = torch.zeros(len(FIGURES), dtype=torch.float64, device=device)
-            for part, old, ref in zip(parts, old_logps, ref_logps):
-                logps, mask = score(part), batch["loss_mask"][part][:, 1:]  # [b, T-1]
+            for micro, old, ref in zip(micros, old_logps, ref_logps):
+                logps, mask, advantage = score(micro), batch["loss_mask"][micro][:, 1:], advantages[micro]  # [b, T-1], [b, T-1], [b]
                 loss, ratio, kl = policy_loss(
-                    logps, logps.detach() if old is None else old, ref, advantages[part], mask, sequences, tokens.item(),
+                    logps, logps.detach() if old is None else old, ref, advantage, mask, sequences, tokens.item(),
                     args.loss, args.beta, args.epsilon, args.epsilon_high, args.max_new_tokens)
                 scaler.scale(loss).backward()
-                outside = (ratio < 1 - args.epsilon) & (advantages[part][:, None] < 0) | (ratio > 1 + args.epsilon_high) & (advantages[part][:, None] > 0)
-                figures = [kl, -logps, ratio, outside]  # −log π of a sample is an unbiased estimate of the entropy while π is the sampler
+                high, low = ratio > 1 + args.epsilon_high, ratio < 1 - args.epsilon
+                clipped = high if args.loss == "cispo" else high & (advantage[:, None] > 0) | low & (advantage[:, None] < 0)
+                figures = [kl, -logps, ratio, clipped]  # −log π of a sample is an unbiased estimate of the entropy while π is the sampler
                 totals += torch.stack([loss.detach()] + [(figure.detach() * mask).sum() / tokens for figure in figures]).double()
             add_over_ranks([totals])
-            for p in weights.values():
+            for p in weights:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            add_over_ranks([p.grad for p in weights.values()])
+            add_over_ranks([p.grad for p in weights])
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), args.max_grad_norm).item()
-            means = dict(zip(FIGURES, totals.tolist()))
-            if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
+            loss, means = totals[0].item(), means + totals / args.updates
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
                 bar.close()
-                common.fail(f"step {step}: the loss is {means['loss']} and the gradient norm {grad_norm} in {settings['dtype']}: most likely --learning-rate "
+                common.fail(f"step {step}: the loss is {loss} and the gradient norm {grad_norm} in {settings['dtype']}: most likely --learning-rate "
                             f"{args.learning_rate} is too high" + (", or activations exceed what fp16 can hold" if scaler.is_enabled() else ""))
             learning_rate = schedule.get_last_lr()[0]
             scaler.step(optimizer)
@@ -593,10 +606,10 @@ def train(args):
             optimizer.zero_grad()
 
         # 6. what happened, over all ranks
-        counts = torch.tensor([len(mine), (~spread).sum(), rewards.sum(), rewards.square().sum(), advantages.square().sum(), sum(map(len, ids)),
-                               (~stopped).sum(), *scores.sum(1), *scores.square().sum(1)], dtype=torch.float64, device=device)
+        counts = torch.tensor([len(mine), (~spread).sum(), rewards.sum(), rewards.square().sum(), advantages.sum(), advantages.square().sum(),
+                               sum(map(len, ids)), (~stopped).sum(), *scores.sum(1), *scores.square().sum(1)], dtype=torch.float64, device=device)
         add_over_ranks([counts])
-        prompts, flat, reward, square, advantage_square, length, truncated, *sums = counts.tolist()
+        prompts, flat, reward, square, advantage, advantage_square, length, truncated, *sums = counts.tolist()
         count = prompts * args.group_size
 
         def spread_of(total, squares):
@@ -607,9 +620,9 @@ def train(args):
             "step": step, "reward": reward / count, "reward_std": spread_of(reward, square),
             **{f"reward_{name}": total / count for name, total in zip(names, sums)},
             **{f"reward_{name}_std": spread_of(total, squares) for name, total, squares in zip(names, sums, sums[len(names):])},
-            "zero_spread": flat / prompts, **means, "advantage_std": math.sqrt(advantage_square / count), "length": length / count,
-            "truncated": truncated / count, "grad_norm": grad_norm, "learning_rate": learning_rate, "sampling_share": sampling_seconds / seconds,
-            "tokens_per_second": length / seconds, "peak_memory_gib": peak_memory_gib(device)}
+            "zero_spread": flat / prompts, **dict(zip(FIGURES, means.tolist())), "advantage_std": spread_of(advantage, advantage_square),
+            "length": length / count, "truncated": truncated / count, "grad_norm": grad_norm, "learning_rate": learning_rate,
+            "sampling_share": sampling_seconds / seconds, "tokens_per_second": length / seconds, "peak_memory_gib": peak_memory_gib(device)}
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "kl", "length")}, refresh=False)
         if rank > 0:
             continue
@@ -620,15 +633,13 @@ def train(args):
                      for row, text, values, advantage in zip(samples, texts, scores.T.tolist(), advantages.tolist())][:args.group_size]
             with open(folder / "samples.jsonl", "a") as file:
                 file.write("".join(json.dumps(sample) + "\n" for sample in shown))
-            lines = [f"\n  {sum(s['rewards'].values()):6.2f}  {' '.join(s['completion'].split()):.120}" for s in shown[:4]]
+            lines = [f"\n  {value:6.2f}  {' '.join(s['completion'].split()):.120}" for s, value in zip(shown[:4], rewards.flatten().tolist())]
             bar.write(f"\nstep {step}: {last_words(shown[0]['prompt'])}{''.join(lines)}")
         if tracker:
             tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         if step % args.save_every == 0:
-            state |= {"step": step, "seconds": time.time() - clock, "weights": {name: p.data for name, p in weights.items()},
-                      "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
-            torch.save(state, folder / "resume.pt.new")
-            os.replace(folder / "resume.pt.new", folder / "resume.pt")  # whole or not at all, whenever the run is killed
+            torch.save(state | {"step": step, "seconds": time.time() - clock} | {name: part.state_dict() for name, part in parts.items()}, folder / "new.pt")
+            os.replace(folder / "new.pt", folder / "resume.pt")  # whole or not at all, whenever the run is killed
 
     # the end: the same held-out prompts once more
     seconds, after = time.time() - clock, evaluate(model, tokenizer, held_out, functions, head, args)

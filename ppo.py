@@ -10,9 +10,9 @@ the reward model that scores whole answers, and the critic that predicts the ret
 Against REINFORCE it adds the critic, which tells good tokens from bad ones within an answer, and the clip, which makes several updates on the
 same samples safe. GRPO drops the critic again. What makes it work on language models, and where it stands below:
 
-    [1] the KL penalty is per token, in the reward, by k1 with samples of π (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)
+    [1] the KL penalty is per token, in the reward, by log π − log π_ref at samples of π (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)
     [2] the score is given at the last generated token only (Ziegler et al. 2019)
-    [3] answers that do not end by themselves lose --missing-eos-penalty (the EOS trick in Huang et al. 2024, arXiv:2403.17031)
+    [3] answers that do not end by themselves lose --missing-eos-penalty (a milder EOS trick: in Huang et al. 2024, arXiv:2403.17031, they score −1)
     [4] the critic starts from the reward model (Ouyang et al. 2022, appendix C.4), with weights of its own
     [5] advantages are whitened over all real tokens of the batch (Ziegler et al.'s code; Huang et al. 2024)
     [6] the value loss is clipped around the old values (Ziegler et al.'s code)
@@ -25,11 +25,10 @@ same samples safe. GRPO drops the critic again. What makes it work on language m
     python ppo.py --model runs/sft --reward-model runs/reward_model   # the whole pipeline on your own adapters
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --reward-model runs/reward_model --dataset prompts.jsonl
 
-Healthy curves: reward up, KL up slowly and below ten nats, explained variance from below 0 towards 1, clip fraction under 0.2. A reward that
+Healthy curves: reward up, KL up slowly and below ten nats an answer, explained variance from below 0 towards 1, clip fraction under 0.2. A reward that
 rises with the KL while the samples get odd is reward hacking: raise --beta.
 """
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -48,7 +47,7 @@ import pyarrow.parquet
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache, HfArgumentParser
 
 OnOff = Literal["auto", "on", "off"]
 FIGURES = ("policy_loss", "value_loss", "policy_kl", "clip_fraction", "entropy", "ratio")
@@ -67,7 +66,7 @@ class Args:
     eval_size: int = arg(64, "number of held-out prompts")
     reward_model: Optional[str] = arg(None, "a run of reward_model.py on the same base, or any sequence classifier (default: tiny/reward for the tiny model)")
     reward: Optional[str] = arg(None, "instead of a reward model, correct_answer or FILE.py:function")
-    beta: float = arg(0.05, "coefficient of the KL penalty in the reward")
+    beta: Optional[float] = arg(None, "coefficient of the KL penalty in the reward (default: 0.05, tiny model 0.5)")
     adaptive_kl: Optional[float] = arg(None, "adapt beta so that the KL of an answer approaches this many nats (default: beta stays)")
     missing_eos_penalty: float = arg(1.0, "taken from the score of an answer that does not end by itself")
     gamma: float = arg(1.0, "discount γ")
@@ -104,6 +103,8 @@ def check(args):
     tiny = common.is_tiny(args.model)
     if tiny and not args.dataset:
         args.dataset, args.eval_dataset = "tiny/data/prompt_train.jsonl", args.eval_dataset or "tiny/data/prompt_heldout.jsonl"
+    if args.adaptive_kl and args.beta == 0:
+        common.fail("--adaptive-kl multiplies --beta, and 0 stays 0: start from a small one")
     if args.reward and args.reward_model:
         common.fail("--reward and --reward-model exclude each other: the score of an answer is the one or the other")
     if not args.reward and not args.reward_model and not tiny:
@@ -111,8 +112,12 @@ def check(args):
     defaults = {
         "dataset": "trl-lib/DeepMath-103K", "reward_model": None if args.reward else "tiny/reward", "batch_size": 128 if tiny else 64,
         "minibatch_size": 64 if tiny else 16, "micro_batch_size": 64 if tiny else 2, "max_new_tokens": 24 if tiny else 256,
-        "learning_rate": 5e-4 if tiny else 1e-5, "max_steps": 25 if tiny else 200}
+        "learning_rate": 5e-4 if tiny else 1e-5, "max_steps": 25 if tiny else 200,
+        # at 0.05 the tiny model finds what its reward model overlooks: right equations that were not asked for
+        "beta": 0.5 if tiny else 0.05}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
+    if args.eval_dataset == args.dataset:
+        common.fail(f"--eval-dataset {args.dataset} is also what is trained on: leave it out, and some of its rows are held out")
     for names, low, high in (
         ("batch_size minibatch_size micro_batch_size sample_batch_size epochs max_new_tokens max_prompt_length max_steps lora_rank eval_size", 1, sys.maxsize),
         ("show_every save_every", 1, sys.maxsize), ("seed beta missing_eos_penalty value_weight", 0, sys.maxsize), ("warmup_ratio gamma lam", 0, 1),
@@ -121,6 +126,8 @@ def check(args):
         for name in names.split():
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
                 common.fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: from {low} to {high}")
+    if args.batch_size % args.minibatch_size:
+        common.fail(f"--batch-size {args.batch_size} is no multiple of --minibatch-size {args.minibatch_size}")
     if args.track and not importlib.util.find_spec(args.track):
         common.fail(f"--track {args.track}: that package is not installed (pip install {args.track})")
 
@@ -192,33 +199,38 @@ def last_words(prompt):
 
 def final_answer(text):
     """What a text says in the end: the content of its last \\boxed{}, else its last number, else None. Numbers are Fractions, so that 3.0 is 3."""
-    def parse(number):
-        over, _, under = number.replace(",", "").partition("/")
+    def parse(digits):
+        over, _, under = digits.replace(",", "").partition("/")
         try:
             return Fraction(over) / Fraction(under or 1)
         except (ValueError, ZeroDivisionError):  # 1/0, or thousands of digits
-            return number
+            return digits
 
-    pattern, text = r"-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?", text.replace("−", "-")
+    number = r"-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?![0-9])(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?(?:/[0-9]+)?"  # 1,000 but not 1,2
+    text = text.replace("−", "-")
     start = text.rfind("\\boxed{")
     if start < 0:
-        numbers = re.findall(r"(?<![\w.])" + pattern, text)
+        numbers = re.findall(r"(?<![\w.])" + number, text)
         return parse(numbers[-1]) if numbers else None
     depth, end = 1, start + len("\\boxed{")
     while end < len(text) and depth:
         depth, end = depth + (text[end] == "{") - (text[end] == "}"), end + 1
     inside = text[start + len("\\boxed{"):end - (depth == 0)]
-    inside = re.sub(r"\\text\{[^}]*\}|\\[$!,]", "", inside)  # 21 \text{ apples}, \$18, 1\,000
-    number = re.fullmatch(rf"[\s$]*({pattern})[\s$.%]*", inside)
-    return parse(number[1]) if number else "".join(inside.split()).strip("$")  # or a formula
+    inside = re.sub(r"\\[$!,]", "", inside)  # \$18, 1\,000
+    alone = re.fullmatch(rf"[\s$]*({number})[\s$.%]*", re.sub(r"\\text\{[^}]*\}", "", inside))  # 21 \text{ apples}
+    return parse(alone[1]) if alone else "".join(re.sub(r"\\text\{([^}]*)\}", r"\1", inside).split()).strip("$") or None  # a formula, or words
 
 
 def correct_answer(prompts, completions, answer=None, solution=None, **columns):
     """1.0 where the completion's last \\boxed{} or number is the row's `answer` (or `solution`, as some datasets call it), else 0.0."""
-    truths = [str(truth).split("####")[-1] for truth in (answer if answer is not None else solution)]  # GSM8K puts its answer after ####
-    # a bare formula is compared as a whole, a sentence by its last number
-    truths = [final_answer(truth if "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth else f"\\boxed{{{truth}}}") for truth in truths]
-    return [float(final_answer(text) == truth) for text, truth in zip(completions, truths)]
+    def final_truth(truth):  # a sentence is compared by its last number, a bare formula or words without a number as a whole
+        truth = str(truth).split("####")[-1]  # where GSM8K puts its answer
+        sentence = "\\boxed{" in truth or " " in truth.strip() and "\\" not in truth
+        said = final_answer(truth) if sentence else None
+        return final_answer(f"\\boxed{{{truth}}}") if said is None else said
+
+    pairs = [(final_answer(text), final_truth(truth)) for text, truth in zip(completions, answer if answer is not None else solution)]
+    return [float(given is not None and given == truth) for given, truth in pairs]
 
 
 def load_function(spec):
@@ -299,8 +311,8 @@ def collate(prompts, completions, pad_id, device):
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(hidden @ head.T / temperature)[targets] for a frozen head, without ever holding all logits.
 
-    For logits z and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature does not depend on the loss:
-    it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
+    For logits z = hidden @ head.T / temperature and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature
+    does not depend on the loss: it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
     """
 
     @staticmethod
@@ -345,7 +357,8 @@ def token_values(model, head, input_ids, attention_mask, loss_mask):
 
 def token_rewards(scores, logps, ref_logps, mask, beta):
     """Rewards [B, T-1] of the tokens: the KL penalty for each [1], and the scores [B] at the last token of each answer [2]."""
-    # k1, log π − log π_ref, is what makes the expected sum the KL exactly; k3 here would push almost the wrong way
+    # log π − log π_ref is the estimator k1 of the KL (Schulman 2020). k3 has the same mean, but as a reward only k1 has the gradient of the KL:
+    # that of k3 nearly vanishes close to the reference, and can point away from it further off
     rewards = -beta * (logps - ref_logps) * mask  # [B, T-1]
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # [B]
     rewards[torch.arange(len(last)), last] += scores
@@ -375,13 +388,13 @@ def whiten(values, mask):
 def clipped_loss(logps, old_logps, advantages, mask, tokens, epsilon):
     """PPO eq. 7 as a loss, summed over the answers given and divided by the `tokens` of the whole minibatch; and the ratios [B, T-1]."""
     ratio = ((logps - old_logps) * mask).exp()  # [B, T-1]
-    # min: the clip takes away the gain of going further, never the way back. With A < 0 it is the larger loss, too
+    # min: the clip takes away the gain of going further, above 1 + ε if A > 0 and below 1 − ε if A < 0, never the way back
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)  # [B, T-1]
     return -(objective * mask).sum() / tokens, ratio
 
 
 def value_loss(values, old_values, returns, mask, tokens, epsilon):
-    """Squared error of the critic, summed and divided likewise; the larger of it and that of the value clipped around the old one [6]."""
+    """Half the squared error of the critic, summed and divided likewise; the larger of it and that of the value clipped around the old one [6]."""
     clipped = old_values + (values - old_values).clamp(-epsilon, epsilon)  # [B, T-1]
     return 0.5 * (torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum() / tokens
 
@@ -401,7 +414,7 @@ def sample(model, prompts, samples_per_prompt, max_new_tokens, temperature, stop
     rows, width = len(prompts) * samples_per_prompt, max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=causal.device)  # [P, T], padded on the left
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=causal.device)  # [P, T]
-    noise = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(causal.device)
+    noise = torch.rand(rows, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(causal.device)
     new_ids = torch.full((rows, max_new_tokens), -1, device=causal.device)
     alive = torch.arange(rows, device=causal.device)  # rows that have not stopped
 
@@ -436,22 +449,22 @@ def parse_args(kind, doc):
     (args,) = HfArgumentParser(kind, description=doc.split("\n")[0]).parse_args_into_dataclasses()
     if not args.resume:
         return args
-    folder = Path(args.resume)
+    saved = Path(args.resume, "args.json")
     if args != kind(resume=args.resume):
         common.fail("--resume takes its settings from the run that it continues: leave all other flags out")
-    if (folder / "summary.json").exists() or not (folder / "args.json").exists():
-        common.fail(f"--resume {folder}: " + ("that run is finished" if (folder / "summary.json").exists() else "no run was started there"))
-    return kind(**json.loads((folder / "args.json").read_text()) | {"resume": args.resume})
+    if saved.with_name("summary.json").exists() or not saved.exists():
+        common.fail(f"--resume {args.resume}: " + ("no run was started there" if not saved.exists() else "that run is finished"))
+    return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
 
 
 def new_folder(wanted, default):
     """Creates the folder of a run: --output-dir, else the first free one of runs/x, runs/x-2, ... Never one that holds something."""
-    for number in itertools.count(1):
-        folder = Path(wanted or (default if number == 1 else f"{default}-{number}"))
-        if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
-            break
+    folder, number = Path(wanted or default), 1
+    while folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         if wanted:
             common.fail(f"--output-dir {wanted} is in use: name a new folder, or finish the run in it with --resume {wanted}")
+        number += 1
+        folder = Path(f"{default}-{number}")
     if number > 1:
         print(f"{default} is in use: this run goes to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -500,23 +513,24 @@ def train(args):
             classifier = classifier.to(device).eval()
         if not classifier_tokenizer.chat_template and any(isinstance(row["prompt"], list) for row in rows + held_out):
             common.fail(f"the prompts are messages, but {args.reward_model} has no chat template to read them with")
+        classifier_tokenizer.pad_token = classifier_tokenizer.pad_token or classifier_tokenizer.eos_token
         classifier.config.pad_token_id = classifier_tokenizer.pad_token_id
     critic_head = common.add_role(model, args.reward_model if own_reward_model else None, "critic", trainable=True)  # [4]
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad} | {"critic_head": critic_head.weight}
-    for p in weights.values() if world > 1 else ():
+    weights = torch.nn.ParameterList([*(p for p in model.parameters() if p.requires_grad), critic_head.weight])
+    for p in weights if world > 1 else ():
         dist.broadcast(p.data, 0)
-    optimizer = torch.optim.AdamW(weights.values(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     # one step of the schedule a rollout, as the number of updates in it may vary
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(args.warmup_ratio * args.max_steps), args.max_steps)
+    steps, warmup = args.max_steps, round(args.warmup_ratio * args.max_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * n / steps)))  # n from 0
     # small fp16 gradients would round to 0 without a scale; with bf16 and fp32 the scaler is off and passes everything through
     scaler = torch.amp.GradScaler(device.type, enabled=common.choose_dtype(device) == torch.float16)
     # the state of the run: its start, or where it was interrupted
+    parts = {"weights": weights, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     state = {"step": 0, "seconds": 0.0, "before": None}
     if args.resume and (folder / "resume.pt").exists():
         state = torch.load(folder / "resume.pt", map_location=device, weights_only=True)
-        for name, p in weights.items():
-            p.data.copy_(state["weights"][name])
-        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", scaler)):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
     if rank == 0:
         for file in ("metrics.jsonl", "samples.jsonl"):
@@ -535,7 +549,7 @@ def train(args):
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
 
     def rollout(rows, seed):
-        """Steps 1 to 3, also for the evaluation: ids, texts, scores [B], what stopped [B], and the batch with log-probs of policy and reference."""
+        """Step 1 and what 2 needs, also for the evaluation: ids, texts, scores [B], what stopped [B], the batch, log-probs of policy and reference."""
         ids = []
         with torch.no_grad(), autocast:
             for i in range(0, len(rows), args.sample_batch_size):
@@ -593,7 +607,7 @@ def train(args):
         totals, updates = torch.zeros(len(FIGURES), dtype=torch.float64, device=device), 0
         for epoch in range(args.epochs):
             order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(args.seed + step * args.epochs + epoch))
-            epoch_kl, minibatches = 0.0, order.tensor_split(max(1, args.batch_size // args.minibatch_size))  # as many on every rank
+            epoch_kl, minibatches = 0.0, order.tensor_split(args.batch_size // args.minibatch_size)  # as many on every rank
             for minibatch in minibatches:
                 tokens = mask[minibatch].sum().double()
                 add_over_ranks([tokens])
@@ -611,14 +625,15 @@ def train(args):
                         value = value_loss(values, old_values[pick], returns[pick], mask[pick], tokens.item(), args.value_epsilon)
                         scaler.scale(args.value_weight * value).backward()
                     log_ratio = ((logps - old_logps[pick]) * mask[pick]).detach()
-                    sums = [ratio - 1 - log_ratio, (ratio - 1).abs() > args.epsilon, -logps, ratio]
+                    clipped = (ratio > 1 + args.epsilon) & (advantages[pick] > 0) | (ratio < 1 - args.epsilon) & (advantages[pick] < 0)
+                    sums = [ratio - 1 - log_ratio, clipped, -logps, ratio]  # k3 of KL(π_old ‖ π); the entropy is exact in the mean only while π is π_old
                     figures += torch.stack([policy.detach(), value.detach()] + [(figure.detach() * mask[pick]).sum() / tokens for figure in sums]).double()
                 add_over_ranks([figures])
-                for p in weights.values():
+                for p in weights:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                add_over_ranks([p.grad for p in weights.values()])
+                add_over_ranks([p.grad for p in weights])
                 scaler.unscale_(optimizer)
-                grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), args.max_grad_norm).item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
                 if not figures[:2].isfinite().all() or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
                     bar.close()
                     common.fail(f"step {step}: the losses are {figures[:2].tolist()} and the gradient norm {grad_norm} in {settings['dtype']}: most "
@@ -629,7 +644,7 @@ def train(args):
                 scaler.update()
                 optimizer.zero_grad()
                 totals, updates, epoch_kl = totals + figures, updates + 1, epoch_kl + figures[2].item() / len(minibatches)
-            if args.target_kl and epoch_kl > args.target_kl:  # [8]
+            if args.target_kl and epoch_kl > args.target_kl:  # [8], by the mean over the epoch, each minibatch measured before its update
                 break
         schedule.step()
 
@@ -638,16 +653,16 @@ def train(args):
         kl = (old_logps - ref_logps).sum(-1)  # [B] k1 summed over the answer
         explained = len(ids) * (1 - variance[0] / variance[1].clamp(min=1e-8))
         counts = torch.tensor([len(ids), scores.double().sum(), scores.double().square().sum(), kl.sum(), mask.sum(), (~stopped).sum(), (rewards * mask).sum(),
-                               (raw_advantages.square() * mask).sum(), explained], dtype=torch.float64, device=device)
+                               (raw_advantages * mask).sum(), (raw_advantages.square() * mask).sum(), explained], dtype=torch.float64, device=device)
         add_over_ranks([counts])
-        count, score, square, kl, length, truncated, total, spread, explained = counts.tolist()
+        count, score, square, kl, length, truncated, total, advantage, spread, explained = counts.tolist()
         seconds = time.time() - began
         metrics = {
             "step": step, "reward": score / count, "reward_std": math.sqrt(max(0.0, square / count - (score / count) ** 2)), "reward_with_kl": total / count,
             "kl": kl / count, "beta": state["beta"], **dict(zip(FIGURES, (totals / updates).tolist())), "explained_variance": explained / count,
-            "advantage_std": math.sqrt(spread / length), "length": length / count, "truncated": truncated / count, "updates": updates, "grad_norm": grad_norm,
-            "learning_rate": learning_rate, "sampling_share": sampling_seconds / seconds, "tokens_per_second": length / seconds,
-            "peak_memory_gib": peak_memory_gib(device)}
+            "advantage_std": math.sqrt(max(0.0, spread / length - (advantage / length) ** 2)), "length": length / count, "truncated": truncated / count,
+            "updates": updates, "grad_norm": grad_norm, "learning_rate": learning_rate, "sampling_share": sampling_seconds / seconds,
+            "tokens_per_second": length / seconds, "peak_memory_gib": peak_memory_gib(device)}
         if args.adaptive_kl:  # [9]
             state["beta"] *= 1 + 0.1 * max(-0.2, min(0.2, metrics["kl"] / args.adaptive_kl - 1))
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "kl", "explained_variance")}, refresh=False)
@@ -664,10 +679,8 @@ def train(args):
         if tracker:
             tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         if step % args.save_every == 0:
-            state |= {"step": step, "seconds": time.time() - clock, "weights": {name: p.data for name, p in weights.items()},
-                      "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
-            torch.save(state, folder / "resume.pt.new")
-            os.replace(folder / "resume.pt.new", folder / "resume.pt")  # whole or not at all, whenever the run is killed
+            torch.save(state | {"step": step, "seconds": time.time() - clock} | {name: part.state_dict() for name, part in parts.items()}, folder / "new.pt")
+            os.replace(folder / "new.pt", folder / "resume.pt")  # whole or not at all, whenever the run is killed
 
     # the end: the same held-out prompts once more
     seconds, after = time.time() - clock, evaluate(held_out)

@@ -15,16 +15,16 @@ Kept from SFT: model, adapter and loop. Dropped: the vocabulary head, the loss m
     python reward_model.py --model runs/sft --dataset pairs.jsonl
 
 Healthy curves: the loss starts near log 2 = 0.693 and falls, the accuracy climbs from 0.5; on human preferences it ends around 0.65 to 0.75. The spread
-of the rewards grows steadily. A calibration error that grows while the accuracy stands still is over-fitting: lower --epochs or --learning-rate.
+of the rewards grows steadily. A calibration error (--eval-every) that grows while the accuracy stands still is over-fitting: lower --epochs or --learning-rate.
 """
 import importlib.util
-import itertools
 import json
 import math
 import os
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import HfArgumentParser
 
 OnOff = Literal["auto", "on", "off"]
 
@@ -81,6 +81,8 @@ def check(args):
     defaults = {"dataset": "trl-lib/ultrafeedback_binarized", "batch_size": 16 if tiny else 32, "micro_batch_size": 16 if tiny else 2,
                 "learning_rate": 1e-3 if tiny else 1e-4, "epochs": 3 if tiny else 1, "eval_size": 300 if tiny else 100}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
+    if args.eval_dataset == args.dataset:
+        common.fail(f"--eval-dataset {args.dataset} is also what is trained on: leave it out, and some of its rows are held out")
     for names, low, high in (
         ("batch_size micro_batch_size epochs lora_rank eval_size save_every", 1, sys.maxsize), ("max_length", 2, sys.maxsize),
         ("max_steps eval_every seed", 0, sys.maxsize), ("learning_rate max_grad_norm", 1e-9, 1e9), ("centering", 0, 1e3), ("warmup_ratio", 0, 1),
@@ -120,24 +122,24 @@ def load_rows(source, split, limit, seed):
 
 def encode_rows(rows, encode, wanted, source, max_length):
     """Encodes rows, and reports those cut or dropped. A bad row ends the run in a local file; in a Hub dataset it is dropped."""
-    examples, notes = [], {}
+    examples, notes = [], Counter()
     for number, row in enumerate(rows, 1):
-        if missing := [column for column in wanted if row.get(column) is None]:
-            common.fail(f"{source}, row {number}, has no {' and no '.join(missing)}: it has {', '.join(row)}, wanted are {', '.join(wanted)}")
         try:
+            if missing := [column for column in wanted if row.get(column) is None]:
+                raise ValueError(f"it has no {' and no '.join(missing)}; it has {', '.join(row)}, and wanted are {', '.join(wanted)}")
             example = encode(row)
-            note = "dropped: too long for" if example is None else "cut to" if example["cut"] else ""
-            note = note and f"{note} --max-length {max_length}"
+            note = "dropped as too long for" if example is None else "cut to" if example["cut"] else "within"
+            note = f"{note} --max-length {max_length}"
         except ValueError as error:
-            if Path(source).suffix:
+            if Path(source).suffix in (".json", ".jsonl", ".parquet"):
                 common.fail(f"{source}, row {number}: {error}")
-            example, note = None, f"dropped: {error}"
+            example, note = None, f"dropped, {error}"
         examples += [example] if example else []
-        notes[note] = notes.get(note, 0) + 1
-    for note, count in notes.items():
-        print(f"{source}: {count} of {len(rows)} rows {note}" if note else "", end="\n" if note else "")
+        notes[note] += 1
+    report = f"{source}, {len(rows)} rows: " + "; ".join(f"{count} {note}" for note, count in notes.items())
     if not examples:
-        common.fail(f"{source}: no row is left to use; {'; '.join(notes)}")
+        common.fail(f"{report}: no row is left to use")
+    print(report)
     return examples
 
 
@@ -148,7 +150,7 @@ def encode_pair(row, tokenizer, max_length):
     `chosen` and `rejected` begin with the prompt's ids. None if no answer token fits into max_length; ValueError for an unusable row.
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if {type(chosen), type(rejected), type(prompt)} - {type(None)} not in ({str}, {list}):
+    if {type(chosen), type(rejected), type(prompt)} - {type(None)} not in ({str}, {list}):  # no prompt, or one of the same type
         raise ValueError("prompt, chosen and rejected must all be strings or all be lists of messages")
     if chosen == rejected:
         raise ValueError("chosen equals rejected, so there is nothing to prefer")
@@ -164,8 +166,10 @@ def encode_pair(row, tokenizer, max_length):
     (chosen, chosen_mask), (rejected, rejected_mask) = encoded
     if 1 not in chosen_mask or 1 not in rejected_mask:
         raise ValueError("chosen or rejected holds no answer after the prompt")
-    # too long: the prompt loses its start, down to half of max_length and the same for both; then the answers lose their ends
     start, excess = min(chosen_mask.index(1), rejected_mask.index(1)), max(len(chosen), len(rejected)) - max_length
+    if start == 0 or chosen[:start] != rejected[:start]:
+        raise ValueError("chosen and rejected do not answer the same prompt: add it as a column, or let both begin with it")
+    # a prompt of max_length tokens or more is dropped. A shorter one loses its start, down to half of max_length; then the answers lose their ends
     cut = max(0, min(excess, start - max_length // 2))
     pair = {"chosen": chosen, "chosen_mask": chosen_mask, "rejected": rejected, "rejected_mask": rejected_mask, "prompt": chosen[:start]}
     pair = {name: ids[cut:cut + max_length] for name, ids in pair.items()}
@@ -284,22 +288,22 @@ def parse_args(kind, doc):
     (args,) = HfArgumentParser(kind, description=doc.split("\n")[0]).parse_args_into_dataclasses()
     if not args.resume:
         return args
-    folder = Path(args.resume)
+    saved = Path(args.resume, "args.json")
     if args != kind(resume=args.resume):
         common.fail("--resume takes its settings from the run that it continues: leave all other flags out")
-    if (folder / "summary.json").exists() or not (folder / "args.json").exists():
-        common.fail(f"--resume {folder}: " + ("that run is finished" if (folder / "summary.json").exists() else "no run was started there"))
-    return kind(**json.loads((folder / "args.json").read_text()) | {"resume": args.resume})
+    if saved.with_name("summary.json").exists() or not saved.exists():
+        common.fail(f"--resume {args.resume}: " + ("no run was started there" if not saved.exists() else "that run is finished"))
+    return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
 
 
 def new_folder(wanted, default):
     """Creates the folder of a run: --output-dir, else the first free one of runs/x, runs/x-2, ... Never one that holds something."""
-    for number in itertools.count(1):
-        folder = Path(wanted or (default if number == 1 else f"{default}-{number}"))
-        if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
-            break
+    folder, number = Path(wanted or default), 1
+    while folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         if wanted:
             common.fail(f"--output-dir {wanted} is in use: name a new folder, or finish the run in it with --resume {wanted}")
+        number += 1
+        folder = Path(f"{default}-{number}")
     if number > 1:
         print(f"{default} is in use: this run goes to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,23 +360,23 @@ def train(args):
     torch.manual_seed(args.seed)
     model = common.load_model(args.model, load_in_4bit=args.load_in_4bit, lora_rank=args.lora_rank, gradient_checkpointing=args.gradient_checkpointing,
                               task="SEQ_CLS")
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for p in weights.values() if world > 1 else ():
+    weights = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    for p in weights if world > 1 else ():
         dist.broadcast(p.data, 0)
-    optimizer = torch.optim.AdamW(weights.values(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
     steps = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(args.warmup_ratio * steps), steps)
+    warmup = round(args.warmup_ratio * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * n / steps)))  # n from 0
     # small fp16 gradients would round to 0 without a scale; with bf16 and fp32 the scaler is off and passes everything through
     scaler = torch.amp.GradScaler(device.type, enabled=common.choose_dtype(device) == torch.float16)
 
     # 3. the state of the run: its start, or where it was interrupted
+    parts = {"weights": weights, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     state = {"step": 0, "seconds": 0.0, "before": None}
     if args.resume and (folder / "resume.pt").exists():
         state = torch.load(folder / "resume.pt", map_location=device, weights_only=True)
-        for name, p in weights.items():
-            p.data.copy_(state["weights"][name])
-        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", scaler)):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
     if rank == 0:
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if state["step"] else []
@@ -406,15 +410,15 @@ def train(args):
             scored = score_comparisons(model, [window[j] for j in part], args, pad_id)
             scaler.scale(scored[0].sum() / len(window)).backward()
             scores[:, part.start:part.stop:world] = scored.detach().double()
-        for p in weights.values():  # a rank whose share of the last window is empty has no gradients, but takes part in the sum
+        for p in weights:  # a rank whose share of the last window is empty has no gradients, but takes part in the sum
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         add_over_ranks([scores])
-        add_over_ranks([p.grad for p in weights.values()])
+        add_over_ranks([p.grad for p in weights])
         means = summarise(scores)
 
         # 7. unscale, clip, step. Where fp16 gradients overflowed, the scaler skips the step and lowers its scale: no error until it is at 1
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), args.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
         if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
             bar.close()
             common.fail(f"step {step}: the loss is {means['loss']} and the gradient norm {grad_norm} in {settings['dtype']}: most likely --learning-rate "
@@ -438,10 +442,8 @@ def train(args):
         if tracker:
             tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
         if step % args.save_every == 0:
-            state |= {"step": step, "seconds": time.time() - clock, "weights": {name: p.data for name, p in weights.items()},
-                      "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
-            torch.save(state, folder / "resume.pt.new")
-            os.replace(folder / "resume.pt.new", folder / "resume.pt")  # whole or not at all, whenever the run is killed
+            torch.save(state | {"step": step, "seconds": time.time() - clock} | {name: part.state_dict() for name, part in parts.items()}, folder / "new.pt")
+            os.replace(folder / "new.pt", folder / "resume.pt")  # whole or not at all, whenever the run is killed
 
     # 9. the end: the same held-out pairs once more, how far its certainty can be trusted, and where it was most wrong
     seconds = time.time() - clock

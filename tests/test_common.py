@@ -581,6 +581,26 @@ def test_adapters_of_the_wrong_task_are_refused(adapter, tmp_path, capsys):
         common.load_model(adapter.path, task="SEQ_CLS", trainable=False)
 
 
+def test_no_dropout_is_left(adapter, tmp_path):
+    """An adapter that was trained with dropout elsewhere: the policy, its reference and its samples must agree on every log-prob."""
+    shutil.copytree(adapter.path, tmp_path / "dropout")
+    config = json.loads((tmp_path / "dropout/adapter_config.json").read_text())
+    (tmp_path / "dropout/adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.5}))
+    model = common.load_model(str(tmp_path / "dropout"))
+    ids = torch.arange(3, 40)[None]
+    assert model.training and torch.equal(model(ids).logits, model(ids).logits)
+    with common.reference(model):
+        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_tiny_model_of_which_all_weights_were_trained_is_tiny(tmp_path):
+    """Its folder is no adapter, but its summary says where it came from; what came from another model is not tiny."""
+    for name, origin in (("full", TINY), ("full2", str(tmp_path / "full")), ("other", "Qwen/Qwen2.5-0.5B")):
+        shutil.copytree(TINY, tmp_path / name)
+        (tmp_path / name / "summary.json").write_text(json.dumps({"model": origin}))
+    assert [common.is_tiny(str(tmp_path / name)) for name in ("full", "full2", "other")] == [True, True, False]
+
+
 def test_is_tiny(adapter, tmp_path, monkeypatch):
     """The embedded models and adapters on them, from any folder; not a copy, another model, a missing folder or a Hub name."""
     shutil.copytree(TINY, tmp_path / "copy")

@@ -122,6 +122,14 @@ def test_losses_pass_gradcheck(loss):
         lambda c, r: dpo.preference_loss(c, r, ref_chosen.detach(), ref_rejected.detach(), *lengths, loss, 0.3, 0.1 if loss == "dpo" else 0.0, 0.5)[0], (chosen, rejected))
 
 
+def test_orpo_stays_finite_for_answers_that_are_certain():
+    """In fp32 a log-prob of −1e-9 is a probability of 1, whose odds are infinite."""
+    chosen, rejected = (torch.tensor(means, requires_grad=True) for means in ([-1e-9, -1.0, -1e-9], [-1.0, -1e-9, -1e-9]))
+    losses = dpo.preference_loss(chosen, rejected, None, None, torch.ones(3), torch.ones(3), "orpo", 0.1)[0]
+    losses.sum().backward()
+    assert losses.isfinite().all() and chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
+
+
 def test_dpo_has_its_closed_form_value_and_gradient():
     """L = −log σ(h), dL/dchosen = −β σ(−h), dL/drejected = +β σ(−h): eq. 7 and the gradient below it."""
     chosen, rejected, ref_chosen, ref_rejected = (sums(6, seed) for seed in range(4))
@@ -473,6 +481,13 @@ def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
     assert [call[0] for call in calls] == ["init", "log", "log", "finish"] and calls[1][2]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_the_learning_rate_rises_then_falls_and_no_step_is_for_nothing(tmp_path):
+    """Eight steps with two of warm-up: 1/3 and 2/3 of the peak, then a cosine, which neither starts nor ends at 0."""
+    rates = [m["learning_rate"] for m in metrics_of(run(tmp_path, max_steps=8, batch_size=2, warmup_ratio=0.25, learning_rate=1e-3, epochs=9))]
+    assert rates == pytest.approx([1e-3 * min((n + 1) / 3, 0.5 + 0.5 * math.cos(math.pi * n / 8)) for n in range(8)])
+    assert max(rates) > 0.8e-3 and min(rates) > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_dtype_and_cause(tmp_path, refused):
     line = refused(run, tmp_path, learning_rate=1e8, max_steps=30, max_grad_norm=1e9, warmup_ratio=0)
     assert "step " in line and "float32" in line and "--learning-rate" in line
@@ -484,13 +499,15 @@ GOOD = {"prompt": CHAT, "chosen": say("2"), "rejected": say("3")}
 
 
 @pytest.mark.parametrize("rows, words", [
-    ([{"prompt": "x", "chosen": "y"}], "row 1, has no rejected: it has prompt, chosen, wanted are chosen, rejected"),
+    ([{"prompt": "x", "chosen": "y"}], "row 1: it has no rejected; it has prompt, chosen, and wanted are chosen, rejected"),
     ([GOOD, GOOD | {"rejected": say("2")}], "row 2: chosen equals rejected"),
     ([GOOD | {"chosen": 5}], "row 1: prompt, chosen and rejected must all be strings or all be lists"),
     ([GOOD | {"prompt": "text"}], "row 1: prompt, chosen and rejected must all be strings or all be lists"),
     ([GOOD | {"chosen": [{"role": "assistant", "text": "2"}]}], "row 1: message 2 must be an object with the strings role and content"),
     ([GOOD | {"prompt": CHAT + CHAT}], "row 1: roles out of order: message 2 is of 'user' after 'user'"),
     ([GOOD | {"prompt": say("hello")}], "row 1: roles out of order: message 1 is of 'assistant' after 'start'"),
+    ([{"chosen": CHAT + say("2"), "rejected": [{"role": "user", "content": "What is 2 + 2?"}] + say("2")}], "row 1: chosen and rejected do not answer the same prompt"),
+    ([{"chosen": "Yes.", "rejected": "No."}], "row 1: chosen and rejected do not answer the same prompt"),
     ([GOOD], "too few different prompts"),
 ])
 def test_bad_rows_are_refused(rows, words, write_jsonl, tmp_path, refused):
@@ -518,6 +535,7 @@ def test_prompts_longer_than_max_length_leave_nothing(tmp_path, refused):
     ({"beta": -1.0}, "--beta"), ({"learning_rate": 0.0}, "--learning-rate"), ({"batch_size": 0}, "--batch-size"), ({"label_smoothing": 0.7}, "--label-smoothing"),
     ({"warmup_ratio": 2.0}, "--warmup-ratio"), ({"loss": "ipo", "label_smoothing": 0.1}, "--label-smoothing belongs to --loss dpo"),
     ({"gamma": 0.5}, "--gamma belongs to --loss simpo"), ({"lora_rank": 0}, "--lora-rank"), ({"track": "wandb"}, "not installed"), ({"max_steps": -1}, "--max-steps"),
+    ({"dataset": "pairs.jsonl", "eval_dataset": "pairs.jsonl"}, "--eval-dataset pairs.jsonl is also what is trained on"),
 ])
 def test_bad_flags_are_refused(flags, words, tmp_path, refused):
     assert words in refused(run, tmp_path, **flags)
@@ -536,12 +554,13 @@ def test_bad_resume_is_refused(flags, words, refused, monkeypatch):
     assert words in refused(dpo.parse_args, dpo.Args, dpo.__doc__)
 
 
-def test_rows_of_a_hub_dataset_that_cannot_be_used_are_dropped_and_counted(capsys):
+@pytest.mark.parametrize("source", ["trl-lib/some", "teknium/OpenHermes-2.5"])
+def test_rows_of_a_hub_dataset_that_cannot_be_used_are_dropped_and_counted(source, capsys):
     """Nobody can mend a dataset on the Hub: its bad rows must not end the headline command."""
     tokenizer = common.load_tokenizer("tiny/chat")
     rows = [GOOD, GOOD | {"rejected": say("2")}, GOOD | {"rejected": say("5")}]
-    kept = dpo.encode_rows(rows, lambda row: dpo.encode_pair(row, tokenizer, 64), ("chosen", "rejected"), "trl-lib/some", 64)
-    assert len(kept) == 2 and "trl-lib/some: 1 of 3 rows dropped: chosen equals rejected" in capsys.readouterr().out
+    kept = dpo.encode_rows(rows, lambda row: dpo.encode_pair(row, tokenizer, 64), ("chosen", "rejected"), source, 64)
+    assert len(kept) == 2 and f"{source}, 3 rows: 2 within --max-length 64; 1 dropped, chosen equals rejected" in capsys.readouterr().out
 
 
 # ---- real data --------------------------------------------------------------------------------------------

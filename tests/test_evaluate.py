@@ -149,6 +149,9 @@ def test_training_with_checkpointing_samples_with_the_cache():
     (r"\boxed{ 5 }. I used 2 steps", "5"),
     (r"\boxed{1} or rather \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{2}}"), (r"\boxed{\frac{1}{2}} done", r"\boxed{ \frac{1}{2} }"),
     (r"\boxed{x^{2^{3}}+1}", r"\boxed{x^{2^{3}} + 1}"), (21, 21), ("7", 7), ("0.1", 0.1),
+    ("it costs $.50", "0.5"), ("-.5", "-1/2"), ("1e5", "100000"), ("6.02E23", "602000000000000000000000"), (r"\boxed{2.5e-1}", "1/4"), ("5e", "5"),
+    (r"\boxed{no solution}", "no solution"), (r"\boxed{\text{Yes}}", "Yes"), (r"\boxed{Yes}", r"\text{Yes}"), (r"\boxed{1, 2}", "1,2"), ("so 0", "it is 0"),
+    (r"\boxed{21 \text{ apples}}", "21 apples"), ("1,2", "2"),
 ])
 def test_right_answers_are_right(text, answer):
     """What equals the row's answer scores 1, in whatever notation."""
@@ -157,7 +160,8 @@ def test_right_answers_are_right(text, answer):
 
 @pytest.mark.parametrize("text, answer", [
     ("21", "22"), ("3", "-3"), ("-3", "3"), ("21 is less than 22", "21"), ("", "0"), ("no idea", "0"), ("no idea", "none"), ("1234", "1.234"), ("210", "21"),
-    ("1.21", "21"), (r"\boxed{5} of 7", "7"), (r"\boxed{\frac{1}{2}}", "2"), (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}"), (r"\boxed{}", "0"),
+    ("1.21", "21"), ("1e5", "1"), ("1e5", "5"), ("I cannot say", "no solution"), (r"\boxed{\text{No}}", r"\text{Yes}"), (r"\boxed{\text{(B)}}", r"\text{(A)}"),
+    (r"\boxed{12}", "1,2"), (r"\boxed{}", ""), ("nothing", ""), (r"\boxed{5} of 7", "7"), (r"\boxed{\frac{1}{2}}", "2"), (r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}"), (r"\boxed{}", "0"),
     ("x21", "21"),
 ])
 def test_wrong_answers_are_wrong(text, answer):
@@ -173,7 +177,7 @@ def test_final_answer_of_what_says_nothing():
 
 def test_any_text_can_be_scored():
     """Whatever a model writes gets a score, never an exception."""
-    texts = ["7.5/2", r"\boxed{3.5/2}", "1/0", r"\boxed{1/0}", "9" * 5000, "1,,2", ",", "-", "--3", "1.2.3", "\\boxed{", "}{", "３ / ４", "1e400", "½ ² ٣"]
+    texts = ["7.5/2", r"\boxed{3.5/2}", "1/0", r"\boxed{1/0}", "9" * 5000, "1,,2", ",", "-", "--3", "1.2.3", "\\boxed{", "}{", "３ / ４", "1e400", "1e999999999", "½ ² ٣"]
     failed = []
     for text in texts:
         try:

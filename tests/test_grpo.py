@@ -294,7 +294,7 @@ def test_sampled_tokens_follow_the_distribution_that_scores_them(tiny, temperatu
     prompts = [prompt for prompt in tiny.prompts for _ in range(3)]
     assert len({len(prompt) for prompt in prompts}) > 2 and len({len(row) for row in ids}) > 2
     batch = grpo.collate(prompts, ids, tiny.tokenizer.pad_token_id, "cpu")
-    noise = torch.rand(len(ids), 10, generator=torch.Generator().manual_seed(5))
+    noise = torch.rand(len(ids), 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         logps = grpo.completion_logps(tiny.model, **batch, temperature=temperature)[0]
         for row, (prompt, completion) in enumerate(zip(prompts, ids)):
@@ -398,6 +398,8 @@ def test_the_ratio_is_1_in_the_first_update_and_not_after(tmp_path, monkeypatch)
     monkeypatch.setattr(grpo, "policy_loss", spy)
     folder = run(tmp_path, updates=3, learning_rate=3e-3, warmup_ratio=0, reward=[f"{write_rewards(tmp_path)}:varied"], temperature=1.5)
     assert len(seen) == 6
+    for i, logged in enumerate(metrics_of(folder)):  # what is logged is the mean over the updates
+        assert logged["ratio"] == pytest.approx(sum(ratio.mean().item() for ratio in seen[3 * i:3 * i + 3]) / 3, rel=1e-5)
     for i, ratio in enumerate(seen):
         assert ((ratio - 1).abs().max() < 1e-5) == (i % 3 == 0), i
     assert all(m["ratio"] != 1 for m in metrics_of(folder))
@@ -480,7 +482,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     ({"learning_rate": math.nan}, "--learning-rate"), ({"reward_weights": [1.0, 2.0]}, "--reward-weights has 2 numbers for the 1 functions"),
     ({"reward": ["concise"], "reward_weights": []}, "--reward-weights has 0 numbers"), ({"reward": ["shortness"]}, "--reward shortness"), ({"reward": ["nofile.py:f"]}, "nofile.py"),
     ({"model": "tiny/base", "reward_model": "tiny/reward"}, "one base has to carry both"), ({"reward_model": "tiny/chat"}, "tiny/chat"), ({"track": "wandb"}, "not installed"),
-    ({"max_prompt_length": 2}, "--max-prompt-length 2"),
+    ({"max_prompt_length": 2}, "--max-prompt-length 2"), ({"reward": ["concise", "concise"]}, "twice"), ({"reward": ["a.py:f", "b.py:f"]}, "twice"),
+    ({"loss": "dapo", "baseline": "none"}, "choose --baseline group or rloo"), ({"dataset": "x.jsonl", "eval_dataset": "x.jsonl"}, "is also what is trained on"),
 ])
 def test_bad_flags_are_refused(flags, words, tmp_path, refused):
     assert words in refused(run, tmp_path, **flags)

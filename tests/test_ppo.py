@@ -276,6 +276,16 @@ def test_an_external_classifier_reads_the_whole_conversation(kind, tmp_path):
     assert math.isfinite(logged[0]["reward"]) and logged[0]["reward"] != 0
 
 
+def test_a_classifier_without_a_pad_token_scores_too(tmp_path):
+    """Many tokenizers have none; answers of unequal length must still be scored together."""
+    folder = save_classifier(tmp_path / "rm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    assert math.isfinite(metrics_of(run(tmp_path, reward_model=folder, max_steps=1, epochs=1))[0]["reward"])
+
+
 @pytest.mark.parametrize("wrong, words", [({"labels": 3}, "rm"), ({"template": False}, "template")])
 def test_a_classifier_that_cannot_score_is_refused_in_one_line(wrong, words, tmp_path, refused):
     """Three outputs instead of one; messages but no chat template to render them."""
@@ -436,8 +446,8 @@ def sample_by_prompt(model, prompts, samples_per_prompt, max_new_tokens, tempera
 def test_two_processes_equal_one(tmp_path, monkeypatch):
     """torchrun with two gloo processes gives the figures of one, given the same samples; and goes through where the processes' shares are
     uneven, which must not leave one of them waiting for a minibatch that the other does not have."""
-    settings = {**SMALL, "target_kl": None, "batch_size": 7, "minibatch_size": 8}
-    uneven = settings | {"batch_size": 5, "minibatch_size": 2, "output_dir": str(tmp_path / "uneven")}
+    settings = {**SMALL, "target_kl": None, "batch_size": 7, "minibatch_size": 7}
+    uneven = settings | {"batch_size": 9, "minibatch_size": 3, "output_dir": str(tmp_path / "uneven")}
     child = process("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29542", __file__,
                     json.dumps(settings | {"output_dir": str(tmp_path / "two")}), json.dumps(uneven))
     monkeypatch.setattr(ppo, "sample", sample_by_prompt)
@@ -462,6 +472,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     ({"value_epsilon": 0.0}, "--value-epsilon"), ({"target_kl": -1.0}, "--target-kl"), ({"adaptive_kl": 0.0}, "--adaptive-kl"), ({"beta": -1.0}, "--beta"),
     ({"missing_eos_penalty": -1.0}, "--missing-eos-penalty"), ({"minibatch_size": 0}, "--minibatch-size"), ({"temperature": 0.0}, "--temperature"),
     ({"learning_rate": math.nan}, "--learning-rate"), ({"max_prompt_length": 2}, "--max-prompt-length 2"), ({"track": "wandb"}, "not installed"),
+    ({"beta": 0.0, "adaptive_kl": 6.0}, "--adaptive-kl multiplies --beta"), ({"batch_size": 8, "minibatch_size": 3}, "no multiple of --minibatch-size 3"),
+    ({"dataset": "x.jsonl", "eval_dataset": "x.jsonl"}, "is also what is trained on"),
 ])
 def test_bad_flags_are_refused(flags, words, tmp_path, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -128,7 +128,7 @@ def test_overlong_pairs_are_dropped_and_counted_never_cut(capsys):
     long = PAIR | {"rejected": say("1 + 1 = 3000")}
     encode = lambda row: reward_model.encode_comparison(row, tokenizer, longest)  # noqa: E731
     kept = reward_model.encode_rows([PAIR, long], encode, ("chosen", "rejected"), "x.jsonl", longest)
-    assert kept == [pair] and "1 of 2 rows dropped" in capsys.readouterr().out
+    assert kept == [pair] and f"2 rows: 1 within --max-length {longest}; 1 dropped as too long" in capsys.readouterr().out
 
 
 def test_margin_column_is_optional_and_must_be_a_number():

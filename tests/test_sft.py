@@ -245,7 +245,7 @@ def test_bad_input_ends_in_one_line_before_the_model_is_loaded(tmp_path, write_j
     good = [{"messages": [{"role": "user", "content": str(i)}, CHAT[1]]} for i in range(10)]
     cases = [
         ([{"question": "a", "answer": "b"}], {}, "question, answer: wanted are messages, or prompt and completion, or instruction and output, or text"),
-        ([*good, {"messages": None}], {}, "row 11, has no messages"),
+        ([*good, {"messages": None}], {}, "row 11: it has no messages"),
         ([{"messages": [CHAT[1]]}], {}, "roles out of order"),
         ([{"messages": [CHAT[0]]}], {}, "no assistant turn"),
         ([], {}, "is empty"),
@@ -254,6 +254,7 @@ def test_bad_input_ends_in_one_line_before_the_model_is_loaded(tmp_path, write_j
         (good, {"neftune_alpha": -1.0}, "--neftune-alpha"),
         (good, {"lora_rank": -1}, "--lora-rank"),
         (good, {"batch_size": 0}, "--batch-size"),
+        (good, {"eval_dataset": str(tmp_path / "rows.jsonl")}, "is also what is trained on"),
     ]
     for rows, flags, message in cases:
         assert message in refused(sft.train, tiny_args(tmp_path, dataset=write_jsonl(rows), **flags))
@@ -314,6 +315,13 @@ def test_a_run_leaves_everything_behind_and_dpo_can_go_on_from_it(tmp_path, caps
         with model.disable_adapter():
             assert not torch.equal(logps, sft.token_logps(model, **batch)[0])
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("extra", [{"output": "9"}, {"completion": "9"}, {"prompt": "9"}])
+def test_a_column_that_half_belongs_to_another_format_is_ignored(extra, tmp_path, write_jsonl):
+    rows = [{"text": f"{i} + {i} = {2 * i}"} | extra for i in range(10)]
+    sft.train(tiny_args(tmp_path, dataset=write_jsonl(rows), max_steps=1, sample_size=1))
+    assert (tmp_path / "run/summary.json").exists()
 
 
 def test_full_fine_tuning_saves_a_plain_model(tmp_path):
