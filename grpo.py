@@ -490,7 +490,6 @@ def train(args):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-
     if world > args.batch_size:
         common.fail(f"--batch-size {args.batch_size} leaves some of the {world} processes without a prompt")
 
@@ -623,7 +622,9 @@ def train(args):
             "zero_spread": flat / prompts, **dict(zip(FIGURES, means.tolist())), "advantage_std": spread_of(advantage, advantage_square),
             "length": length / count, "truncated": truncated / count, "grad_norm": grad_norm, "learning_rate": learning_rate,
             "sampling_share": sampling_seconds / seconds, "tokens_per_second": length / seconds, "peak_memory_gib": peak_memory_gib(device)}
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "kl", "length")}, refresh=False)
+        if args.beta == 0:
+            del metrics["kl"]  # not measured
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "kl", "length") if name in metrics}, refresh=False)
         if rank > 0:
             continue
         with open(folder / "metrics.jsonl", "a") as file:

@@ -491,14 +491,12 @@ def train(args):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-
     if world > min(args.minibatch_size, args.batch_size):
         common.fail(f"--minibatch-size {args.minibatch_size} leaves some of the {world} processes without an answer")
 
     # data first, then one base with its roles
     functions = {args.reward: correct_answer if args.reward == "correct_answer" else load_function(args.reward)} if args.reward else {}
     tokenizer = common.load_tokenizer(args.model)
-
     rows, held_out = read_prompts(args, tokenizer)
     folder = Path(args.resume) if args.resume else new_folder(args.output_dir, "runs/ppo") if rank == 0 else None
     torch.manual_seed(args.seed)

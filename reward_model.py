@@ -15,7 +15,8 @@ Kept from SFT: model, adapter and loop. Dropped: the vocabulary head, the loss m
     python reward_model.py --model runs/sft --dataset pairs.jsonl
 
 Healthy curves: the loss starts near log 2 = 0.693 and falls, the accuracy climbs from 0.5; on human preferences it ends around 0.65 to 0.75. The spread
-of the rewards grows steadily. A calibration error (--eval-every) that grows while the accuracy stands still is over-fitting: lower --epochs or --learning-rate.
+of the rewards and the logged margin, r(x, y_w) − r(x, y_l), grow steadily. A calibration error
+(--eval-every) that grows while the accuracy stands still is over-fitting: lower --epochs or --learning-rate.
 """
 import importlib.util
 import json

@@ -363,6 +363,7 @@ def test_a_run_leaves_what_it_should_and_is_its_own_reference(tmp_path):
 def test_every_loss_and_baseline_trains(loss, baseline, size, tmp_path):
     folder = run(tmp_path, loss=loss, baseline=baseline, group_size=size, reward=[f"{write_rewards(tmp_path)}:varied"], max_new_tokens=24, temperature=1.5)
     assert all(math.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in metrics_of(folder))
+    assert all(("kl" in m) == (loss in ("grpo", "gspo")) for m in metrics_of(folder))  # the others have no KL term by default, so none is measured
     weights = load_file(folder / "adapter_model.safetensors")
     assert any(w.abs().sum() > 0 for name, w in weights.items() if "lora_B" in name)
 
