@@ -216,8 +216,7 @@ def sequence_rewards(model, input_ids, attention_mask):
     transformers' own classifier looks for the last token that is not `pad_token_id`: with pad == eos it would read before the eos.
     """
     causal = common.causal_lm(model)
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]: counted from the first real token
-    hidden = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).last_hidden_state  # [B, T, D]
+    hidden = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # [B, T, D]
     last = (attention_mask * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(-1)  # [B]
     hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]  # [B, D]
     # a sum of products, as autocast would compute a matmul, and so the rewards, in 16 bits: too coarse to compare close ones

@@ -481,6 +481,23 @@ def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
     assert [call[0] for call in calls] == ["init", "log", "log", "finish"] and calls[1][2]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_the_gradient_of_a_step_is_that_of_the_mean_loss_and_is_clipped(tmp_path):
+    """Eight pairs in micro-batches of three: loss and gradient norm of a step are those of one batch. Clipped to next to nothing, nothing moves."""
+    logged = metrics_of(run(tmp_path, batch_size=8, micro_batch_size=3, max_steps=1))[0]
+    torch.manual_seed(0)
+    model, tokenizer = common.load_model("tiny/chat"), common.load_tokenizer("tiny/chat")
+    rows = dpo.load_rows("tiny/data/preference_train.jsonl", "train", 0, 0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:8]
+    loss = dpo.score_pairs(model, [dpo.encode_pair(rows[i], tokenizer, 512) for i in order], args_for(), tokenizer.pad_token_id)[0] / 8
+    loss.backward()
+    norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt().item()
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4) and logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+    folder = run(tmp_path, "clipped", max_steps=1, max_grad_norm=1e-9, learning_rate=1e-2, warmup_ratio=0.0)
+    moved = [w.abs().max().item() for name, w in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in name]
+    assert 0 < max(moved) < 2e-3  # Adam divides by |g| + 1e-8
+
+
 def test_the_learning_rate_rises_then_falls_and_no_step_is_for_nothing(tmp_path):
     """Eight steps with two of warm-up: 1/3 and 2/3 of the peak, then a cosine, which neither starts nor ends at 0."""
     rates = [m["learning_rate"] for m in metrics_of(run(tmp_path, max_steps=8, batch_size=2, warmup_ratio=0.25, learning_rate=1e-3, epochs=9))]

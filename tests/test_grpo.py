@@ -347,6 +347,7 @@ def test_a_run_leaves_what_it_should_and_is_its_own_reference(tmp_path):
     wanted = {"reward", "reward_std", "reward_correct_answer", "zero_spread", "kl", "entropy", "clip_fraction", "ratio", "length", "truncated", "advantage_std", "loss",
               "sampling_share", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib"}
     assert all(wanted <= set(m) for m in logged) and [m["step"] for m in logged] == [1, 2, 3, 4]
+    assert [m["learning_rate"] for m in logged] == pytest.approx([3e-3 * (0.5 + 0.5 * math.cos(math.pi * n / 4)) for n in range(4)])
     assert abs(logged[0]["kl"]) < 1e-9 and logged[3]["kl"] > 1e-5 and 0 < logged[0]["sampling_share"] < 1
     samples = [json.loads(line) for line in (first / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [1] * 4 + [2] * 4 + [4] * 4 and {"prompt", "completion", "rewards", "advantage"} <= set(samples[0])

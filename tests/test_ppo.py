@@ -326,6 +326,7 @@ def test_a_run_leaves_what_it_should_and_is_its_own_reference(tmp_path):
     wanted = {"reward", "reward_std", "kl", "beta", "entropy", "clip_fraction", "ratio", "policy_kl", "policy_loss", "value_loss", "explained_variance", "advantage_std", "length",
               "truncated", "sampling_share", "grad_norm", "learning_rate", "updates", "tokens_per_second", "peak_memory_gib"}
     assert all(wanted <= set(m) and all(math.isfinite(x) for x in m.values()) for m in logged) and [m["step"] for m in logged] == [1, 2, 3, 4]
+    assert [m["learning_rate"] for m in logged] == pytest.approx([3e-3 * (0.5 + 0.5 * math.cos(math.pi * n / 4)) for n in range(4)])
     assert logged[0]["kl"] == 0 != logged[3]["kl"] and logged[0]["updates"] <= 4
     samples = [json.loads(line) for line in (first / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [1] * 8 + [2] * 8 + [4] * 8 and {"prompt", "completion", "reward"} <= set(samples[0])

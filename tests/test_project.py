@@ -1,5 +1,6 @@
 """What must hold for the scripts as a whole: their form, their flags, the embedded data."""
 import ast
+import importlib
 import json
 import re
 from collections import defaultdict
@@ -8,6 +9,7 @@ from pathlib import Path
 import common
 import plot
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -43,6 +45,25 @@ def test_scripts_import_common_and_libraries_only(path):
     for node in ast.walk(ast.parse(path.read_text())):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not names & {name.split(".")[0] for name in imported} and "trl" not in imported
+
+
+@pytest.mark.parametrize("script, scorer", [("sft", "score_rows"), ("reward_model", "score_comparisons"), ("dpo", "score_pairs")])
+def test_epochs_shuffle_anew_and_no_held_out_prompt_is_trained_on(script, scorer, tmp_path, write_jsonl, monkeypatch):
+    """Seven questions, two rows each: both epochs see the same rows in another order, and none whose question is held out."""
+    module, seen = importlib.import_module(script), {True: [], False: []}
+    original = getattr(module, scorer)
+
+    def spy(model, rows, *rest):
+        seen[torch.is_grad_enabled()] += [tuple(example["prompt"]) for row in rows for example in (row if script == "sft" else [row])]
+        return original(model, rows, *rest)
+    monkeypatch.setattr(module, scorer, spy)
+    data = [{"prompt": [{"role": "user", "content": f"{i} + {i}"}], "chosen": [{"role": "assistant", "content": str(2 * i)}],
+             "rejected": [{"role": "assistant", "content": str(3 * i + j)}]} for i in range(1, 8) for j in (0, 1)]
+    data = [{"messages": row["prompt"] + row["chosen"]} for row in data] if script == "sft" else data
+    module.train(module.Args(model="tiny/chat", dataset=write_jsonl(data), output_dir=str(tmp_path / "run"), epochs=2, batch_size=1, eval_size=2))
+    first, second = seen[True][:len(seen[True]) // 2], seen[True][len(seen[True]) // 2:]
+    assert len(first) >= 10 and sorted(first) == sorted(second) and first != second
+    assert seen[False] and not set(seen[True]) & set(seen[False])
 
 
 def rows(name):

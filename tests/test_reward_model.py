@@ -180,6 +180,7 @@ def test_saved_scores_agree_with_plain_transformers_and_peft(tmp_path, capsys):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["method"] == "reward_model" and {"loss", "accuracy", "margin", "calibration_error"} <= summary["after"].keys() == summary["before"].keys()
     logged = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert [line["learning_rate"] for line in logged] == pytest.approx([1e-3 * min((n + 1) / 2, 0.5 + 0.5 * math.cos(math.pi * n / 6)) for n in range(6)])
     assert len(logged) == 6 and {"loss", "accuracy", "margin", "reward_mean", "reward_spread", "grad_norm"} <= logged[0].keys()
 
     rows = [json.loads(line) for line in (ROOT / "tiny/data/preference_heldout.jsonl").read_text().splitlines()[:8]]
@@ -195,6 +196,44 @@ def test_saved_scores_agree_with_plain_transformers_and_peft(tmp_path, capsys):
     chosen, rejected = mine.chunk(2)
     assert torch.allclose(theirs, mine, atol=1e-5) and mine.std() > 0
     assert (chosen - rejected).mean().item() == pytest.approx(summary["after"]["margin"], abs=1e-5)
+
+
+def test_the_gradient_of_a_step_is_that_of_the_mean_loss_and_is_clipped(tmp_path):
+    """Eight pairs in micro-batches of four: loss and gradient norm of a step are those of one batch. Clipped to next to nothing, nothing moves."""
+    args = tiny_args(tmp_path, max_steps=1)
+    reward_model.train(args)
+    logged = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    torch.manual_seed(0)
+    model, tokenizer = common.load_model("tiny/chat", task="SEQ_CLS"), common.load_tokenizer("tiny/chat")
+    rows = reward_model.load_rows("tiny/data/preference_train.jsonl", "train", 0, 0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:8]
+    loss = reward_model.score_comparisons(model, [reward_model.encode_comparison(rows[i], tokenizer, 512) for i in order], args, tokenizer.pad_token_id)[0].mean()
+    loss.backward()
+    norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt().item()
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4) and logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+    reward_model.train(tiny_args(tmp_path, max_steps=1, max_grad_norm=1e-9, learning_rate=1e-2, warmup_ratio=0.0, output_dir=str(tmp_path / "clipped")))
+    moved = [w.abs().max().item() for name, w in load_file(tmp_path / "clipped/adapter_model.safetensors").items() if "lora_B" in name]
+    assert 0 < max(moved) < 2e-3  # Adam divides by |g| + 1e-8
+
+
+def test_a_tie_is_half_right_and_figures_are_those_of_all_rewards():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 2.0, 5.0], [1.0, 1.0, 0.0, 2.0]])
+    assert reward_model.summarise(scores) == pytest.approx({"loss": 2.5, "accuracy": 0.625, "margin": 1.0, "reward_mean": 1.5, "reward_spread": 1.5})
+
+
+def test_pairs_that_differ_only_behind_the_answer_are_refused():
+    """Different messages of the same tokens, once what the template writes after the answer is cut."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content | trim")
+    with pytest.raises(ValueError, match="the same tokens"):
+        reward_model.encode_comparison(PAIR | {"rejected": say("1 + 1 = 2 ")}, tokenizer, 512)
+
+
+def test_a_run_saves_a_pad_token_that_ends_no_answer(tmp_path):
+    reward_model.train(tiny_args(tmp_path, model="tiny/base", max_steps=1))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, common.end_of_turn_id(tokenizer))
 
 
 def test_saved_pad_token_never_ends_an_answer():

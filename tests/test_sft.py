@@ -300,6 +300,8 @@ def test_a_run_leaves_everything_behind_and_dpo_can_go_on_from_it(tmp_path, caps
     assert summary["method"] == "sft" and summary["steps"] == 3
     assert summary["before"].keys() == summary["after"].keys() == {"loss", "perplexity", "accuracy", "stopped"}
     assert summary["after"]["loss"] < summary["before"]["loss"] and summary["after"]["perplexity"] == pytest.approx(math.exp(summary["after"]["loss"]))
+    rates = [json.loads(line)["learning_rate"] for line in open(folder / "metrics.jsonl")]
+    assert rates == pytest.approx([args.learning_rate * min((n + 1) / (round(0.1 * 3) + 1), 0.5 + 0.5 * math.cos(math.pi * n / 3)) for n in range(3)])
     for line in map(json.loads, open(folder / "metrics.jsonl")):
         assert 0 < line["trained_tokens_per_second"] < line["tokens_per_second"] and 0 <= line["accuracy"] <= 1
     # the saved tokenizer ends answers with the same token as the one that was trained with
@@ -322,6 +324,27 @@ def test_a_column_that_half_belongs_to_another_format_is_ignored(extra, tmp_path
     rows = [{"text": f"{i} + {i} = {2 * i}"} | extra for i in range(10)]
     sft.train(tiny_args(tmp_path, dataset=write_jsonl(rows), max_steps=1, sample_size=1))
     assert (tmp_path / "run/summary.json").exists()
+
+
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens_and_is_clipped(tmp_path):
+    """Eight conversations, packed and in micro-batches: loss and gradient norm of a step are those of one batch. Clipped to next to nothing, nothing moves."""
+    args = tiny_args(tmp_path, max_steps=1, batch_size=8, micro_batch_size=1)
+    sft.train(args)
+    logged = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    torch.manual_seed(0)
+    model, tokenizer = common.load_model("tiny/base"), common.load_tokenizer("tiny/base")
+    rows = sft.load_rows("tiny/data/sft_train.jsonl", "train", 0, 0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:8]
+    window = [sft.encode(rows[i], tokenizer, 128) for i in order]
+    batch = sft.collate([[example] for example in window], tokenizer.pad_token_id, False, "cpu")
+    loss = -sft.token_logps(model, **batch)[0].sum() / trained_tokens(window)
+    loss.backward()
+    norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt().item()
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4) and logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+    sft.train(tiny_args(tmp_path, max_steps=1, max_grad_norm=1e-9, learning_rate=1e-2, warmup_ratio=0.0, output_dir=str(tmp_path / "clipped")))
+    moved = [w.abs().max().item() for name, w in load_file(tmp_path / "clipped/adapter_model.safetensors").items() if "lora_B" in name]
+    assert 0 < max(moved) < 2e-3  # Adam divides by |g| + 1e-8
 
 
 def test_full_fine_tuning_saves_a_plain_model(tmp_path):
