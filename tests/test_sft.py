@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import pytest
@@ -168,7 +169,32 @@ def test_neftune_noise_is_bounded_spares_padding_and_is_off_in_evaluation(monkey
     bound = torch.where(batch["lengths"] > 0, 5 / (batch["lengths"] * 16).sqrt(), 0.0)[..., None]  # [B, T, 1]
     assert torch.equal(plain, evaluated) and ((noisy - plain).abs() <= bound).all()
     assert ((noisy - plain)[batch["lengths"] > 0].abs() > 0).all()
-    assert ((noisy - plain).abs() / bound.clamp(min=1e-9))[batch["lengths"] > 0].mean().item() == pytest.approx(0.5, abs=0.05)  # uniform
+    noise = ((noisy - plain) / bound.clamp(min=1e-9))[batch["lengths"] > 0]  # uniform from −1 to 1
+    assert noise.abs().mean().item() == pytest.approx(0.5, abs=0.05) and noise.mean().item() == pytest.approx(0.0, abs=0.1)
+
+
+def test_padding_is_known_by_length_not_by_its_id():
+    """Pad may be eos, which ends an answer in the middle of a conversation."""
+    rows = [[{"input_ids": [5, 0, 6, 0], "loss_mask": [0, 1, 0, 1]}], [{"input_ids": [5, 6], "loss_mask": [0, 1]}]]
+    assert sft.collate(rows, 0, False, "cpu")["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@torch.no_grad()
+def test_held_out_figures_weigh_all_trained_tokens_alike(packing):
+    """Micro-batches of very unequal rows: loss and accuracy are those of the plain logits over all trained tokens."""
+    model, held_out = small_model().eval(), [{"input_ids": [*range(2, n + 2)], "loss_mask": [0] + [1] * (n - 1)} for n in (2, 30, 5)]
+    loss, right = 0.0, []
+    for example in held_out:
+        logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
+        example["input_ids"][1:4] = [logits[0].argmax().item(), *example["input_ids"][2:4]]  # or nothing would be predicted right
+        ids = torch.tensor(example["input_ids"])
+        logits = model(ids[None]).logits[0, :-1]
+        loss -= logits.log_softmax(-1).gather(1, ids[1:, None]).sum().item()
+        right += (logits.argmax(-1) == ids[1:]).tolist()
+    figures = sft.evaluate(model, held_out, SimpleNamespace(packing=packing, micro_batch_size=1, neftune_alpha=0.0), 30, 0, 0, 1)
+    assert 3 <= sum(right) < len(right) and figures["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert figures["loss"] == pytest.approx(loss / len(right)) and figures["perplexity"] == pytest.approx(math.exp(loss / len(right)))
 
 
 # ---- data -------------------------------------------------------------------------------------------------
@@ -218,6 +244,9 @@ def test_cutting_never_leaves_nothing_to_train(max_length):
     if example is not None:
         assert len(example["input_ids"]) == len(example["loss_mask"]) <= max_length and 1 in example["loss_mask"][1:]
         assert example["cut"] == (len(whole["input_ids"]) > max_length)
+        start = whole["loss_mask"].index(1)  # the prompt keeps its end: all of it, or half of max_length, or what the answers leave free
+        kept = max(min(start, max_length // 2), start - max(0, len(whole["input_ids"]) - max_length))
+        assert example["loss_mask"].index(1) == kept and example["input_ids"][:kept] == whole["input_ids"][start - kept:start]
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct", "SmolLM2-135M-Instruct"])
