@@ -192,7 +192,7 @@ def test_held_out_figures_weigh_all_trained_tokens_alike(packing):
         logits = model(ids[None]).logits[0, :-1]
         loss -= logits.log_softmax(-1).gather(1, ids[1:, None]).sum().item()
         right += (logits.argmax(-1) == ids[1:]).tolist()
-    figures = sft.evaluate(model, held_out, SimpleNamespace(packing=packing, micro_batch_size=1, neftune_alpha=0.0), 30, 0, 0, 1)
+    figures = sft.evaluate(model.train(), held_out, SimpleNamespace(packing=packing, micro_batch_size=1, neftune_alpha=5.0), 30, 0, 0, 1)  # without noise
     assert 3 <= sum(right) < len(right) and figures["accuracy"] == pytest.approx(sum(right) / len(right))
     assert figures["loss"] == pytest.approx(loss / len(right)) and figures["perplexity"] == pytest.approx(math.exp(loss / len(right)))
 
@@ -348,6 +348,12 @@ def test_a_run_leaves_everything_behind_and_dpo_can_go_on_from_it(tmp_path, caps
     capsys.readouterr()
 
 
+def test_an_answer_that_ends_at_the_limit_by_itself_has_stopped(monkeypatch):
+    model, tokenizer = common.load_model("tiny/chat", trainable=False), tiny_tokenizer()
+    monkeypatch.setattr(sft, "sample", lambda *args: [[5, 6, tokenizer.eos_token_id], [5, 6, 7], [tokenizer.eos_token_id], [5, 6, 7]])
+    assert sft.sample_answers_and_stops(model, tokenizer, [[1]] * 4, SimpleNamespace(max_new_tokens=3, seed=0))[1] == 0.5
+
+
 @pytest.mark.parametrize("extra", [{"output": "9"}, {"completion": "9"}, {"prompt": "9"}])
 def test_a_column_that_half_belongs_to_another_format_is_ignored(extra, tmp_path, write_jsonl):
     rows = [{"text": f"{i} + {i} = {2 * i}"} | extra for i in range(10)]
@@ -366,7 +372,9 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens_and_is_clipp
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:8]
     window = [sft.encode(rows[i], tokenizer, 128) for i in order]
     batch = sft.collate([[example] for example in window], tokenizer.pad_token_id, False, "cpu")
-    loss = -sft.token_logps(model, **batch)[0].sum() / trained_tokens(window)
+    logps, accuracy = sft.token_logps(model, **batch)
+    loss = -logps.sum() / trained_tokens(window)
+    assert logged["accuracy"] == pytest.approx(accuracy.item(), abs=0.1)  # the mean over rows, and that over tokens
     loss.backward()
     norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt().item()
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4) and logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
