@@ -518,7 +518,7 @@ def train(args):
     if args.resume and (folder / "resume.pt").exists():
         state = torch.load(folder / "resume.pt", map_location=device, weights_only=True)
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.pop(name))  # not kept twice in memory
     if rank == 0:
         for file in ("metrics.jsonl", "samples.jsonl"):
             lines = (folder / file).read_text().splitlines(keepends=True) if state["step"] else []
