@@ -37,7 +37,8 @@ huggingface_hub.utils.logging.set_verbosity_error()  # without a network it repo
 
 def fail(message: str) -> NoReturn:
     """Ends the program over something that the user can mend: one line on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # of a progress bar
+    print(f"{clear}error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -244,11 +245,13 @@ def load_tokenizer(name: str):
     with a frozen head cannot make it say that; eos it does know. Where the end of turn is no stop token of the model, eos takes its place.
     """
     with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(find(name))
+        tokenizer, config = AutoTokenizer.from_pretrained(find(name)), AutoConfig.from_pretrained(base_of(name))
         try:
             generation_config = GenerationConfig.from_pretrained(base_of(name))
         except OSError:  # the file is optional
-            generation_config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base_of(name)))
+            generation_config = GenerationConfig.from_model_config(config)
+    # many tokenizers name no limit, or a longer one than the model was trained for
+    tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
     known = stop_token_ids(tokenizer, generation_config, template=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, never from `id != pad`

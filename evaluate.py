@@ -18,6 +18,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -61,11 +62,11 @@ def load_rows(source, split, limit, seed):
     try:
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(path.read_text().split("\n"), 1):
+        elif path.suffix in (".json", ".jsonl"):
+            rows, text = [], path.read_text(encoding="utf-8-sig")
+            if text.lstrip().startswith("[") and path.suffix == ".json":
+                rows, text = json.loads(text), ""
+            for number, line in enumerate(text.split("\n"), 1):
                 where = f"{source}, line {number},"
                 rows += [json.loads(line)] if line.strip() else []
         else:
@@ -111,17 +112,19 @@ def correct_answer(prompts, completions, answer=None, solution=None, **columns):
         said = final_answer(truth) if sentence else None
         return final_answer(f"\\boxed{{{truth}}}") if said is None else said
 
-    pairs = [(final_answer(text), final_truth(truth)) for text, truth in zip(completions, answer if answer is not None else solution)]
+    nothing = [None] * len(completions)
+    truths = [solution if answer is None else answer for answer, solution in zip(answer or nothing, solution or nothing)]
+    pairs = [(final_answer(text), final_truth(truth)) for text, truth in zip(completions, truths)]
     return [float(given is not None and given == truth) for given, truth in pairs]
 
 
 def load_function(spec):
     """The function that `FILE.py:function` names."""
     file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        common.fail(f"--reward {spec}: no file {file!r}; write it as FILE.py:function")
-    module_spec = importlib.util.spec_from_file_location("reward_file", file)
-    module = importlib.util.module_from_spec(module_spec)
+    if not Path(file).is_file() or Path(file).suffix != ".py":
+        common.fail(f"--reward {spec}: no Python file {file!r}; write it as FILE.py:function")
+    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's code may raise anything
@@ -133,7 +136,8 @@ def load_function(spec):
 
 def call_rewards(functions, rows, completions):
     """Scores of each function for each completion, [functions, rows]. A function that fails ends the run with a row shown."""
-    columns = {name: [row.get(name) for row in rows] for name in sorted({name for row in rows for name in row} - {"prompt", "prompt_ids"})}
+    names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "prompts", "completions"}
+    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     scores = []
     for name, function in functions.items():
         try:
@@ -274,6 +278,8 @@ def measure(name, rows, args, score, first=None):
         prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in rows]
     except ValueError as error:
         common.fail(f"{args.dataset} with the model {name}: {error}")
+    if (longest := max(map(len, prompts))) + args.max_new_tokens > tokenizer.model_max_length:
+        common.fail(f"{name} reads {tokenizer.model_max_length} tokens, and a prompt of {args.dataset} has {longest}: lower --max-new-tokens, or leave it out")
     model = common.load_model(name, load_in_4bit=args.load_in_4bit, trainable=False)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     results = {"sampled": [], "greedy": [], "reward": [], "kl": [], "length": [], "stopped": []}
@@ -301,18 +307,21 @@ def measure(name, rows, args, score, first=None):
 
 def main():
     parser = HfArgumentParser(Args, description=__doc__.split("\n")[0])
+    parser.error = lambda message: common.fail(f"{message} (--help lists all flags)")
     parser.add_argument("checkpoints", nargs="*", help="saved runs, local folders or Hub names (default: tiny/chat and the runs on it in runs/)")
-    args, names = parser.parse_args_into_dataclasses()
-    names = names.checkpoints or ["tiny/chat"] + [str(run.parent) for run in sorted(Path("runs").glob("*/adapter_config.json"))
-                                                  if common.is_tiny(str(run.parent)) and common.adapter_config(str(run.parent)).task_type == "CAUSAL_LM"]
+    args, names, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"there is no flag {unknown[0]}")
+    runs = [path.parent for path in sorted(Path("runs").glob("*/summary.json")) if json.loads(path.read_text())["method"] != "reward_model"]
+    names = names.checkpoints or ["tiny/chat", *(str(run) for run in runs if common.is_tiny(str(run)))]
     args.k = args.samples_per_prompt if args.k is None else args.k
     for name in ("size", "samples_per_prompt", "k", "max_new_tokens", "batch_size", "temperature"):
         if not 0 < getattr(args, name) < math.inf:
             common.fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if args.k > args.samples_per_prompt:
         common.fail(f"--k {args.k} needs at least as many --samples-per-prompt, not {args.samples_per_prompt}")
-    if args.output and Path(args.output).exists():
-        common.fail(f"--output {args.output} exists already: name a new file")
+    if args.output and (Path(args.output).exists() or not Path(args.output).parent.is_dir()):
+        common.fail(f"--output {args.output} exists already, or its folder does not: name a new file")
     score = load_function(args.reward) if args.reward else correct_answer
     rows = load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
     for number, row in enumerate(rows, 1):
@@ -321,6 +330,8 @@ def main():
         if not row["prompt"] or not isinstance(row["prompt"], (str, list)):
             common.fail(f"{args.dataset}, row {number}: the prompt must be a string or a list of messages, and not empty")
 
+    for name in names:  # before the first is measured, to no avail if the second is not there
+        common.load_tokenizer(name)
     table, first = [], None
     for name in names:
         line, loaded = measure(name, rows, args, score, first)

@@ -96,6 +96,8 @@ def check(args):
         "epsilon_high": {"dapo": 0.28, "cispo": 5.0}.get(args.loss, args.epsilon), "beta": 0.04 if args.loss in ("grpo", "gspo") else 0.0}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.reward_weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(args.reward)
+    if not all(map(math.isfinite, args.reward_weights)):
+        common.fail(f"--reward-weights must be finite numbers, not {' '.join(map(str, args.reward_weights))}")
     if len(args.reward_weights) != len(args.reward):
         common.fail(f"--reward-weights has {len(args.reward_weights)} numbers for the {len(args.reward)} functions of --reward")
     if len({name.rpartition(":")[2] for name in args.reward}) < len(args.reward):
@@ -125,11 +127,11 @@ def load_rows(source, split, limit, seed):
     try:
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(path.read_text().split("\n"), 1):
+        elif path.suffix in (".json", ".jsonl"):
+            rows, text = [], path.read_text(encoding="utf-8-sig")
+            if text.lstrip().startswith("[") and path.suffix == ".json":
+                rows, text = json.loads(text), ""
+            for number, line in enumerate(text.split("\n"), 1):
                 where = f"{source}, line {number},"
                 rows += [json.loads(line)] if line.strip() else []
         else:
@@ -143,7 +145,7 @@ def load_rows(source, split, limit, seed):
     return rows
 
 
-def encode_prompts(rows, tokenizer, source, max_prompt_length):
+def encode_prompts(rows, tokenizer, source, max_prompt_length, needs_answer):
     """The rows with their token ids under "prompt_ids". Too long prompts are dropped and counted; none left, or a bad row, ends the run."""
     for number, row in enumerate(rows, 1):
         if row.get("prompt") is None or not isinstance(row["prompt"], (str, list)):
@@ -152,18 +154,26 @@ def encode_prompts(rows, tokenizer, source, max_prompt_length):
             row["prompt_ids"] = common.encode_prompt(tokenizer, row["prompt"])
         except ValueError as error:
             common.fail(f"{source}, row {number}: {error}")
-    kept = [row for row in rows if 0 < len(row["prompt_ids"]) <= max_prompt_length]
+        if not row["prompt_ids"]:
+            common.fail(f"{source}, row {number}: the prompt is empty")
+        columns = [name for name in row if name != "prompt_ids"]
+        if needs_answer and row.get("answer") in (None, "") and row.get("solution") in (None, ""):
+            common.fail(f"{source}, row {number}, has no answer and no solution, which the reward correct_answer reads: it has {', '.join(columns)}")
+    kept = [row for row in rows if len(row["prompt_ids"]) <= max_prompt_length]
     if len(kept) < len(rows):
-        print(f"{source}: {len(rows) - len(kept)} of {len(rows)} rows dropped: prompt longer than --max-prompt-length {max_prompt_length}")
+        print(f"{source}: {len(rows) - len(kept)} of {len(rows)} rows dropped: prompt longer than {max_prompt_length} tokens")
     if not kept:
-        common.fail(f"{source}: no row is left to use; raise --max-prompt-length {max_prompt_length}")
+        common.fail(f"{source}: no row is left to use; all prompts are longer than {max_prompt_length} tokens: raise --max-prompt-length, or "
+                    "lower --max-new-tokens if the model can read no more")
     return kept
 
 
-def read_prompts(args, tokenizer):
+def read_prompts(args, tokenizer, needs_answer):
     """The prompts to train on, and the held-out ones: those of --eval-dataset, or rows that share no prompt with the rest."""
+    longest = min(args.max_prompt_length, tokenizer.model_max_length - args.max_new_tokens)
+
     def read(source, limit):
-        return encode_prompts(load_rows(source, args.split, limit, args.seed), tokenizer, source, args.max_prompt_length)
+        return encode_prompts(load_rows(source, args.split, limit, args.seed), tokenizer, source, longest, needs_answer)
 
     rows = read(args.dataset, args.eval_size + args.max_steps * args.batch_size)
     if args.eval_dataset:
@@ -214,7 +224,9 @@ def correct_answer(prompts, completions, answer=None, solution=None, **columns):
         said = final_answer(truth) if sentence else None
         return final_answer(f"\\boxed{{{truth}}}") if said is None else said
 
-    pairs = [(final_answer(text), final_truth(truth)) for text, truth in zip(completions, answer if answer is not None else solution)]
+    nothing = [None] * len(completions)
+    truths = [solution if answer is None else answer for answer, solution in zip(answer or nothing, solution or nothing)]
+    pairs = [(final_answer(text), final_truth(truth)) for text, truth in zip(completions, truths)]
     return [float(given is not None and given == truth) for given, truth in pairs]
 
 
@@ -231,10 +243,10 @@ def concise(prompts, completions, **columns):
 def load_function(spec):
     """The function that `FILE.py:function` names."""
     file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        common.fail(f"--reward {spec}: no file {file!r}; write it as FILE.py:function")
-    module_spec = importlib.util.spec_from_file_location("reward_file", file)
-    module = importlib.util.module_from_spec(module_spec)
+    if not Path(file).is_file() or Path(file).suffix != ".py":
+        common.fail(f"--reward {spec}: no Python file {file!r}; write it as FILE.py:function")
+    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's code may raise anything
@@ -246,7 +258,8 @@ def load_function(spec):
 
 def call_rewards(functions, rows, completions):
     """Scores of each function for each completion, [functions, rows]. A function that fails ends the run with a row shown."""
-    columns = {name: [row.get(name) for row in rows] for name in sorted({name for row in rows for name in row} - {"prompt", "prompt_ids"})}
+    names = {name for row in rows for name in row} - {"prompt", "prompt_ids", "prompts", "completions"}
+    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     scores = []
     for name, function in functions.items():
         try:
@@ -417,28 +430,40 @@ def sample(model, prompts, samples_per_prompt, max_new_tokens, temperature, stop
 
 def parse_args(kind, doc):
     """The command line; with `--resume DIR` the settings of the run that it continues."""
-    (args,) = HfArgumentParser(kind, description=doc.split("\n")[0]).parse_args_into_dataclasses()
-    if not args.resume:
+    parser = HfArgumentParser(kind, description=doc.split("\n")[0])
+    parser.error = lambda message: common.fail(f"{message} (--help lists all flags)")
+    args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"there is no flag {unknown[0]}")
+    if args.resume is None:
         return args
     saved = Path(args.resume, "args.json")
     if args != kind(resume=args.resume):
         common.fail("--resume takes its settings from the run that it continues: leave all other flags out")
     if saved.with_name("summary.json").exists() or not saved.exists():
         common.fail(f"--resume {args.resume}: " + ("no run was started there" if not saved.exists() else "that run is finished"))
-    return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
+    try:
+        return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
+    except (ValueError, TypeError) as error:
+        common.fail(f"--resume {args.resume}: its args.json was not written by this script ({error})")
 
 
 def new_folder(wanted, default):
-    """Creates the folder of a run: --output-dir, else the first free one of runs/x, runs/x-2, ... Never one that holds something."""
+    """Creates the folder of a run: --output-dir, which may exist if it is empty, else the first free one of runs/x, runs/x-2, ..."""
     folder, number = Path(wanted or default), 1
-    while folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        if wanted:
-            common.fail(f"--output-dir {wanted} is in use: name a new folder, or finish the run in it with --resume {wanted}")
-        number += 1
-        folder = Path(f"{default}-{number}")
+    while not (wanted and folder.is_dir() and not any(folder.iterdir())):
+        try:
+            folder.mkdir(parents=True)  # not if it is there: of two runs that start at once, one takes the next name
+            break
+        except OSError as error:
+            if wanted:
+                common.fail(f"--output-dir {wanted} is in use, or cannot be created: name a new folder, or --resume what is in it ({error})")
+            if not folder.exists():
+                common.fail(f"{folder} cannot be created: name an --output-dir ({error})")
+            number += 1
+            folder = Path(f"{default}-{number}")
     if number > 1:
         print(f"{default} is in use: this run goes to {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -496,7 +521,7 @@ def train(args):
     # data, rewards, then the model
     functions = {name: globals()[name] if name in ("correct_answer", "well_formed", "concise") else load_function(name) for name in args.reward}
     tokenizer = common.load_tokenizer(args.model)
-    rows, held_out = read_prompts(args, tokenizer)
+    rows, held_out = read_prompts(args, tokenizer, "correct_answer" in args.reward)
     folder = Path(args.resume) if args.resume else new_folder(args.output_dir, "runs/grpo") if rank == 0 else None
     torch.manual_seed(args.seed)
     model = common.load_model(args.model, load_in_4bit=args.load_in_4bit, lora_rank=args.lora_rank, gradient_checkpointing=args.gradient_checkpointing)
@@ -522,7 +547,7 @@ def train(args):
     if rank == 0:
         for file in ("metrics.jsonl", "samples.jsonl"):
             lines = (folder / file).read_text().splitlines(keepends=True) if state["step"] else []
-            (folder / file).write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+            (folder / file).write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
     tracker = importlib.import_module(args.track) if args.track and rank == 0 else None
     if tracker:

@@ -26,11 +26,13 @@ def read_metrics(run):
     if not path.exists():
         common.fail(f"{run} holds no metrics.jsonl: is it the folder of a run?")
     steps = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):  # a last line without its end is still being written
         try:
             steps.append(json.loads(line))
         except json.JSONDecodeError as error:
             common.fail(f"{path}, line {number}: {error.msg}")
+        if not isinstance(steps[-1], dict) or "step" not in steps[-1]:
+            common.fail(f"{path}, line {number}: not an object with a step, as runs write it")
     if not steps:
         common.fail(f"{path} is empty: the run has not finished a step")
     return steps
@@ -62,7 +64,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--output", help="the picture (default: curves.png in the first folder)")
+    parser.error = lambda message: common.fail(f"{message} (--help says more)")
     args = parser.parse_args()
+    if args.output and (Path(args.output).exists() or not Path(args.output).parent.is_dir() or Path(args.output).suffix not in (".png", ".pdf", ".svg")):
+        common.fail(f"--output {args.output} must be a new .png, .pdf or .svg file in a folder that is there")
     draw(args.runs, args.output or Path(args.runs[0]) / "curves.png")
 
 

@@ -103,11 +103,11 @@ def load_rows(source, split, limit, seed):
     try:
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(path.read_text().split("\n"), 1):
+        elif path.suffix in (".json", ".jsonl"):
+            rows, text = [], path.read_text(encoding="utf-8-sig")
+            if text.lstrip().startswith("[") and path.suffix == ".json":
+                rows, text = json.loads(text), ""
+            for number, line in enumerate(text.split("\n"), 1):
                 where = f"{source}, line {number},"
                 rows += [json.loads(line)] if line.strip() else []
         else:
@@ -285,28 +285,40 @@ def pad_apart(tokenizer):
 
 def parse_args(kind, doc):
     """The command line; with `--resume DIR` the settings of the run that it continues."""
-    (args,) = HfArgumentParser(kind, description=doc.split("\n")[0]).parse_args_into_dataclasses()
-    if not args.resume:
+    parser = HfArgumentParser(kind, description=doc.split("\n")[0])
+    parser.error = lambda message: common.fail(f"{message} (--help lists all flags)")
+    args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"there is no flag {unknown[0]}")
+    if args.resume is None:
         return args
     saved = Path(args.resume, "args.json")
     if args != kind(resume=args.resume):
         common.fail("--resume takes its settings from the run that it continues: leave all other flags out")
     if saved.with_name("summary.json").exists() or not saved.exists():
         common.fail(f"--resume {args.resume}: " + ("no run was started there" if not saved.exists() else "that run is finished"))
-    return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
+    try:
+        return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
+    except (ValueError, TypeError) as error:
+        common.fail(f"--resume {args.resume}: its args.json was not written by this script ({error})")
 
 
 def new_folder(wanted, default):
-    """Creates the folder of a run: --output-dir, else the first free one of runs/x, runs/x-2, ... Never one that holds something."""
+    """Creates the folder of a run: --output-dir, which may exist if it is empty, else the first free one of runs/x, runs/x-2, ..."""
     folder, number = Path(wanted or default), 1
-    while folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        if wanted:
-            common.fail(f"--output-dir {wanted} is in use: name a new folder, or finish the run in it with --resume {wanted}")
-        number += 1
-        folder = Path(f"{default}-{number}")
+    while not (wanted and folder.is_dir() and not any(folder.iterdir())):
+        try:
+            folder.mkdir(parents=True)  # not if it is there: of two runs that start at once, one takes the next name
+            break
+        except OSError as error:
+            if wanted:
+                common.fail(f"--output-dir {wanted} is in use, or cannot be created: name a new folder, or --resume what is in it ({error})")
+            if not folder.exists():
+                common.fail(f"{folder} cannot be created: name an --output-dir ({error})")
+            number += 1
+            folder = Path(f"{default}-{number}")
     if number > 1:
         print(f"{default} is in use: this run goes to {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -380,7 +392,7 @@ def train(args):
             part.load_state_dict(state.pop(name))  # not kept twice in memory
     if rank == 0:
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if state["step"] else []
-        (folder / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
+        (folder / "metrics.jsonl").write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
     tracker = importlib.import_module(args.track) if args.track and rank == 0 else None
     if tracker:

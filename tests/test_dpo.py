@@ -456,11 +456,41 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_a_second_default_run_takes_the_next_free_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert [str(dpo.new_folder(None, "runs/dpo")) for _ in range(2)] == ["runs/dpo", "runs/dpo"]  # an empty folder is free
+    assert [str(dpo.new_folder(None, "runs/dpo")) for _ in range(2)] == ["runs/dpo", "runs/dpo-2"]  # though the first run has not written a file yet
     (tmp_path / "runs/dpo/metrics.jsonl").write_text("{}\n")
-    assert str(dpo.new_folder(None, "runs/dpo")) == "runs/dpo-2"
+    assert str(dpo.new_folder(None, "runs/dpo")) == "runs/dpo-3"
     assert "runs/dpo is in use: this run goes to runs/dpo-2" in capsys.readouterr().out
     assert (tmp_path / "runs/dpo/metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("place", ["file.txt/run", "/dev/null", "/proc/run"])
+def test_a_folder_that_cannot_be_created_is_refused(place, tmp_path, refused):
+    (tmp_path / "file.txt").write_text("mine")
+    assert "--output-dir" in refused(dpo.new_folder, str(tmp_path / place), "runs/dpo") and (tmp_path / "file.txt").read_text() == "mine"
+
+
+def test_unknown_flags_and_values_are_refused_in_one_line(refused, monkeypatch):
+    for flags, words in ((["--bogus", "1"], "there is no flag --bogus"), (["--loss", "foo"], "invalid choice: 'foo'"), (["--batch-size", "x"], "invalid int value: 'x'")):
+        monkeypatch.setattr(sys, "argv", ["dpo.py", *flags])
+        assert words in refused(dpo.parse_args, dpo.Args, dpo.__doc__)
+
+
+def test_what_another_script_or_a_kill_left_behind_does_not_confuse_resume(tmp_path, monkeypatch, refused):
+    """args.json with flags of another script or cut short is refused; a last line of metrics.jsonl that was half written is done again."""
+    folder = run(tmp_path, max_steps=3)
+    whole = metrics_of(folder)
+    (folder / "summary.json").unlink()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "--resume", str(folder)])
+    state = torch.load(folder / "resume.pt", weights_only=True)
+    torch.save(state | {"step": 2}, folder / "resume.pt")
+    dpo.train(dpo.parse_args(dpo.Args, dpo.__doc__))
+    assert [m["step"] for m in metrics_of(folder)] == [m["step"] for m in whole] == [1, 2, 3]
+    (folder / "summary.json").unlink()
+    for content in ('{"model": "tiny/chat", "lam": 0.9}', '{"model": "ti', ""):
+        (folder / "args.json").write_text(content)
+        assert "was not written by this script" in refused(dpo.parse_args, dpo.Args, dpo.__doc__)
 
 
 def test_show_batch_prints_the_trained_tokens_in_green_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -605,6 +635,8 @@ def test_json_and_parquet_hold_the_same_rows_as_jsonl(tmp_path, write_jsonl):
     import pyarrow.parquet as pq
     rows = [GOOD, GOOD | {"rejected": say("4\u2028")}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\r\n" for row in rows))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + Path(write_jsonl(rows)).read_bytes())
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    for name in (write_jsonl(rows), tmp_path / "rows.json", tmp_path / "rows.parquet"):
+    for name in (write_jsonl(rows), tmp_path / "rows.json", tmp_path / "lines.json", tmp_path / "bom.jsonl", tmp_path / "rows.parquet"):
         assert dpo.load_rows(str(name), "train", 0, 0) == rows

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -300,10 +301,13 @@ def test_figures_are_those_of_the_samples(command, tmp_path):
 
 
 def test_without_arguments_it_compares_the_tiny_runs(command, tmp_path, monkeypatch):
-    """No checkpoint named: tiny/chat and every language model's adapter on it in runs/, but neither reward models nor other folders."""
+    """No checkpoint named: tiny/chat and every finished run of a language model on it in runs/, but neither reward models nor other folders."""
     for name, task in (("dpo", "CAUSAL_LM"), ("dpo-2", "CAUSAL_LM"), ("reward", "SEQ_CLS")):
         common.load_model(TINY, lora_rank=2, task=task).save_pretrained(tmp_path / "runs" / name, save_embedding_layers=False)
         common.load_tokenizer(TINY).save_pretrained(tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / "summary.json").write_text(json.dumps({"method": "reward_model" if name == "reward" else "dpo", "model": "tiny/chat"}))
+    shutil.copytree(tmp_path / "runs/dpo", tmp_path / "runs/killed")
+    (tmp_path / "runs/killed/summary.json").unlink()
     (tmp_path / "runs/notes").mkdir()
     monkeypatch.chdir(tmp_path)
     command(*QUICK, "--output", "x.json")
@@ -360,10 +364,11 @@ def test_reward_may_be_a_tensor(command, rewards):
 
 @pytest.mark.parametrize("spec, words", [
     ("nowhere.py:record", "nowhere.py"), ("rewards.py:absent", "absent"), ("rewards.py", "FILE.py:function"), ("rewards.py:REWARD", "REWARD"),
-    ("rewards.py:few", "1 scores for 8"), ("rewards.py:broken", "nan"), ("wrong.py:record", "wrong.py")])
+    ("rewards.py:few", "1 scores for 8"), ("rewards.py:broken", "nan"), ("wrong.py:record", "wrong.py"), ("wrong.txt:record", "no Python file")])
 def test_bad_reward(refusal, rewards, spec, words):
     """A missing or broken file or function, too few scores or NaN end in one line with exit code 2."""
     Path("wrong.py").write_text("def record(:\n")
+    Path("wrong.txt").write_text("def record(**columns):\n    return []\n")
     if spec in ("rewards.py:few", "rewards.py:broken"):  # found only after sampling, when a progress bar is on stderr
         evaluate_tqdm = evaluate.tqdm
         evaluate.tqdm = lambda items, **_: items
@@ -373,6 +378,23 @@ def test_bad_reward(refusal, rewards, spec, words):
             evaluate.tqdm = evaluate_tqdm
     else:
         assert words in refusal(TINY, "--reward", spec, *QUICK)
+
+
+def test_a_reward_file_may_hold_what_any_module_may(tmp_path):
+    """A dataclass with postponed annotations looks its module up by name."""
+    (tmp_path / "data.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int = 1\n\n"
+                                      "def score(**columns):\n    return [A().x]\n")
+    assert evaluate.load_function(f"{tmp_path}/data.py:score")() == [1]
+
+
+def test_what_is_wrong_shows_before_anything_is_sampled(refusal, tmp_path, monkeypatch):
+    """The second checkpoint is not there; the folder of --output is not; prompt and answer are longer than what the model can read."""
+    monkeypatch.setattr(evaluate, "sample", lambda *args: pytest.fail("sampled"))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refusal(TINY, tmp_path / "empty")
+    assert "--output" in refusal(TINY, "--output", tmp_path / "none/x.json")
+    assert "reads 512 tokens" in refusal(TINY, "--max_new_tokens", 510)
+    assert "there is no flag --bogus" in refusal(TINY, "--bogus")
 
 
 def test_output_is_not_overwritten(refusal, tmp_path):

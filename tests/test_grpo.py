@@ -462,7 +462,7 @@ def sample_by_prompt(model, prompts, samples_per_prompt, max_new_tokens, tempera
 
 def test_two_processes_equal_one(tmp_path, monkeypatch):
     """torchrun with two gloo processes and an uneven share of the prompts gives the figures of one process, given the same samples."""
-    settings = {"max_steps": 2, "updates": 2, "batch_size": 3, "group_size": 4, "eval_size": 4, "max_new_tokens": 12, "reward": ["concise"]}
+    settings = {"max_steps": 2, "updates": 2, "batch_size": 3, "group_size": 4, "eval_size": 4, "max_new_tokens": 12, "reward": ["concise"], "beta": 0.04}
     runs = [settings | {"loss": loss, "output_dir": str(tmp_path / f"{loss}-two")} for loss in ("grpo", "dapo")]
     child = process("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541", __file__, *map(json.dumps, runs))
     monkeypatch.setattr(grpo, "sample", sample_by_prompt)
@@ -484,14 +484,20 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     ({"learning_rate": math.nan}, "--learning-rate"), ({"reward_weights": [1.0, 2.0]}, "--reward-weights has 2 numbers for the 1 functions"),
     ({"reward": ["concise"], "reward_weights": []}, "--reward-weights has 0 numbers"), ({"reward": ["shortness"]}, "--reward shortness"), ({"reward": ["nofile.py:f"]}, "nofile.py"),
     ({"model": "tiny/base", "reward_model": "tiny/reward"}, "one base has to carry both"), ({"reward_model": "tiny/chat"}, "tiny/chat"), ({"track": "wandb"}, "not installed"),
-    ({"max_prompt_length": 2}, "--max-prompt-length 2"), ({"reward": ["concise", "concise"]}, "twice"), ({"reward": ["a.py:f", "b.py:f"]}, "twice"),
+    ({"max_prompt_length": 2}, "longer than 2 tokens: raise --max-prompt-length"), ({"reward": ["concise", "concise"]}, "twice"), ({"reward": ["a.py:f", "b.py:f"]}, "twice"),
+    ({"reward_weights": [math.nan]}, "--reward-weights must be finite"), ({"max_new_tokens": 509}, "lower --max-new-tokens"),
     ({"loss": "dapo", "baseline": "none"}, "choose --baseline group or rloo"), ({"dataset": "x.jsonl", "eval_dataset": "x.jsonl"}, "is also what is trained on"),
 ])
 def test_bad_flags_are_refused(flags, words, tmp_path, refused):
     assert words in refused(run, tmp_path, **flags)
 
 
-@pytest.mark.parametrize("rows, words", [([{"question": "x"}], "row 1, has no prompt"), ([{"prompt": 5}], "row 1, has no prompt"), ([ROWS[0]], "too few different prompts"),
+def test_the_answer_may_be_called_solution_row_by_row():
+    assert grpo.correct_answer(["?"] * 3, ["7", "7", "7"], answer=["7", None, "8"], solution=[None, "7", "7"]) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("rows, words", [([{"prompt": "1 + 1 =", "answer": None}], "row 1, has no answer and no solution"), ([{"prompt": "", "answer": "2"}], "row 1: the prompt is empty"),
+                                         ([{"question": "x"}], "row 1, has no prompt"), ([{"prompt": 5}], "row 1, has no prompt"), ([ROWS[0]], "too few different prompts"),
                                          ([{"prompt": [{"role": "assistant", "content": "x"}]}], "roles out of order")])
 def test_bad_rows_are_refused(rows, words, write_jsonl, tmp_path, refused):
     assert words in refused(run, tmp_path, dataset=write_jsonl(rows))

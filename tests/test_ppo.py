@@ -292,6 +292,11 @@ def test_a_classifier_that_cannot_score_is_refused_in_one_line(wrong, words, tmp
     assert words in refused(run, tmp_path, reward_model=save_classifier(tmp_path / "rm", **wrong))
 
 
+def test_a_language_model_is_no_reward_model(tmp_path, refused):
+    """transformers would give it a head of noise and say nothing."""
+    assert "tiny/chat is no reward model: it has no weights for score.weight" in refused(run, tmp_path, reward_model="tiny/chat")
+
+
 # ---- whole runs -------------------------------------------------------------------------------------------
 
 SMALL = {"eval_size": 4, "max_new_tokens": 12, "batch_size": 8, "minibatch_size": 4, "max_steps": 2, "save_every": 1, "epochs": 2}
@@ -472,7 +477,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     ({"reward": "nofile.py:f"}, "nofile.py"), ({"epochs": 0}, "--epochs"), ({"lam": 1.1}, "--lam"), ({"gamma": -0.1}, "--gamma"), ({"epsilon": 0.0}, "--epsilon"),
     ({"value_epsilon": 0.0}, "--value-epsilon"), ({"target_kl": -1.0}, "--target-kl"), ({"adaptive_kl": 0.0}, "--adaptive-kl"), ({"beta": -1.0}, "--beta"),
     ({"missing_eos_penalty": -1.0}, "--missing-eos-penalty"), ({"minibatch_size": 0}, "--minibatch-size"), ({"temperature": 0.0}, "--temperature"),
-    ({"learning_rate": math.nan}, "--learning-rate"), ({"max_prompt_length": 2}, "--max-prompt-length 2"), ({"track": "wandb"}, "not installed"),
+    ({"learning_rate": math.nan}, "--learning-rate"), ({"max_prompt_length": 2}, "longer than 2 tokens: raise --max-prompt-length"), ({"track": "wandb"}, "not installed"),
     ({"beta": 0.0, "adaptive_kl": 6.0}, "--adaptive-kl multiplies --beta"), ({"batch_size": 8, "minibatch_size": 3}, "no multiple of --minibatch-size 3"),
     ({"dataset": "x.jsonl", "eval_dataset": "x.jsonl"}, "is also what is trained on"),
 ])

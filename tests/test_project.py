@@ -3,6 +3,7 @@ import ast
 import importlib
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -119,7 +120,21 @@ def test_plot_draws_a_panel_for_each_metric_and_all_runs(tmp_path, monkeypatch):
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("content, words", [(None, "holds no metrics.jsonl"), ("", "is empty"), ('{"step": 1}\n{', "line 2")])
+def test_plot_leaves_out_a_line_that_is_still_being_written(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    assert plot.read_metrics(str(tmp_path)) == [{"step": 1, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("output", ["mine.png", "none/x.png", "x.txt"])
+def test_plot_writes_only_new_pictures(output, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    Path("metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    Path("mine.png").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["plot.py", ".", "--output", output])
+    assert f"--output {output} must be a new .png" in refused(plot.main) and Path("mine.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content, words", [(None, "holds no metrics.jsonl"), ("", "is empty"), ('{"step": 1}\n{\n', "line 2"), ("12\n", "line 1"), ('{"a": 1}\n', "line 1")])
 def test_plot_refuses_what_is_no_run(content, words, tmp_path, refused):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)

@@ -356,7 +356,7 @@ def test_an_answer_that_ends_at_the_limit_by_itself_has_stopped(monkeypatch):
 
 @pytest.mark.parametrize("extra", [{"output": "9"}, {"completion": "9"}, {"prompt": "9"}])
 def test_a_column_that_half_belongs_to_another_format_is_ignored(extra, tmp_path, write_jsonl):
-    rows = [{"text": f"{i} + {i} = {2 * i}"} | extra for i in range(10)]
+    rows = [{"text": f"{i} + {i} = {2 * i}", "messages": None} | extra for i in range(10)]
     sft.train(tiny_args(tmp_path, dataset=write_jsonl(rows), max_steps=1, sample_size=1))
     assert (tmp_path / "run/summary.json").exists()
 
