@@ -1,75 +1,180 @@
-"""What every script shares: loading a model, and turning chats or strings into token ids with a loss mask.
+"""What every script shares: loading models and rows, and turning rows into token ids.
 
-Loading knows Hub names, local folders and saved LoRA adapters. It picks the number format for the hardware, quantises the
-frozen base to 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) and puts LoRA matrices (Hu et al. 2021, arXiv:2106.09685) on
-all its linear layers. Encoding gives two lists of equal length: `input_ids`, and `loss_mask` with a 1 for each token that
-the model should learn to produce. A row that cannot be encoded raises ValueError with the reason.
+A model is a Hub name, a local folder or a saved LoRA adapter. Its frozen base can be quantised to
+4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); LoRA matrices (Hu et al. 2021,
+arXiv:2106.09685) go on all its linear layers. A row becomes pieces, (ids, is_answer): what is done
+with the answers is the business of the scripts. A row that cannot be used raises ValueError.
 """
+# ruff: noqa: E402
+import argparse
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
+import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import NoReturn
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import recommends an optional CPU kernel
-warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's use of it
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises a CPU kernel
 
-import bitsandbytes  # noqa: E402
-import huggingface_hub  # noqa: E402
-import jinja2  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, GenerationConfig,
-)
-from transformers.integrations import sdpa_attention  # noqa: E402
+import bitsandbytes
+import datasets
+import huggingface_hub
+import peft
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+from transformers.integrations import sdpa_attention
 
 HERE = Path(__file__).resolve().parent
+QUOTE = "\ufdd0"  # a code point that no text has
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 huggingface_hub.utils.logging.set_verbosity_error()  # without a network it reports every retry
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
+datasets.disable_progress_bars()
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's use of it
+
+
+# ---- errors and flags ----------------------------------------------------------------------------
+
+def visible(text: str) -> str:
+    """Text from data with its control characters spelled out: it cannot move the cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program over something that the user can mend: one line on stderr, exit code 2, no traceback."""
-    clear = "\r\033[K" if sys.stderr.isatty() else ""  # of a progress bar
-    print(f"{clear}error: {' '.join(message.split())}", file=sys.stderr)
+    """Ends the program over something that the user can mend: one line on stderr, exit code 2."""
+    if RANK > 0:
+        time.sleep(3)  # where all fail alike, the first speaks, and torchrun ends the rest
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # so that the line is not glued to it
+    print(f"error: {visible(' '.join(message.split())):.500}", file=sys.stderr)
     raise SystemExit(2)
 
 
-# ---- models -----------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def phase(doing: str):
+    """Whatever goes wrong inside becomes one line: libraries and users raise types of their own."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        fail(f"{doing}: {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def running(memory_flags: str):
+    """Around a whole run: its processes find each other, and what a user can mend is one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
+    if WORLD > 1:
+        device = choose_device()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on where the run was last saved")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
+        fail("nobody reads the output any more; an unfinished run goes on by the same command")
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "t allocate memory" in text:
+            fail(f"out of memory: lower {memory_flags}")
+        # torch does not say why it could not write
+        if "No space left" in text or "quota" in text or "inline_container" in text:
+            fail("the disk is full; with more room, the same command goes on")
+        raise
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def number(kind: type, low: float, high: float = 1e9):
+    """An argparse type that refuses what is out of range, NaN included."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} and {high:g}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # for argparse's message
+    return parse
+
+
+count = number(int, 1)
+natural = number(int, 0)
+positive = number(float, 1e-9)
+weight = number(float, 0)
+share = number(float, 0, 1)
+
+
+def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = None):
+    """The flags; the tiny model and each --loss may need other defaults than the rest."""
+    flags.error = fail
+    args = flags.parse_args()
+    if by_loss:
+        flags.set_defaults(**by_loss.get(args.loss, {}))
+    if is_tiny(args.model):
+        flags.set_defaults(**tiny)
+        if flags.parse_args().dataset != tiny["dataset"]:
+            flags.set_defaults(eval_dataset=None)  # the tiny world's held-out rows go with its own
+    return flags.parse_args()
+
+
+# ---- models --------------------------------------------------------------------------------------
 
 def choose_device() -> torch.device:
     """The GPU of this process (torchrun sets LOCAL_RANK), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # bitsandbytes and nccl work on the current device
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # bitsandbytes and nccl use it
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:
-    """fp32 on a CPU, bf16 if the GPU computes in it, fp16 on older ones: `torch.cuda.is_bf16_supported()` says True on a T4, which emulates it."""
+    """fp32 on a CPU, bf16 from compute capability 8.0 on: older GPUs like the T4 emulate it."""
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if ampere else torch.float16
+
+
+def autocast(model):
+    """The number format of the forward passes; what is trained stays in fp32."""
+    device = causal_lm(model).device
+    return torch.autocast(device.type, choose_dtype(device), enabled=device.type == "cuda")
+
+
+def grad_scaler(model):
+    """For fp16, in which small gradients round to 0. With bf16 and fp32 it does nothing."""
+    device = causal_lm(model).device
+    return torch.amp.GradScaler(device.type, enabled=choose_dtype(device) == torch.float16)
 
 
 def find(name: str) -> str:
-    """`name` itself, or the file or folder of that name beside this file: tiny/chat is found from any folder."""
+    """`name`, or what has that name beside this file: tiny/chat is found from any folder."""
     return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
 
 
-def adapter_config(name: str) -> PeftConfig | None:
+def adapter_config(name: str) -> peft.PeftConfig | None:
     """The config of a LoRA adapter, or None for a full model."""
     if Path(find(name)).is_dir() and not Path(find(name), "adapter_config.json").exists():
         return None
     try:
-        return PeftConfig.from_pretrained(find(name))
+        return peft.PeftConfig.from_pretrained(find(name))
     except ValueError:  # peft's answer if the Hub has no adapter_config.json there
         return None
 
@@ -80,106 +185,131 @@ def base_of(name: str) -> str:
     return find(adapter.base_model_name_or_path if adapter else name)
 
 
-@contextlib.contextmanager
-def loading(name: str):
-    """Turns what libraries raise for names, files and networks into one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        fail(f"the model {name!r} does not fit into the memory of the GPU: choose a smaller one, or --load-in-4bit on")
-    except Exception as error:  # each library has types of its own
-        what = "that folder holds no such model" if Path(find(name)).is_dir() else "there is no such folder, and the Hub did not give it"
-        fail(f"cannot load the model {name!r}: {what} ({' '.join(str(error).split()):.200})")
-
-
 def is_tiny(name: str) -> bool:
-    """True for the embedded models and what was trained from them: they have data and learning rates of their own."""
-    with loading(name):
-        if not Path(find(name)).is_dir():
-            return False
-        run = Path(base_of(name), "summary.json")  # of a run that trained all weights
-        return is_tiny(json.loads(run.read_text())["model"]) if run.exists() else run.resolve().is_relative_to(HERE / "tiny")
+    """True for the embedded models and what was trained from them."""
+    with phase(f"loading the model {name}"):
+        base = Path(base_of(name))
+        summary = base / "summary.json"  # of a run that trained all weights
+        start = json.loads(summary.read_text())["model"] if summary.exists() else None
+    if start:
+        return is_tiny(start)
+    return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
 
 
-def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16, gradient_checkpointing: str = "auto", trainable: bool = True,
+def switch(choice: str, auto: bool) -> bool:
+    """What the flag on, off or auto comes to."""
+    return auto if choice == "auto" else choice == "on"
+
+
+def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16,
+               gradient_checkpointing: str = "auto", trainable: bool = True,
                task: str = "CAUSAL_LM"):
-    """Loads a language model, or one with a scalar head instead of its own, with a LoRA adapter to train.
+    """Loads a model with a LoRA adapter "default" to train, in fp32; all else is frozen.
 
-    name: a Hub name, a local folder, or a LoRA adapter, whose base is then loaded below it.
-    load_in_4bit, gradient_checkpointing: "on", "off", or "auto", which is on for CUDA. 4 bits are NF4 with double quantisation, also on CPUs.
-    lora_rank: of a new adapter on all linear layers but the head; 0 trains the full weights. An adapter given as `name` keeps its own.
-    trainable: False loads the model as it is, to use it.
-    task: "CAUSAL_LM", or "SEQ_CLS" for a reward model, whose scalar head `score` is saved with the adapter; it may start from either kind.
-
-    The trainable adapter is "default", in fp32; all else is frozen. A start from an adapter is kept a second time, frozen, as "reference".
-    Exits with code 2 if there is nothing to load.
+    If `name` is an adapter, its base is loaded below it, training goes on with its matrices, and a
+    frozen copy of them stays as "reference". `lora_rank` 0 trains all weights. With "auto", 4 bits
+    and checkpointing are on for CUDA. `trainable=False` loads the model as it is. The task SEQ_CLS
+    gives a reward model: a scalar head `score`, trained and saved with the adapter.
     """
-    device, full = choose_device(), trainable and lora_rank == 0
-    dtype = torch.float32 if full else choose_dtype(device)  # in 16 bits, most of Adam's small steps would round to nothing
-    quantise = load_in_4bit == "on" or load_in_4bit == "auto" and device.type == "cuda" and not full
-    if device.type == "cpu":
-        # on CPUs with AVX512-BF16 an eval forward would repack the 4-bit weights, and the next training forward fail
-        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-        if is_tiny(name):  # matrices this small gain nothing from a second thread, and threads that wait for each other cost a lot
-            torch.set_num_threads(1)
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        # before Ampere, SDPA runs enable_gqa in its slow math kernel; without it transformers repeats the keys itself
-        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    with loading(name):
+    device = choose_device()
+    full = trainable and lora_rank == 0
+    # in 16 bits, most of Adam's small steps would round to nothing
+    dtype = torch.float32 if full else choose_dtype(device)
+    quantise = switch(load_in_4bit, device.type == "cuda" and not full)
+    prepare_machine(name, device)
+    with phase(f"loading the model {name}"):
         adapter = adapter_config(name)
-        if full and (quantise or adapter):
-            fail("--lora-rank 0 trains the full weights: it goes with no LoRA adapter as --model and not with --load-in-4bit on")
-        auto, head = (AutoModelForCausalLM, {}) if task == "CAUSAL_LM" else (AutoModelForSequenceClassification, {"num_labels": 1})
-        model = auto.from_pretrained(base_of(name), dtype=dtype, quantization_config=nf4 if quantise else None, device_map={"": device},
-                                     attn_implementation="sdpa", **head)  # eager attention overflows in fp16 on Qwen
-    # frozen by hand: peft's prepare_model_for_kbit_training would also turn embeddings and head into fp32, 2 GiB at 7B
-    model.requires_grad_(full)
-    if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
-        fail(f"{name} is an adapter for the task {adapter.task_type}; needed is one for {task}")
-    if adapter and adapter.task_type == task:
-        model = PeftModel.from_pretrained(model, find(name), is_trainable=trainable)
-        if trainable and task == "CAUSAL_LM":
-            model.load_adapter(find(name), "reference", is_trainable=False)
-    elif trainable and not full:
-        config = adapter or LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-        config.task_type, config.modules_to_save, config.inference_mode = task, ["score"] if task == "SEQ_CLS" else None, False
-        model = get_peft_model(model, config)
-        if adapter:  # a reward model that starts from a language model's adapter takes over its matrices
-            score = {"base_model.model.score.weight": model.get_base_model().score.modules_to_save["default"].weight}
-            set_peft_model_state_dict(model, load_peft_weights(find(name), device="cpu") | score)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):  # policy, reference and sampler must agree on a log-prob
-            module.p = 0.0
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # the GradScaler cannot unscale fp16 gradients
-            parameter.data = parameter.data.float()
-    if gradient_checkpointing == "on" or gradient_checkpointing == "auto" and device.type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if task == "CAUSAL_LM":
-        check_head(model)
+        if full and (adapter or quantise):
+            raise ValueError("--lora-rank 0 cannot train an adapter's or 4-bit weights")
+        if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
+            raise ValueError(f"an adapter for {adapter.task_type}, needed is one for {task}")
+        model = load_base(base_of(name), task, dtype, quantise, device)
+        # by hand: peft's prepare_model_for_kbit_training turns embeddings into fp32, 2 GiB at 7B
+        model.requires_grad_(full)
+        if adapter and adapter.task_type == task:
+            model = peft.PeftModel.from_pretrained(model, find(name), is_trainable=trainable)
+            if trainable and task == "CAUSAL_LM":
+                model.load_adapter(find(name), "reference", is_trainable=False)
+        elif trainable and not full:
+            model = add_lora(model, name if adapter else None, lora_rank, task)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # policy, reference and sampler must agree on a log-prob
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # the GradScaler refuses fp16 gradients
+        if switch(gradient_checkpointing, device.type == "cuda"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        check_forward(model, task)
     return model.train(trainable)
 
 
+def load_base(folder: str, task: str, dtype: torch.dtype, quantise: bool, device: torch.device):
+    """The transformers model, with its own head or with a scalar one, perhaps in 4 bits."""
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype)
+    kind, options = transformers.AutoModelForCausalLM, {}
+    if task == "SEQ_CLS":
+        kind, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    return kind.from_pretrained(  # eager attention overflows in fp16 on Qwen
+        folder, dtype=dtype, quantization_config=nf4 if quantise else None,
+        device_map={"": device}, attn_implementation="sdpa", **options)
+
+
+def prepare_machine(name: str, device: torch.device):
+    """Three traps of three machines."""
+    if is_tiny(name):
+        torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
+    if device.type == "cpu":
+        # with AVX512-BF16 an eval forward repacks 4-bit weights, and the next training step fails
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    elif choose_dtype(device) == torch.float16:
+        # before Ampere, SDPA runs enable_gqa in its slow math kernel: let transformers repeat keys
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def add_lora(model, adapter_name: str | None, rank: int, task: str):
+    """New LoRA matrices on all linear layers; a reward model may start from an LM's adapter."""
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    if adapter_name:
+        config = adapter_config(adapter_name)
+    config.task_type = task
+    config.inference_mode = False
+    config.modules_to_save = ["score"] if task == "SEQ_CLS" else None
+    model = peft.get_peft_model(model, config)
+    if adapter_name:
+        weights = peft.load_peft_weights(find(adapter_name), device="cpu")
+        score = model.get_base_model().score.modules_to_save["default"].weight
+        peft.set_peft_model_state_dict(model, weights | {"base_model.model.score.weight": score})
+    return model
+
+
 def causal_lm(model):
-    """The transformers model, with the LoRA layers that peft put inside it: `.base_model` is its backbone, then comes the head."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The transformers model, with LoRA layers inside: `.base_model` is all but its head."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 @torch.no_grad()
-def check_head(model):
-    """Refuses models whose logits are not `hidden @ head.T`, as all scripts compute them, but capped, scaled or shifted."""
-    causal, input_ids = causal_lm(model).eval(), torch.arange(4, device=model.device)[None]
-    logits = causal(input_ids=input_ids).logits.float()
-    ours = (causal.base_model(input_ids=input_ids).last_hidden_state @ causal.get_output_embeddings().weight.T).float()
-    if not torch.allclose(logits, ours, rtol=0, atol=0.01 * logits.abs().max().item()):
-        fail(f"{type(causal).__name__} changes its logits after the head, which these scripts do not compute: choose another model")
+def check_forward(model, task: str):
+    """Refuses broken weights, and logits that are capped or scaled after `hidden @ head.T`."""
+    causal = causal_lm(model).eval()
+    input_ids = torch.arange(4, device=causal.device)[None]
+    hidden = causal.base_model(input_ids=input_ids).last_hidden_state
+    if not hidden.isfinite().all():
+        raise ValueError("its outputs are not finite numbers")
+    if task == "CAUSAL_LM":
+        logits = causal(input_ids=input_ids).logits.float()
+        ours = (hidden @ causal.get_output_embeddings().weight.T).float()
+        if (logits - ours).abs().max() > 0.01 * logits.abs().max():
+            raise ValueError(f"{type(causal).__name__} changes its logits after the head")
 
 
 @contextlib.contextmanager
 def using(model, role: str | None):
-    """Inside, `model` wears another adapter, or with None it is the bare base. peft switches requires_grad with the adapter: it is put back."""
-    outer, flags = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
+    """Inside, `model` wears the adapter `role`, or with None it is the bare base."""
+    outer = model.active_adapter
+    flags = [(p, p.requires_grad) for p in model.parameters()]  # peft changes them on the way
     try:
         with contextlib.nullcontext() if role else model.disable_adapter():
             if role:
@@ -194,83 +324,137 @@ def using(model, role: str | None):
 
 
 def reference(model):
-    """A context in which `model` is the frozen model that training started from: the base, or a copy of the adapter it started from."""
+    """Inside, `model` is what training started from: the base, or a copy of the first adapter."""
     return using(model, "reference" if "reference" in model.peft_config else None)
 
 
+def reward_config(name: str, policy: str) -> peft.PeftConfig:
+    """The config of a reward model that reward_model.py saved on the base of `policy`."""
+    with phase(f"loading the reward model {name}"):
+        config = adapter_config(name)
+        if not config or config.task_type != "SEQ_CLS":
+            raise ValueError("it was not saved by reward_model.py")
+        base = base_of(policy)
+        if Path(find(config.base_model_name_or_path)).resolve() != Path(base).resolve():
+            raise ValueError(f"it is an adapter on {config.base_model_name_or_path}, the policy "
+                             f"one on {base}: one base has to carry both")
+    return config
+
+
 def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:
-    """Puts one more adapter called `role` on `model` and returns the scalar head that goes with it: both from the reward model `name`, which
-    reward_model.py saved on the same base (else exit code 2), or with None a new adapter and a head of zeros."""
-    own, kept = model.peft_config["default"], [p for p in model.parameters() if p.requires_grad]
-    score, weights = torch.zeros(1, causal_lm(model).config.hidden_size), {}
-    config = LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
-    if name is not None:
-        with loading(name):
-            config, weights = adapter_config(name), load_peft_weights(find(name), device="cpu")
-        if config.task_type != "SEQ_CLS" or "base_model.model.score.weight" not in weights:
-            fail(f"{name} is no reward model that reward_model.py saved")
-        if Path(base_of(name)).resolve() != Path(find(own.base_model_name_or_path)).resolve():
-            fail(f"the reward model {name} has the base {base_of(name)}, the policy {own.base_model_name_or_path}: one base has to carry both")
-        score = weights.pop("base_model.model.score.weight")
-    config.task_type, config.modules_to_save = "CAUSAL_LM", None
-    model.add_adapter(role, config)
-    if weights:
-        set_peft_model_state_dict(model, weights, adapter_name=role)
+    """Puts one more adapter on `model` and returns the scalar head that goes with it.
+
+    Both come from `name`, which reward_model.py saved on the same base; None gives a new adapter
+    that changes nothing yet, and a head of zeros.
+    """
+    own = model.peft_config["default"]
+    kept = [p for p in model.parameters() if p.requires_grad]
+    config = peft.LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
+    weights = {}
+    score = torch.zeros(1, causal_lm(model).config.hidden_size)
+    if name:
+        config = reward_config(name, own.base_model_name_or_path)
+    with phase(f"loading the reward model {name}"):
+        if name:
+            weights = peft.load_peft_weights(find(name), device="cpu")
+            score = weights.pop("base_model.model.score.weight")
+        config.task_type = "CAUSAL_LM"
+        config.modules_to_save = None
+        model.add_adapter(role, config)
+        if weights:
+            peft.set_peft_model_state_dict(model, weights, adapter_name=role)
     model.requires_grad_(False)
-    for parameter in kept + [p for n, p in model.named_parameters() if trainable and f".{role}." in n]:
-        parameter.requires_grad_(True).data = parameter.data.float()
-    head = torch.nn.Linear(score.shape[1], 1, bias=False, device=causal_lm(model).device).requires_grad_(trainable)
+    if trainable:
+        kept += [p for key, p in model.named_parameters() if f".{role}." in key]
+    for p in kept:
+        p.requires_grad_(True)
+        p.data = p.data.float()
+    head = torch.nn.Linear(score.shape[1], 1, bias=False, device=causal_lm(model).device)
     head.weight.data.copy_(score)
-    return head
+    return head.requires_grad_(trainable)
+
+
+def save_model(model, tokenizer, folder: Path):
+    """The trained adapter, or all weights if they were trained, and the tokenizer."""
+    options = {}
+    if isinstance(model, peft.PeftModel):
+        options = {"selected_adapters": ["default"], "save_embedding_layers": False}
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
 
 
 def describe(model) -> dict:
-    """What was chosen for this model on this machine, for the screen and summary.json."""
+    """What was chosen for this model on this machine."""
     causal = causal_lm(model)
-    return {
-        "device": torch.cuda.get_device_name(causal.device) if causal.device.type == "cuda" else "cpu",
-        "dtype": str(choose_dtype(causal.device)).removeprefix("torch."),
-        "load_in_4bit": bool(getattr(causal, "is_loaded_in_4bit", False)),
-        "gradient_checkpointing": causal.is_activation_checkpointing,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    on_gpu = causal.device.type == "cuda"
+    return {"device": torch.cuda.get_device_name(causal.device) if on_gpu else "cpu",
+            "dtype": str(choose_dtype(causal.device)).removeprefix("torch."),
+            "load_in_4bit": bool(getattr(causal, "is_loaded_in_4bit", False)),
+            "gradient_checkpointing": causal.is_gradient_checkpointing,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-# ---- tokens -----------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model or adapter, with a pad token, and with a chat template whose answers end in a token that the model knows.
+    """The tokenizer of a model, with a pad token and an end of turn that the model can say.
 
-    A published base model such as Qwen2.5-0.5B comes with a template that ends turns in <|im_end|>, a token it was never trained on. LoRA
-    with a frozen head cannot make it say that; eos it does know. Where the end of turn is no stop token of the model, eos takes its place.
+    The template of a base model such as Qwen2.5-0.5B ends turns in <|im_end|>, which it was never
+    trained on and which LoRA below a frozen head cannot teach it. There answers end in eos.
     """
-    with loading(name):
-        tokenizer, config = AutoTokenizer.from_pretrained(find(name)), AutoConfig.from_pretrained(base_of(name))
+    with phase(f"loading the tokenizer of {name}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(find(name))
+        config = transformers.AutoConfig.from_pretrained(base_of(name))
         try:
-            generation_config = GenerationConfig.from_pretrained(base_of(name))
+            generation_config = transformers.GenerationConfig.from_pretrained(base_of(name))
         except OSError:  # the file is optional
-            generation_config = GenerationConfig.from_model_config(config)
-    # many tokenizers name no limit, or a longer one than the model was trained for
-    tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or sys.maxsize)
-    known = stop_token_ids(tokenizer, generation_config, template=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths, never from `id != pad`
-    end = end_of_turn_id(tokenizer)
-    if end is not None and end not in known:
-        end_token, ask = tokenizer.convert_ids_to_tokens(end), [{"role": "user", "content": "Q"}]
-        header = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)[len(tokenizer.apply_chat_template(ask, tokenize=False)):]
-        # rendered as before; then the first end-of-turn token after each assistant header is replaced
-        tokenizer.chat_template = (
-            f"{{%- set chat %}}{tokenizer.chat_template}{{%- endset %}}{{%- set header = {header!r} %}}{{%- for part in chat.split(header) %}}"
-            f"{{{{ part if loop.first else header + part.replace({end_token!r}, {tokenizer.eos_token!r}, 1) }}}}{{%- endfor %}}")
-        end_of_turn_id.cache_clear()
-        print(f"{name} has no {end_token} among its stop tokens (a base model?): answers end with {tokenizer.eos_token} instead")
+            generation_config = transformers.GenerationConfig.from_model_config(config)
+        longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("it has no eos token, which ends an answer")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
+        vocabulary, special = tokenizer.get_vocab(), special_tokens(tokenizer)
+        highest = max(vocabulary[token] for token in vocabulary.keys() - special)
+        rows = config.get_text_config().vocab_size
+        if max(highest, tokenizer.eos_token_id) >= rows:
+            raise ValueError(f"its ids go up to {highest}, but the model has {rows} embeddings")
+        if "strftime_now" in (tokenizer.chat_template or ""):  # or ids change with the calendar
+            date = "{%- macro strftime_now(format) %}01 Jan 2025{% endmacro -%}"
+            tokenizer.chat_template = date + tokenizer.chat_template
+        end = end_of_turn_id(tokenizer)
+        if end not in (None, *stop_token_ids(tokenizer, generation_config, template=False)):
+            end_answers_with_eos(tokenizer, tokenizer.convert_ids_to_tokens(end))
+            print(f"{name} was not trained to end a turn: answers end with {tokenizer.eos_token}")
     return tokenizer
+
+
+def special_tokens(tokenizer) -> set[str]:
+    """The tokens that no text may spell, such as <|im_end|>."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+
+
+def end_answers_with_eos(tokenizer, end_token: str):
+    """Rewrites the template: the first end of turn behind each assistant header becomes eos."""
+    question = [{"role": "user", "content": "Q"}]
+    plain = tokenizer.apply_chat_template(question, tokenize=False)
+    asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    header = asked[len(plain):]
+    tokenizer.chat_template = (
+        f"{{%- set chat %}}{tokenizer.chat_template}{{%- endset %}}"
+        f"{{%- set header = {header!r} %}}"
+        "{%- for part in chat.split(header) %}"
+        "{{ part if loop.first else header + "
+        f"part.replace({end_token!r}, {tokenizer.eos_token!r}, 1) }}}}"
+        "{%- endfor %}")
+    end_of_turn_id.cache_clear()
 
 
 @functools.lru_cache
 def end_of_turn_id(tokenizer) -> int | None:
-    """The special token with which the chat template closes an assistant turn, None if there is none."""
+    """The special token with which the chat template closes an assistant turn, if it has one."""
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
@@ -280,70 +464,209 @@ def end_of_turn_id(tokenizer) -> int | None:
 
 
 def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[int]:
-    """Every token that ends an answer: eos, what the generation config names, and the template's end of turn."""
-    named = generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named]), end_of_turn_id(tokenizer) if template else None}
+    """Every token that ends an answer: eos, the model's own ones, the template's end of turn."""
+    own = generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if template:
+        ids.add(end_of_turn_id(tokenizer))
     return sorted(ids - {None})
 
 
-def render(tokenizer, messages: list, add_generation_prompt: bool = False) -> list[int]:
-    """The token ids of a conversation. ValueError if it is none, or none that the template takes."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("a conversation must be a list of messages, and not empty")
-    follows = {"system": ("start",), "user": ("start", "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-    previous = "start"
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"message {number} must be an object with the strings role and content")
-        if previous not in follows.get(message["role"], ()):
-            raise ValueError(f"roles out of order: message {number} is of {message['role']!r} after {previous!r}")
-        previous = message["role"]
+def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> list[int]:
+    """The token ids of a conversation. A special token that a message spells is mere text."""
     if not tokenizer.chat_template:
-        raise ValueError("the row holds messages, but the model has no chat template: choose a chat model or columns of strings")
-    try:  # transformers 5 would return a dict but for return_dict
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from None
-
-
-def encode_chat(tokenizer, messages: list, first_trained: int = 0) -> tuple[list[int], list[int]]:
-    """`input_ids` and `loss_mask` of a conversation: the mask covers the assistant turns from message `first_trained` on.
-
-    A turn reaches from the generation prompt through its end-of-turn token. Few templates mark it, so it is found by rendering
-    the conversation up to it; a template that renders the same beginning differently later on is refused.
-    """
-    input_ids = render(tokenizer, messages)
-    loss_mask = [0] * len(input_ids)
-    for turn in range(first_trained, len(messages)):
-        if messages[turn]["role"] != "assistant":
-            continue
-        prompt, whole = render(tokenizer, messages[:turn], add_generation_prompt=True), render(tokenizer, messages[:turn + 1])
-        start = shared_length(prompt, input_ids)  # one token before its end if an answer's first newline merges with the header's last
-        if start < len(prompt) - 1 or input_ids[:len(whole)] != whole:
-            raise ValueError(f"the chat template rewrites message {turn + 1} or those before it once others follow: end the row with that turn")
-        stops = [i for i in range(start, len(whole)) if whole[i] in (tokenizer.eos_token_id, end_of_turn_id(tokenizer))]
-        end = stops[-1] + 1 if stops else len(whole)  # the newline that many templates write after it is not the model's to say
-        loss_mask[start:end] = [1] * (end - start)
-    return input_ids, loss_mask
+        raise ValueError("messages need a chat template, which this model does not have")
+    for message in messages:
+        if not message.get("role") or not ("content" in message or message.get("tool_calls")):
+            raise ValueError(f"a message needs a role, and content or tool_calls, not {message}")
+    special = "|".join(map(re.escape, sorted(special_tokens(tokenizer), key=len, reverse=True)))
+    quoted = re.sub(special, rf"{QUOTE}\g<0>{QUOTE}", json.dumps(messages, ensure_ascii=False))
+    text = tokenizer.apply_chat_template(
+        [{"content": ""} | message for message in json.loads(quoted)],
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        add_generation_prompt=add_generation_prompt, tokenize=False)
+    ids = []
+    for number, part in enumerate(text.split(QUOTE)):  # every other part was in quotes
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=number % 2 == 1).input_ids
+    return ids
 
 
 def shared_length(a: list, b: list) -> int:
     """How many items two lists have in common at their start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
 
 
-def encode_prompt(tokenizer, prompt: str | list) -> list[int]:
+def encode_prompt(tokenizer, prompt: str | list, tools=None) -> list[int]:
     """The token ids up to the point where the model answers."""
-    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else render(tokenizer, prompt, add_generation_prompt=True)
+    if not prompt or not isinstance(prompt, str | list):
+        raise ValueError("a prompt must be a text or a list of messages")
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return render(tokenizer, prompt, tools, add_generation_prompt=True)
 
 
-def encode_text(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """`input_ids` and `loss_mask` of two strings; eos closes the completion.
+def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> list[list]:
+    """Two texts or lists of messages as examples, each a list of pieces (ids, is_answer).
 
-    Tokenised as one text, because many tokenizers treat the start of a text specially, and divided where the prompt's own ids end.
+    That is one example, unless the template rewrites earlier turns once others follow (Qwen3 drops
+    their thoughts): then it is one for each turn of the assistant, as it is when the model answers.
     """
-    if not completion:
-        raise ValueError("the completion is empty")
-    input_ids = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
-    divide = shared_length(tokenizer(prompt)["input_ids"], input_ids)  # before a token that spans the border
-    return input_ids, [0] * divide + [1] * (len(input_ids) - divide)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return [encode_text(tokenizer, prompt, answer)]
+    if not isinstance(prompt, list) or not isinstance(answer, list):
+        raise ValueError("prompt and answer must both be texts or both lists of messages")
+    chat, first = prompt + answer, len(prompt)
+    turns = [i for i in range(first, len(chat)) if chat[i].get("role") == "assistant"]
+    if not turns:
+        raise ValueError("there is no answer of the assistant")
+    try:
+        return [encode_chat(tokenizer, chat, turns, tools)]
+    except ValueError:
+        if len(turns) == 1:
+            raise
+        return [encode_chat(tokenizer, chat[:turn + 1], [turn], tools) for turn in turns]
+
+
+def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bool]]:
+    """Prompt and answer, with eos at its end, once.
+
+    Tokenised as one text, because many tokenizers treat the start of a text specially, and divided
+    where the prompt's own ids end, before a token that spans the border.
+    """
+    if not answer:
+        raise ValueError("the answer is empty")
+    ids = tokenizer(prompt + answer)["input_ids"]
+    if ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    border = shared_length(tokenizer(prompt)["input_ids"], ids)
+    return [(ids[:border], False), (ids[border:], True)]
+
+
+def encode_chat(tokenizer, chat: list, turns: list[int], tools) -> list[tuple[list[int], bool]]:
+    """A conversation up to the last of the `turns`, which are the answers.
+
+    A turn reaches from the generation prompt through its end-of-turn token. Few templates mark it,
+    so it is found by rendering the conversation up to it.
+    """
+    ids = render(tokenizer, chat, tools)
+    ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
+    pieces, done = [], 0
+    for turn in turns:
+        before = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
+        after = render(tokenizer, chat[:turn + 1], tools)
+        # one less than `before` if the answer's first newline merges with the header's last
+        start = shared_length(before, ids)
+        if start < len(before) - 1 or ids[:len(after)] != after:
+            raise ValueError(f"the chat template rewrites message {turn + 1} once others follow")
+        stops = [i for i in range(start, len(after)) if ids[i] in ends]
+        stop = stops[-1] + 1 if stops else len(after)  # a newline after it is the template's
+        if stop - start <= len(stops):
+            raise ValueError(f"the chat template prints nothing of message {turn + 1}")
+        pieces += [(ids[done:start], False), (ids[start:stop], True)]
+        done = stop
+    return pieces
+
+
+def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
+    """Chosen and rejected answer of a row, each as pieces, of which the first is the prompt.
+
+    Texts or messages; the prompt is a column of its own, or what both begin with.
+    """
+    prompt, answers = row.get("prompt", ""), [row.get("chosen"), row.get("rejected")]
+    if not all(answers) or answers[0] == answers[1]:
+        raise ValueError("chosen and rejected must be two different answers")
+    if isinstance(answers[0], list):
+        prompt = prompt or answers[0][:shared_length(*answers)]
+        length = len(prompt)
+        answers = [answer[length:] if answer[:length] == prompt else answer for answer in answers]
+    sides = [encode(tokenizer, prompt, answer, row.get("tools")) for answer in answers]
+    if len(sides[0]) > 1 or len(sides[1]) > 1:
+        raise ValueError("the chat template rewrites turns of the answer once others follow")
+    chosen, rejected = sides[0][0], sides[1][0]
+    shared = shared_length(chosen[0][0] or chosen[1][0], rejected[0][0] or rejected[1][0])
+    if not prompt:  # what is shared in tokens, not in characters: half a word gives other tokens
+        chosen = [(chosen[1][0][:shared], False), (chosen[1][0][shared:], True)]
+        rejected = [(rejected[1][0][:shared], False), (rejected[1][0][shared:], True)]
+    if not 0 < shared == min(len(chosen[0][0]), len(rejected[0][0])) or not chosen[1][0]:
+        raise ValueError("chosen and rejected do not answer the same prompt")
+    return chosen, rejected
+
+
+def show(tokenizer, input_ids: list[int], loss_mask: list[int]):
+    """Prints an example as the model sees it, what is trained in green."""
+    for trained, group in itertools.groupby(zip(input_ids, loss_mask, strict=True), lambda x: x[1]):
+        text = visible(tokenizer.decode([token for token, _ in group]))
+        print(f"\033[32m{text}\033[0m" if trained else text, end="")
+    print()
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+def load_rows(source: str, split: str, limit: int, seed: int) -> list[dict]:
+    """The rows of a local file, or up to `limit` random ones of a Hub dataset.
+
+    A Hub name may carry a configuration behind a colon: openai/gsm8k:main.
+    """
+    with phase(f"reading {source}"):
+        if file_type := FORMATS.get(Path(source).suffix):
+            rows = datasets.load_dataset(file_type, data_files=find(source), split="train")
+        else:
+            name, _, config = source.partition(":")
+            rows = datasets.load_dataset(name, config or None, split=split).shuffle(seed=seed)
+            rows = rows.select(range(min(limit, len(rows))))
+        return [without_nones(row) for row in rows.to_list()]
+
+
+def without_nones(value):
+    """`datasets` gives every row the keys of all others; templates ask whether a key is there."""
+    if isinstance(value, dict):
+        return {key: without_nones(item) for key, item in value.items() if item is not None}
+    return [without_nones(item) for item in value] if isinstance(value, list) else value
+
+
+def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: int) -> list[dict]:
+    """What `encode` makes of the rows: an example each, or a list of them. It may refuse a row."""
+    max_length = min(max_length, tokenizer.model_max_length)
+    examples, refused, divided = [], [], 0
+    for number, row in enumerate(rows, 1):
+        try:
+            encoded = encode(row, tokenizer, max_length)
+        except Exception as error:  # templates and tokenizers raise types of their own
+            refused.append(f"row {number}: {error}")
+            continue
+        encoded = encoded if isinstance(encoded, list) else [encoded]
+        divided += len(encoded) > 1
+        examples += encoded
+    report = f"{source}: {len(rows)} rows, {len(examples)} examples"
+    if divided:
+        report += f"; {divided} rows became one per answer, as the template rewrites earlier turns"
+    if refused:
+        report += f"; {len(refused)} rows cannot be used, the first is {refused[0]}"
+    if not examples:
+        fail(f"{report}; columns: {', '.join(rows[0]) if rows else 'none'}")
+    print(f"{visible(report):.500}")
+    return examples
+
+
+def load_examples(args, encode, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out examples, the latter from --eval-dataset or kept out of --dataset."""
+    if args.eval_dataset == args.dataset:
+        fail(f"--eval-dataset {args.dataset} is what is trained on: without it, some is held out")
+    rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed)
+    examples = encode_rows(args.dataset, rows, encode, tokenizer, args.max_length)
+    if not args.eval_dataset:
+        return hold_out(examples, args.eval_size, args.seed)
+    rows = load_rows(args.eval_dataset, args.split, args.eval_size, args.seed)[:args.eval_size]
+    return examples, encode_rows(args.eval_dataset, rows, encode, tokenizer, args.max_length)
+
+
+def hold_out(examples: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out examples, at most a fifth of all; no prompt is in both."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = [examples[i] for i in order[:min(size, len(examples) // 5)]]
+    prompts = {tuple(example["prompt"]) for example in held_out}
+    training = [example for example in examples if tuple(example["prompt"]) not in prompts]
+    if not training or not held_out:
+        fail("too few different prompts to hold some out: add rows, or name an --eval-dataset")
+    return training, held_out

@@ -1,533 +1,411 @@
 """DPO: Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-Learns from pairs (a prompt x, a better answer y_w, a worse answer y_l) without a reward model and without sampling.
-RLHF wants the policy π of highest reward r that stays near a reference: max E r − β KL(π ‖ π_ref), where β is the price of leaving it (eq. 3).
-That policy has a closed form, π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β), so r(x, y) = β log π(y|x) / π_ref(y|x) + a term in x alone (eq. 5). In the
-Bradley–Terry model of preferences only the difference of two rewards counts, the term in x drops out, and a classification loss is left (eq. 7):
+The data are pairs: a prompt x, a better answer y_w, a worse answer y_l. RLHF fits a reward model r
+to them, then looks for the policy π that earns most and stays near a reference π_ref:
 
-    L = −E log σ( β [log π(y_w|x) − log π_ref(y_w|x)] − β [log π(y_l|x) − log π_ref(y_l|x)] )
+    max_π  E r(x, y) − β KL(π ‖ π_ref)                                                      (eq. 3)
 
-Kept from reward modelling: the loss, with the log-ratio in place of the scalar head. Dropped from PPO: reward model, critic and
-sampling. `--loss` selects a relative: ipo and hinge, or simpo, orpo and cpo, which need no reference.
+DPO needs no reward model and no sampling. The policy that solves eq. 3 is known, and solving it for
+r says which reward a given policy is the answer to:
 
-    python dpo.py                                            # the embedded tiny model, about a minute on a laptop
-    python dpo.py --model Qwen/Qwen2.5-0.5B                  # 4-bit LoRA on a 16 GB T4, UltraFeedback from the Hub
-    python dpo.py --model runs/sft --dataset pairs.jsonl     # go on from an SFT adapter, which is then also the reference
-    torchrun --nproc-per-node 2 dpo.py --model Qwen/Qwen2.5-7B-Instruct
+    π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                    (eq. 4)
+    r(x, y) = β log π(y|x) / π_ref(y|x) + a term in x alone                                 (eq. 5)
 
-Healthy curves: the loss starts at log 2 = 0.693 (with --loss dpo) and falls, the accuracy climbs from 0.5, the margin grows steadily. The log-prob of
-the chosen answer often falls too, only less than that of the rejected one: the loss asks for nothing but their difference.
-A KL that keeps growing while the accuracy stands still is over-optimisation: raise --beta or stop earlier.
+Bradley and Terry (1952) model a preference as P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). With
+eq. 5 the term in x cancels, and the likelihood of the preferences is a loss for the policy itself:
+
+    loss = −log σ( β log π(y_w|x) / π_ref(y_w|x) − β log π(y_l|x) / π_ref(y_l|x) )          (eq. 7)
+
+    python dpo.py                                         # the embedded tiny model, on a laptop
+    python dpo.py --model Qwen/Qwen2.5-0.5B               # 4-bit LoRA on a 16 GB T4
+    python dpo.py --model runs/sft --dataset pairs.jsonl  # an SFT adapter: it is also the reference
+
+What to watch: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5, the margin
+grows. The log-prob of the chosen answer often falls too, only less than that of the rejected one:
+the loss asks for nothing but their difference.
+
+Shapes: P pairs are B = 2P sequences, the chosen ones first, of T tokens. N tokens are answers; D is
+the width of the model, V the size of its vocabulary.
 """
-import importlib.util
+import argparse
+import fcntl
+import hashlib
+import importlib
 import json
 import math
 import os
-import resource
-import sys
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
 
-import common  # first, because it quiets what the others import
-import datasets
-import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import GenerationConfig, HfArgumentParser
 
-FIGURES = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
-REFERENCE_FREE = ("simpo", "orpo", "cpo")
-OnOff = Literal["auto", "on", "off"]
+import common
 
-
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Args:
-    model: str = arg("tiny/chat", "Hub name, local folder or saved LoRA adapter to start from")
-    dataset: Optional[str] = arg(None, "Hub name or .json, .jsonl or .parquet file (default: tiny/data, for other models trl-lib/ultrafeedback_binarized)")
-    split: str = arg("train", "split of a Hub dataset")
-    eval_dataset: Optional[str] = arg(None, "held-out pairs, like --dataset (default: rows kept out of it that share no prompt with the rest)")
-    eval_size: int = arg(100, "number of held-out pairs")
-    loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"] = arg("dpo", "which preference loss")
-    beta: Optional[float] = arg(None, "pull towards the reference, or the scale of a loss without one (default: 0.1, simpo 2, tiny model 2)")
-    gamma: Optional[float] = arg(None, "simpo only: the margin γ that the rewards must exceed (default: 1)")
-    label_smoothing: float = arg(0.0, "dpo only: the share of pairs assumed to be labelled the wrong way round")
-    max_length: int = arg(1024, "longest prompt + answer, in tokens")
-    batch_size: int = arg(32, "pairs in an optimizer step, over all micro-batches and GPUs")
-    micro_batch_size: Optional[int] = arg(None, "pairs in a forward pass; changes speed and memory, not the result (default: 2, tiny model 32)")
-    learning_rate: Optional[float] = arg(None, "highest learning rate (default: 2e-5, tiny model 1e-3)")
-    warmup_ratio: float = arg(0.1, "share of the steps in which the learning rate rises, before it falls along a cosine")
-    max_grad_norm: float = arg(1.0, "longer gradients are scaled down to this norm")
-    epochs: Optional[int] = arg(None, "passes over the pairs (default: 1, tiny model 2)")
-    max_steps: int = arg(500, "most optimizer steps, even if the epochs are not over (0: no limit)")
-    lora_rank: int = arg(16, "rank of new LoRA matrices; an adapter given as --model keeps its own")
-    load_in_4bit: OnOff = arg("auto", "quantise the frozen base; auto: on CUDA")
-    gradient_checkpointing: OnOff = arg("auto", "save memory by computing activations twice; auto: on CUDA")
-    eval_every: int = arg(0, "steps between evaluations during training (0: only before and after)")
-    save_every: int = arg(50, "steps between savings of what --resume needs")
-    max_new_tokens: int = arg(64, "longest answer shown before and after")
-    seed: int = arg(0, "fixes data order, LoRA initialisation and shown answers")
-    output_dir: Optional[str] = arg(None, "a new folder (default: runs/dpo, or the next free one of runs/dpo-2, runs/dpo-3, ...)")
-    resume: Optional[str] = arg(None, "finish the interrupted run in this folder, with the settings it was started with")
-    track: Optional[Literal["wandb", "trackio"]] = arg(None, "also send the metrics there")
-    show_batch: bool = arg(False, "print one tokenised pair with its trained tokens in green, and exit")
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+add = flags.add_argument
+auto = {"choices": ["auto", "on", "off"], "default": "auto"}
+add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+add("--dataset", default="trl-lib/ultrafeedback_binarized", help="Hub name[:config], or a file")
+add("--split", default="train", help="of a Hub dataset")
+add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
+add("--eval-size", type=common.count, default=100, help="held-out pairs")
+add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo")
+add("--beta", type=common.positive, default=0.1, help="price of leaving the reference (simpo: 2); "
+    "with cpo, 0.1 is nearly SFT on the chosen answers")
+add("--gamma", type=common.weight, default=1.0, help="simpo: the margin that rewards must exceed")
+add("--label-smoothing", type=common.share, default=0.0, help="dpo: share of mislabelled pairs")
+add("--max-length", type=common.number(int, 4), default=1024, help="of prompt + answer, in tokens")
+add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
+add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
+add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
+add("--epochs", type=common.count, default=1, help="passes over the pairs")
+add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
+add("--lora-rank", type=common.count, default=16, help="of new LoRA matrices")
+add("--load-in-4bit", **auto, help="quantise the frozen base; auto: on CUDA")
+add("--gradient-checkpointing", **auto, help="compute activations twice; auto: on CUDA")
+add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
+add("--save-every", type=common.count, default=50, help="steps between savings")
+add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and samples")
+add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
+add("--output-dir", default="runs/dpo", help="the same command again goes on where it stopped")
+BY_LOSS = {"simpo": dict(beta=2.0)}  # as in its paper
+# the tiny model's answers differ in a digit or two: at β 0.1 it would unlearn to end wrong answers
+TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3, epochs=2,
+            eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=32)
 
 
-def check(args):
-    """Fills in the defaults that depend on the model or the loss; refuses flags out of range or in contradiction."""
-    for flag, loss in (("gamma", "simpo"), ("label_smoothing", "dpo")):
-        if getattr(args, flag) and args.loss != loss:
-            common.fail(f"--{flag.replace('_', '-')} belongs to --loss {loss} and does nothing for --loss {args.loss}")
-    tiny = common.is_tiny(args.model)
-    if tiny and not args.dataset:
-        args.dataset, args.eval_dataset = "tiny/data/preference_train.jsonl", args.eval_dataset or "tiny/data/preference_heldout.jsonl"
-    # the tiny model's answers differ in a digit or two: at β = 0.1 it would be cheapest to unlearn ending a wrong answer
-    beta = {"simpo": 2.0}.get(args.loss, 2.0 if tiny else 0.1)
-    defaults = {"dataset": "trl-lib/ultrafeedback_binarized", "micro_batch_size": 32 if tiny else 2, "learning_rate": 1e-3 if tiny else 2e-5,
-                "epochs": 2 if tiny else 1, "beta": beta, "gamma": 1.0 if args.loss == "simpo" else 0.0}
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    if args.eval_dataset == args.dataset:
-        common.fail(f"--eval-dataset {args.dataset} is also what is trained on: leave it out, and some of its rows are held out")
-    for names, low, high in (
-        ("batch_size micro_batch_size epochs lora_rank eval_size save_every max_new_tokens", 1, sys.maxsize), ("label_smoothing", 0, 0.5),
-        ("max_length", 2, sys.maxsize), ("max_steps eval_every seed gamma", 0, sys.maxsize), ("beta learning_rate max_grad_norm", 1e-9, 1e9),
-        ("warmup_ratio", 0, 1),
-    ):
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                common.fail(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: from {low} to {high}")
-    if args.track and not importlib.util.find_spec(args.track):
-        common.fail(f"--track {args.track}: that package is not installed (pip install {args.track})")
-
-
-# ---- data -------------------------------------------------------------------------------------------------
-
-def load_rows(source, split, limit, seed):
-    """The rows of a local .json, .jsonl or .parquet file, or up to `limit` shuffled ones of a Hub dataset, as dicts."""
-    path, where = Path(common.find(source)), source
-    try:
-        if path.suffix == ".parquet":
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix in (".json", ".jsonl"):
-            rows, text = [], path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("[") and path.suffix == ".json":
-                rows, text = json.loads(text), ""
-            for number, line in enumerate(text.split("\n"), 1):
-                where = f"{source}, line {number},"
-                rows += [json.loads(line)] if line.strip() else []
-        else:
-            where = f"{source} is no .json, .jsonl or .parquet file, and as a dataset of the Hub, split {split}, it"
-            rows = datasets.load_dataset(source, split=split).shuffle(seed=seed)
-            rows = rows.select(range(min(limit, len(rows)))).to_list()
-    except Exception as error:  # of the disk, the parser or the Hub, each with types of its own
-        common.fail(f"{where} cannot be read: {' '.join(str(error).split()):.200}")
-    if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        common.fail(f"{source} " + ("must hold one JSON object per row" if rows else "is empty"))
-    return rows
-
-
-def encode_rows(rows, encode, wanted, source, max_length):
-    """Encodes rows, and reports those cut or dropped. A bad row ends the run in a local file; in a Hub dataset it is dropped."""
-    examples, notes = [], Counter()
-    for number, row in enumerate(rows, 1):
-        try:
-            if missing := [column for column in wanted if row.get(column) is None]:
-                raise ValueError(f"it has no {' and no '.join(missing)}; it has {', '.join(row)}, and wanted are {', '.join(wanted)}")
-            example = encode(row)
-            note = "dropped as too long for" if example is None else "cut to" if example["cut"] else "within"
-            note = f"{note} --max-length {max_length}"
-        except ValueError as error:
-            if Path(source).suffix in (".json", ".jsonl", ".parquet"):
-                common.fail(f"{source}, row {number}: {error}")
-            example, note = None, f"dropped, {error}"
-        examples += [example] if example else []
-        notes[note] += 1
-    report = f"{source}, {len(rows)} rows: " + "; ".join(f"{count} {note}" for note, count in notes.items())
-    if not examples:
-        common.fail(f"{report}: no row is left to use")
-    print(report)
-    return examples
-
+# ---- data: pairs of token ids, and a mask on what is trained -------------------------------------
 
 def encode_pair(row, tokenizer, max_length):
-    """A row of preferences as ids and masks: {"chosen", "chosen_mask", "rejected", "rejected_mask", "prompt", "cut"}.
+    """{"chosen": example, "rejected": example, "prompt": ids}; the loss mask is 1 on the answer."""
+    chosen, rejected = map(with_mask, common.encode_preference(tokenizer, row))
+    start = min(chosen["loss_mask"].index(1), rejected["loss_mask"].index(1))
+    longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
+    pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, start, max_length)
+    for side, example in ("chosen", chosen), ("rejected", rejected):
+        pair[side] = shorten(example, longest, start, max_length)
+    return pair
 
-    Strings or lists of messages; the prompt in a column of its own, or whatever chosen and rejected share at their start.
-    `chosen` and `rejected` begin with the prompt's ids. None if no answer token fits into max_length; ValueError for an unusable row.
+
+def with_mask(pieces):
+    """Pieces (ids, is_answer) as one example, whose mask says what is learned: the answers."""
+    input_ids, loss_mask = [], []
+    for ids, is_answer in pieces:
+        input_ids += ids
+        loss_mask += [int(is_answer)] * len(ids)
+    return {"input_ids": input_ids, "loss_mask": loss_mask, "attention_mask": [1] * len(input_ids)}
+
+
+def shorten(example, length, start, max_length):
+    """If too long, the prompt loses its start, down to half of max_length, then the answer its end.
+
+    The prompt ends at `start`; both sides of a pair lose the same, if `length` is the longer one's.
     """
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if {type(chosen), type(rejected), type(prompt)} - {type(None)} not in ({str}, {list}):  # no prompt, or one of the same type
-        raise ValueError("prompt, chosen and rejected must all be strings or all be lists of messages")
-    if chosen == rejected:
-        raise ValueError("chosen equals rejected, so there is nothing to prefer")
-    if isinstance(chosen, str):
-        encoded = [common.encode_text(tokenizer, prompt or "", answer) for answer in (chosen, rejected)]
-        if not prompt:  # what they share in tokens, not in characters: a cut inside a word would give tokens the model does not know
-            shared = common.shared_length(*(ids for ids, _ in encoded))
-            encoded = [(ids, [0] * shared + [1] * (len(ids) - shared)) for ids, _ in encoded]
-    else:
-        prompt = prompt or chosen[:common.shared_length(chosen, rejected)]
-        conversations = [answer if answer[:len(prompt)] == prompt else prompt + answer for answer in (chosen, rejected)]
-        encoded = [common.encode_chat(tokenizer, messages, first_trained=len(prompt)) for messages in conversations]
-    (chosen, chosen_mask), (rejected, rejected_mask) = encoded
-    if 1 not in chosen_mask or 1 not in rejected_mask:
-        raise ValueError("chosen or rejected holds no answer after the prompt")
-    start, excess = min(chosen_mask.index(1), rejected_mask.index(1)), max(len(chosen), len(rejected)) - max_length
-    if start == 0 or chosen[:start] != rejected[:start]:
-        raise ValueError("chosen and rejected do not answer the same prompt: add it as a column, or let both begin with it")
-    # a prompt of max_length tokens or more is dropped. A shorter one loses its start, down to half of max_length; then the answers lose their ends
-    cut = max(0, min(excess, start - max_length // 2))
-    pair = {"chosen": chosen, "chosen_mask": chosen_mask, "rejected": rejected, "rejected_mask": rejected_mask, "prompt": chosen[:start]}
-    pair = {name: ids[cut:cut + max_length] for name, ids in pair.items()}
-    fits = start < max_length and 1 in pair["chosen_mask"] and 1 in pair["rejected_mask"]
-    return pair | {"cut": excess > 0} if fits else None
+    cut = max(0, min(length - max_length, start - max_length // 2))
+    return {name: ids[cut:cut + max_length] for name, ids in example.items()}
 
 
-def collate(pairs, pad_id, device):
-    """P pairs, padded on the right, as one batch [2P, T]: the chosen answers first, the rejected ones below."""
-    rows = [(pair[side], pair[side + "_mask"]) for side in ("chosen", "rejected") for pair in pairs]
-    width = max(len(ids) for ids, _ in rows)
-    batch = {
-        "input_ids": [ids + [pad_id] * (width - len(ids)) for ids, _ in rows],
-        "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows],  # from lengths: pad may be eos
-        "loss_mask": [mask + [0] * (width - len(mask)) for _, mask in rows],
-    }
-    return {name: torch.tensor(value, device=device) for name, value in batch.items()}
+def collate(examples, pad_id, device):
+    """B examples as [B, T] tensors, padded on the right; masks are by length: pad may be eos."""
+    batch = {}
+    for name in examples[0]:
+        padding = pad_id if name == "input_ids" else 0
+        rows = [torch.tensor(example[name]) for example in examples]
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding).to(device)
+    return batch
 
 
-# ---- log-probs --------------------------------------------------------------------------------------------
+# ---- the method ----------------------------------------------------------------------------------
 
-class ChunkedLogps(torch.autograd.Function):
-    """log softmax(hidden @ head.T / temperature)[targets] for a frozen head, without ever holding all logits.
-
-    For logits z = hidden @ head.T / temperature and a target y, d log p(y) / d hidden = (head[y] − softmax(z) @ head) / temperature
-    does not depend on the loss: it is computed together with the log-prob, one chunk at a time, and `backward` only multiplies.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, targets, temperature, chunk):
-        logps, slopes = [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk)):  # [C, D], [C]
-            logits = h @ head.T  # [C, V]
-            logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)  # [C, V]
-            logps.append(logp.gather(1, y[:, None])[:, 0])  # [C]
-            if ctx.needs_input_grad[0]:
-                slopes.append(((head[y] - logp.exp().to(head.dtype) @ head) / temperature).to(h.dtype))  # [C, D]
-        ctx.save_for_backward(*([torch.cat(slopes)] if slopes else []))
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, grad_logps):
-        (slopes,) = ctx.saved_tensors  # [N, D]
-        return (grad_logps[:, None] * slopes).to(slopes.dtype), None, None, None, None
-
-
-def completion_logps(model, input_ids, attention_mask, loss_mask, temperature=1.0):
-    """logps [B, T-1]: column t is log p(token t+1 | tokens ≤ t), 0 outside the mask; and the hidden states [N, D] of the N scored positions."""
+def token_logps(model, batch, temperature=1.0):
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    scored = loss_mask[:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    if not scored.any():
-        raise ValueError("a batch without a single trained token")
-    hidden = causal.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # [B, T, D]
-    hidden, head = hidden[:, :-1][scored], causal.get_output_embeddings().weight  # [N, D], [V, D]
-    chunk = max(1, 2**25 // len(head))  # 128 MiB of fp32 logits at a time
-    flat = ChunkedLogps.apply(hidden, head, input_ids[:, 1:][scored], temperature, chunk)  # [N]
-    return torch.zeros(scored.shape, dtype=flat.dtype, device=flat.device).masked_scatter(scored, flat), hidden
+    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
+                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
+    hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
+    head = causal.get_output_embeddings()
+    # some positions at a time, and again in the backward pass: all [N, V] logits would fill a T4
+    chunk = max(1, 2**25 // head.weight.shape[0])
+    logps = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
+        logps.append(checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False))
+    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
 
 
-@torch.no_grad()
-def exact_kl(hidden, ref_hidden, head, positions=64):
-    """KL(π ‖ π_ref) of the next token, over the whole vocabulary: its mean at up to `positions` of the N scored places [N, D] of the data."""
-    pick = torch.linspace(0, len(hidden) - 1, min(positions, len(hidden)), device=hidden.device).long()
-    logp, ref_logp = ((h[pick].to(head.dtype) @ head.T).float().log_softmax(-1) for h in (hidden, ref_hidden))  # [positions, V]
-    return (logp.exp() * (logp - ref_logp)).sum(-1).mean()
+def chunk_logps(hidden, targets, head, temperature):
+    logits = head(hidden).float() / temperature  # [C, V]; in 16 bits, small gradients get lost
+    return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
-# ---- the loss ---------------------------------------------------------------------------------------------
-
-def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_length, rejected_length,
-                    loss="dpo", beta=0.1, label_smoothing=0.0, gamma=1.0):
-    """Loss, chosen reward and rejected reward of each pair, all [P], from log π(y|x) summed over the answer's tokens, [P].
-
-    The reference's sums are None for simpo, orpo and cpo; the lengths [P] count the summed tokens. TRL 1.16 departs from the
-    papers in two: its ipo takes mean log-probs, its cpo the mean NLL over the tokens of the batch.
-    """
-    if loss == "cpo":  # Xu et al. 2024, arXiv:2401.08417: DPO with a uniform reference, which drops out
-        chosen_rewards, rejected_rewards = beta * chosen_logps, beta * rejected_logps
-    elif loss in ("simpo", "orpo"):  # the mean log-prob is the reward, so length earns nothing
-        chosen_mean, rejected_mean = chosen_logps / chosen_length, rejected_logps / rejected_length
-        chosen_rewards, rejected_rewards = beta * chosen_mean, beta * rejected_mean
-    else:  # DPO eq. 5: the implicit reward is β log π/π_ref
-        chosen_rewards, rejected_rewards = beta * (chosen_logps - ref_chosen_logps), beta * (rejected_logps - ref_rejected_logps)
-    margin = chosen_rewards - rejected_rewards  # [P]
-
-    if loss == "dpo":  # eq. 7; with smoothing ε conservative DPO (Mitchell 2023): a label is wrong with probability ε
-        losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: log-ratios apart by 1/(2β), not by ever more
+def preference_loss(logps, ref_logps, lengths, loss="dpo", beta=0.1, label_smoothing=0, gamma=1):
+    """Losses [P] and rewards [2P] from log π(y|x), log π_ref(y|x) (or 0) and |y|, [2P] each."""
+    if loss in ("simpo", "orpo"):  # means over the tokens, so that length earns nothing
+        logps = logps / lengths  # [2P]
+    rewards = beta * (logps - ref_logps)  # [2P], eq. 5: what the policy implicitly rewards
+    chosen, rejected = rewards.chunk(2)  # [P] each
+    margin = chosen - rejected
+    chosen_logps, rejected_logps = logps.chunk(2)
+    if loss == "dpo":  # eq. 7; smoothing (Mitchell 2023): with probability ε, the label is wrong
+        ε = label_smoothing
+        losses = -(1 - ε) * F.logsigmoid(margin) - ε * F.logsigmoid(-margin)  # [P]
+    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: log-ratios 1/(2β) apart
         losses = (margin / beta - 1 / (2 * beta)) ** 2
-    elif loss == "hinge":  # SLiC's loss (Zhao et al. 2023, arXiv:2305.10425) on DPO's margin, as in Liu et al. 2023, arXiv:2309.06657
+    elif loss == "hinge":  # SLiC (arXiv:2305.10425) on DPO's margin, as in arXiv:2309.06657
         losses = F.relu(1 - margin)
     elif loss == "simpo":  # Meng et al. 2024, arXiv:2405.14734, eq. 6
         losses = -F.logsigmoid(margin - gamma)
-    elif loss == "orpo":  # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7, with odds = p / (1 − p) and their λ as β
-        p_w, p_l = chosen_mean.clamp(max=-1e-6), rejected_mean.clamp(max=-1e-6)  # as a certain answer has infinite odds
-        log_odds = (p_w - p_l) - (torch.log1p(-p_w.exp()) - torch.log1p(-p_l.exp()))
-        losses = -chosen_mean - beta * F.logsigmoid(log_odds)
-    else:  # cpo: the preference loss, and the NLL of the chosen answer to keep it likely
+    elif loss == "cpo":  # Xu et al. 2024, arXiv:2401.08417: a uniform reference, and the NLL
         losses = -F.logsigmoid(margin) - chosen_logps
-    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+    elif loss == "orpo":  # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7; their λ is β
+        log_p = logps.clamp(max=-1e-6)  # [2P], as a certain answer has infinite odds
+        chosen_odds, rejected_odds = (log_p - torch.log1p(-log_p.exp())).chunk(2)  # log p / (1 − p)
+        losses = -chosen_logps - beta * F.logsigmoid(chosen_odds - rejected_odds)
+    return losses, rewards.detach()
+
+
+FIGURES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp",
+           "rejected_logp")
 
 
 def score_pairs(model, pairs, args, pad_id):
-    """Policy and reference on some pairs: the summed loss, the summed FIGURES, and both models' hidden states for `exact_kl`."""
-    device = common.causal_lm(model).device
-    batch = collate(pairs, pad_id, device)
-    with torch.autocast(device.type, common.choose_dtype(device), enabled=device.type == "cuda"):
-        logps, hidden = completion_logps(model, **batch)  # [2P, T-1]
-        ref_chosen, ref_rejected, ref_hidden = None, None, None
-        if args.loss not in REFERENCE_FREE:
-            with torch.no_grad(), common.reference(model):
-                ref_logps, ref_hidden = completion_logps(model, **batch)
-            ref_chosen, ref_rejected = ref_logps.sum(-1).chunk(2)  # [P] each
-    (chosen, rejected), lengths = logps.sum(-1).chunk(2), batch["loss_mask"][:, 1:].sum(-1).chunk(2)  # [P] each
-    losses, chosen_rewards, rejected_rewards = preference_loss(
-        chosen, rejected, ref_chosen, ref_rejected, *lengths, args.loss, args.beta, args.label_smoothing, args.gamma)
-    margin = chosen_rewards - rejected_rewards
-    accuracy = (margin > 0) + 0.5 * (margin == 0)  # a tie, as at the start, is half right
-    figures = torch.stack([losses, margin, accuracy, chosen_rewards, rejected_rewards, chosen, rejected]).detach()  # [FIGURES, P]
-    return losses.sum(), figures.double().sum(-1), hidden.detach(), ref_hidden
+    """Policy and reference read the same P pairs: losses [P], and sums [FIGURES] of what to log."""
+    examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    batch = collate(examples, pad_id, common.causal_lm(model).device)
+    with common.autocast(model):
+        logps = token_logps(model, batch).sum(-1)  # [2P]
+        ref_logps = torch.zeros_like(logps)
+        if args.loss not in ("simpo", "orpo", "cpo"):  # which do without it
+            with torch.no_grad(), common.reference(model):  # the same base, without what is trained
+                ref_logps = token_logps(model, batch).sum(-1)
+    lengths = batch["loss_mask"][:, 1:].sum(-1)
+    losses, rewards = preference_loss(
+        logps, ref_logps, lengths, args.loss, args.beta, args.label_smoothing, args.gamma)
+    chosen, rejected = rewards.chunk(2)
+    right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half right
+    figures = [losses, right, chosen - rejected, chosen, rejected, *logps.chunk(2)]
+    return losses, torch.stack(figures).detach().double().sum(-1)
 
 
-# ---- the run ----------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, pairs, args, pad_id, rank, world):
-    """Mean loss, margin and accuracy on the held-out pairs, which the ranks share between them."""
-    totals = torch.zeros(len(FIGURES), dtype=torch.float64, device=common.causal_lm(model).device)
+def evaluate(model, pairs, args, pad_id):
+    """The mean figures of held-out pairs, which the processes share between them."""
     model.eval()
-    for i in range(rank * args.micro_batch_size, len(pairs), world * args.micro_batch_size):
-        totals += score_pairs(model, pairs[i:i + args.micro_batch_size], args, pad_id)[1]
+    mine = pairs[common.RANK::common.WORLD]
+    sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
+    for i in range(0, len(mine), args.micro_batch_size):
+        sums += score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)[1]
+    sum_over_processes([sums])
     model.train()
-    add_over_ranks([totals])
-    return {name: total / len(pairs) for name, total in zip(FIGURES[:3], totals.tolist())}
+    return dict(zip(FIGURES, (sums / len(pairs)).tolist(), strict=True))
 
 
 @torch.no_grad()
-def sample_answers(model, tokenizer, prompts, args):
-    """One answer a prompt from the model's own distribution: every field is set that its generation_config might set otherwise."""
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=args.max_new_tokens,
-        eos_token_id=common.stop_token_ids(tokenizer, model.generation_config), pad_token_id=tokenizer.pad_token_id)
-    model.eval()  # in train mode gradient checkpointing drops the cache, and the tokens change
-    torch.manual_seed(args.seed)
-    ids = [model.generate(input_ids=torch.tensor([prompt], device=model.device), generation_config=config)[0, len(prompt):] for prompt in prompts]
+def sample_answers(model, tokenizer, prompts, length, seed):
+    """An answer to each prompt, from exactly the model's distribution; padded to `length`."""
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    torch.manual_seed(seed)
+    model.eval()  # in train mode, gradient checkpointing drops the cache, and the tokens change
+    with common.autocast(model):
+        ids = model.generate(  # every field is set, or the model's own generation config counts
+            **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            min_p=0.0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0,
+            max_new_tokens=length, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=common.stop_token_ids(tokenizer, model.generation_config))
     model.train()
-    return [answer.strip() for answer in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return ids[:, batch["input_ids"].shape[1]:].tolist()
 
 
-def parse_args(kind, doc):
-    """The command line; with `--resume DIR` the settings of the run that it continues."""
-    parser = HfArgumentParser(kind, description=doc.split("\n")[0])
-    parser.error = lambda message: common.fail(f"{message} (--help lists all flags)")
-    args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        parser.error(f"there is no flag {unknown[0]}")
-    if args.resume is None:
-        return args
-    saved = Path(args.resume, "args.json")
-    if args != kind(resume=args.resume):
-        common.fail("--resume takes its settings from the run that it continues: leave all other flags out")
-    if saved.with_name("summary.json").exists() or not saved.exists():
-        common.fail(f"--resume {args.resume}: " + ("no run was started there" if not saved.exists() else "that run is finished"))
-    try:
-        return kind(**json.loads(saved.read_text()) | {"resume": args.resume})
-    except (ValueError, TypeError) as error:
-        common.fail(f"--resume {args.resume}: its args.json was not written by this script ({error})")
-
-
-def new_folder(wanted, default):
-    """Creates the folder of a run: --output-dir, which may exist if it is empty, else the first free one of runs/x, runs/x-2, ..."""
-    folder, number = Path(wanted or default), 1
-    while not (wanted and folder.is_dir() and not any(folder.iterdir())):
-        try:
-            folder.mkdir(parents=True)  # not if it is there: of two runs that start at once, one takes the next name
-            break
-        except OSError as error:
-            if wanted:
-                common.fail(f"--output-dir {wanted} is in use, or cannot be created: name a new folder, or --resume what is in it ({error})")
-            if not folder.exists():
-                common.fail(f"{folder} cannot be created: name an --output-dir ({error})")
-            number += 1
-            folder = Path(f"{default}-{number}")
-    if number > 1:
-        print(f"{default} is in use: this run goes to {folder}")
-    return folder
-
-
-def peak_memory_gib(device):
-    """Of the GPU, or of this process where there is none (Linux counts it in KiB)."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def add_over_ranks(tensors):
-    """Replaces every tensor by its sum over all processes, with one message for all."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
+def show_answers(tokenizer, prompts, before, after):
+    for rows in zip(prompts, before, after, strict=True):
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for name, text in zip(("prompt", "before", "after"), texts, strict=True):
+            print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
 
 
 def train(args):
-    check(args)
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), common.choose_device()
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
-
-    # 1. data first: whatever is wrong with it shows before the model is loaded
+    # 1. Data first: what is wrong with it shows before the model is loaded.
     tokenizer = common.load_tokenizer(args.model)
-    max_length, pad_id = min(args.max_length, tokenizer.model_max_length), tokenizer.pad_token_id
+    pad_id = tokenizer.pad_token_id
+    pairs, held_out = common.load_examples(
+        args, encode_pair, tokenizer, limit=args.max_steps * args.batch_size)
+    for side in "chosen", "rejected":
+        common.show(tokenizer, pairs[0][side]["input_ids"], pairs[0][side]["loss_mask"])
 
-    def read(source, limit):
-        rows = load_rows(source, args.split, limit, args.seed)
-        return encode_rows(rows, lambda row: encode_pair(row, tokenizer, max_length), ("chosen", "rejected"), source, max_length)
-
-    pairs = read(args.dataset, args.eval_size + args.max_steps * args.batch_size if args.max_steps else sys.maxsize)
-    if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_size)[:args.eval_size]
-    else:  # a random fifth at most
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        held_out = [pairs[i] for i in order[:min(args.eval_size, len(pairs) // 5)]]
-        prompts = {tuple(pair["prompt"]) for pair in held_out}
-        pairs = [pair for pair in pairs if tuple(pair["prompt"]) not in prompts]
-    if not pairs or not held_out:
-        common.fail(f"{args.dataset}: too few different prompts to hold some out; add rows, or name an --eval-dataset")
-    if args.show_batch:
-        for side in ("chosen", "rejected"):
-            print(f"\n{side}:\n" + "".join(f"\033[32m{tokenizer.decode([i])}\033[0m" if trained else tokenizer.decode([i])
-                                           for i, trained in zip(pairs[0][side], pairs[0][side + "_mask"])))
-        return
-
-    # 2. model, optimizer, schedule
-    folder = Path(args.resume) if args.resume else new_folder(args.output_dir, "runs/dpo") if rank == 0 else None
+    # 2. A frozen base, with LoRA matrices: they alone are trained.
     torch.manual_seed(args.seed)
-    model = common.load_model(args.model, load_in_4bit=args.load_in_4bit, lora_rank=args.lora_rank, gradient_checkpointing=args.gradient_checkpointing)
-    weights = torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad)
-    for p in weights if world > 1 else ():
-        dist.broadcast(p.data, 0)
-    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0)
-    per_epoch = math.ceil(len(pairs) / args.batch_size)
-    steps = min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
-    warmup = round(args.warmup_ratio * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * n / steps)))  # n from 0
-    # small fp16 gradients would round to 0 without a scale; with bf16 and fp32 the scaler is off and passes everything through
-    scaler = torch.amp.GradScaler(device.type, enabled=common.choose_dtype(device) == torch.float16)
+    model = common.load_model(
+        args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
+    print(common.describe(model))
 
-    # 3. the state of the run: its start, or where it was interrupted
-    parts = {"weights": weights, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    state = {"step": 0, "seconds": 0.0, "before": None, "shown": None}
-    if args.resume and (folder / "resume.pt").exists():
-        state = torch.load(folder / "resume.pt", map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))  # not kept twice in memory
-    if rank == 0:
-        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if state["step"] else []
-        (folder / "metrics.jsonl").write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    tracker = importlib.import_module(args.track) if args.track and rank == 0 else None
-    if tracker:
-        tracker.init(project="dpo", name=folder.name, config=asdict(args))
-    settings = {"method": "dpo", "model": args.model, "dataset": args.dataset, **common.describe(model)}
-    for name, value in (settings | {"pairs": f"{len(pairs)}, and {len(held_out)} held out", "loss": f"{args.loss} with beta {args.beta}",
-                                    "steps": f"{steps} of {args.batch_size} pairs, {per_epoch} an epoch", "results": folder}).items():
-        print(f"{name:>24}  {value}")
+    # 3. Where the run stands: at its start, or where it was interrupted.
+    open_run(args, [pairs, held_out])
+    parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
+    state = restore(args, parts)
+    prompts = [pair["prompt"] for pair in held_out[:3]]
+    if "before" not in state:
+        state["before"] = evaluate(model, held_out, args, pad_id)
+        state["answers"] = sample_answers(model, tokenizer, prompts, 64, args.seed)
 
-    # 4. the start, to compare the end with
-    examples = [pair["prompt"] for pair in held_out[:3]]
-    if state["before"] is None:
-        state["before"] = evaluate(model, held_out, args, pad_id, rank, world)
-        state["shown"] = sample_answers(model, tokenizer, examples, args)
-    clock = time.time() - state["seconds"]
-    model.train()
-    bar = tqdm(range(state["step"] + 1, steps + 1), desc="dpo", initial=state["step"], total=steps, disable=rank > 0)
-    for step in bar:
-        # 5. the pairs of a step follow from the seed and its number alone, so that a resumed run sees the same ones
-        began, (epoch, index) = time.time(), divmod(step - 1, per_epoch)
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-        window = [pairs[i] for i in order[index * args.batch_size:(index + 1) * args.batch_size]]
-        mine = window[rank::world]
-
-        # 6. gradients add up over micro-batches and ranks; a pair weighs 1 / window, so the sum is the gradient of the whole batch
-        totals, kl = torch.zeros(len(FIGURES), dtype=torch.float64, device=device), {}
+    # the order follows from the seed, so that a run that goes on sees the same batches
+    generator = torch.Generator().manual_seed(args.seed)
+    order = [torch.randperm(len(pairs), generator=generator) for epoch in range(args.epochs)]
+    batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
+    progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
+                    total=len(batches), disable=common.RANK > 0)
+    for step in progress:
+        # 4. The gradients of micro-batches and processes add up to that of the batch, because each
+        #    pair counts 1 / len(batch), wherever it is computed.
+        began = time.time()
+        batch = [pairs[i] for i in batches[step - 1]]
+        mine = batch[common.RANK::common.WORLD]
+        sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
         for i in range(0, len(mine), args.micro_batch_size):
-            loss, figures, hidden, ref_hidden = score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)
-            scaler.scale(loss / len(window)).backward()
-            totals += figures
-            if i == 0 and ref_hidden is not None:  # a diagnostic: one micro-batch is enough
-                kl = {"kl": exact_kl(hidden, ref_hidden, common.causal_lm(model).get_output_embeddings().weight).item()}
-        for p in weights:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may be without pairs in the last window
-        add_over_ranks([totals])
-        add_over_ranks([p.grad for p in weights])
-        means = dict(zip(FIGURES, (totals / len(window)).tolist()))
+            losses, figures = score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)
+            scaler.scale(losses.sum() / len(batch)).backward()
+            sums += figures
 
-        # 7. unscale, clip, step. Where fp16 gradients overflowed, the scaler skips the step and lowers its scale: no error until it is at 1
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
-        if not math.isfinite(means["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled() and scaler.get_scale() > 1):
-            bar.close()
-            common.fail(f"step {step}: the loss is {means['loss']} and the gradient norm {grad_norm} in {settings['dtype']}: most likely --learning-rate "
-                        f"{args.learning_rate} is too high" + (", or activations exceed what fp16 can hold" if scaler.is_enabled() else ""))
-        learning_rate = schedule.get_last_lr()[0]
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        optimizer.zero_grad()
+        # 5. One step along the gradient.
+        rate = learning_rate(step, len(batches), args.learning_rate)
+        metrics = {"step": step} | update(optimizer, scaler, rate)
 
-        # 8. what happened
-        seconds, tokens = time.time() - began, sum(len(pair["chosen"]) + len(pair["rejected"]) for pair in window)
-        evaluated = evaluate(model, held_out, args, pad_id, rank, world) if args.eval_every and step % args.eval_every == 0 else {}
-        metrics = {"step": step, **means, **kl, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens_per_second": tokens / seconds,
-                   "peak_memory_gib": peak_memory_gib(device), **{f"eval_{k}": v for k, v in evaluated.items()}}
-        bar.set_postfix({name: f"{means[name]:.3f}" for name in ("loss", "margin", "accuracy")}, refresh=False)
-        if rank > 0:
-            continue
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if tracker:
-            tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
-        if step % args.save_every == 0:
-            torch.save(state | {"step": step, "seconds": time.time() - clock} | {name: part.state_dict() for name, part in parts.items()}, folder / "new.pt")
-            os.replace(folder / "new.pt", folder / "resume.pt")  # whole or not at all, whenever the run is killed
+        # 6. Log, and save what is needed to go on.
+        sum_over_processes([sums])
+        metrics |= dict(zip(FIGURES, (sums / len(batch)).tolist(), strict=True))
+        metrics["seconds"] = time.time() - began
+        progress.set_postfix({name: f"{metrics[name]:.3f}" for name in FIGURES[:3]}, refresh=False)
+        if args.eval_every and step % args.eval_every == 0:
+            held = evaluate(model, held_out, args, pad_id)
+            metrics |= {f"eval_{name}": value for name, value in held.items()}
+        log_step(args, state, metrics)
+        if step % args.save_every == 0 or step == len(batches):
+            save(args, state, parts)
 
-    # 9. the end: the same held-out pairs and prompts once more
-    seconds = time.time() - clock
-    after, shown = evaluate(model, held_out, args, pad_id, rank, world), sample_answers(model, tokenizer, examples, args)
-    if tracker:
-        tracker.finish()
-    if rank > 0:
+    # 7. The same held-out pairs and prompts once more.
+    after = evaluate(model, held_out, args, pad_id)
+    answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
+    finish(args, state, model, tokenizer, after)
+    show_answers(tokenizer, prompts, state["answers"], answers)
+
+
+# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+
+def learning_rate(step, steps, highest):
+    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+    return highest * min(step / (round(0.1 * steps) + 1), falling)
+
+
+def sum_over_processes(tensors):
+    for tensor in tensors if dist.is_initialized() else []:
+        dist.all_reduce(tensor)
+
+
+def update(optimizer, scaler, rate):
+    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    weights = optimizer.param_groups[0]["params"]
+    for weight in weights:  # a process without a share of the batch has no gradient
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    sum_over_processes([weight.grad for weight in weights])
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+    # where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+        common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
+    optimizer.param_groups[0]["lr"] = rate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
+            "loss_scale": scaler.get_scale()}
+
+
+def open_run(args, examples):
+    """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
+    folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    if common.RANK > 0:
         return
-    for prompt, old, new in zip(examples, state["shown"], shown):
-        print(f"\nprompt: {' '.join(tokenizer.decode(prompt, skip_special_tokens=True).split())}\nbefore: {old}\n after: {new}")
-    print("\nheld out    before     after\n" + "\n".join(f"{name:<9}{state['before'][name]:9.3f} {after[name]:9.3f}" for name in after))
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
-    trained = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speed = sum(m["tokens_per_second"] for m in trained) / len(trained)
-    summary = settings | {"steps": steps, "seconds": round(seconds, 1), "tokens_per_second": round(speed), "peak_memory_gib": round(peak_memory_gib(device), 2),
-                          "before": state["before"], "after": after}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    print(f"\nresults: {folder}\ncurves:  python plot.py {folder}\ncompare: python evaluate.py {args.model} {folder}")
+    if args.track:
+        with common.phase(f"--track {args.track}"):
+            tracker = importlib.import_module(args.track)
+            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if all(path.suffix == ".new" for path in folder.iterdir()):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags or data: name another one")
+
+
+def write(file, text):
+    """Whole or not at all, whenever the run is killed."""
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").replace(file)
+
+
+def restore(args, parts):
+    """The state of the run, at its start or where it was interrupted; `parts` are put back."""
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    if file.exists():
+        with common.phase(f"reading {file}"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
+    for weight in parts["weights"] if dist.is_initialized() else []:
+        dist.broadcast(weight.data, 0)
+    return state
+
+
+def save(args, state, parts):
+    """What the same command needs to go on."""
+    if common.RANK == 0:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state | states, Path(args.output_dir, "resume.new"))
+        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
+
+
+def log_step(args, state, metrics):
+    if torch.cuda.is_available():
+        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    state["step"] = metrics["step"]
+    state["metrics"].append(metrics)
+    if common.RANK == 0:
+        lines = [json.dumps(step) + "\n" for step in state["metrics"]]
+        write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
+        if args.track:
+            importlib.import_module(args.track).log(metrics, step=metrics["step"])
+
+
+def finish(args, state, model, tokenizer, after):
+    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    if common.RANK == 0:
+        common.save_model(model, tokenizer, args.output_dir)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.describe(model)
+        summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
+        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
+        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
+        if args.track:
+            importlib.import_module(args.track).finish()
+    print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
+    for name, value in after.items():
+        print(f"{name:<16}{state['before'][name]:9.3f}{value:9.3f}")
+    print(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}")
 
 
 if __name__ == "__main__":
-    train(parse_args(Args, __doc__))
+    with common.running("--micro-batch-size, then --max-length"):
+        train(common.parse(flags, TINY, BY_LOSS))

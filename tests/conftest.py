@@ -1,5 +1,6 @@
 """What several test files use."""
 import json
+import sys
 from pathlib import Path
 
 import common  # noqa: F401  before torch, as in the scripts
@@ -14,9 +15,28 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
+def run_args(module, **overrides):
+    """The flags of a script as its command line gives them, with some of them set."""
+    argv = [module.__name__ + ".py"]
+    for name, value in overrides.items():
+        argv.append("--" + name.replace("_", "-"))
+        argv += map(str, value) if isinstance(value, list | tuple) else [str(value)]
+    defaults = dict(module.flags._defaults)
+    by_flag = {action.dest: action.default for action in module.flags._actions}
+    before = sys.argv
+    sys.argv = argv
+    try:
+        return common.parse(module.flags, module.TINY, getattr(module, "BY_LOSS", None))
+    finally:  # parse() changes the defaults of the parser, which here serves many runs
+        sys.argv = before
+        module.flags._defaults = defaults
+        for action in module.flags._actions:
+            action.default = by_flag[action.dest]
+
+
 @pytest.fixture
 def shared():
-    """The folder with real data, a real model and real tokenizers, which is not part of the repository."""
+    """The folder with real data, a real model and real tokenizers, not part of the repository."""
     if not SHARED.is_dir():
         pytest.skip("needs the folder ../shared with real data, models and tokenizers")
     return SHARED
@@ -34,12 +54,17 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs something that has to end in one line on stderr and exit code 2, and returns the line."""
+    """Runs what has to end in one line on stderr and exit code 2, and returns the line."""
     def run(call, *args, **kwargs):
         with pytest.raises(SystemExit) as exit_info:
             call(*args, **kwargs)
         assert exit_info.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line and "it/s" not in line]  # a progress bar is no error message
+        lines = [x for x in capsys.readouterr().err.splitlines() if x and "it/s" not in x]
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
     return run
+
+
+def metrics_of(folder):
+    """What a run logged, step by step."""
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
