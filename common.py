@@ -18,7 +18,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises a CPU kernel
 
@@ -37,6 +36,7 @@ QUOTE = "\ufdd0"  # a code point that no text has
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -47,13 +47,12 @@ warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning) 
 
 
 # ---- errors and flags ----------------------------------------------------------------------------
-
 def visible(text: str) -> str:
     """Text from data with its control characters spelled out: it cannot move the cursor."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str):
     """Ends the program over something that the user can mend: one line on stderr, exit code 2."""
     if RANK > 0:
         time.sleep(3)  # where all fail alike, the first speaks, and torchrun ends the rest
@@ -74,30 +73,30 @@ def phase(doing: str):
         fail(f"{doing}: {type(error).__name__}: {error}")
 
 
+ADVICE = {"KeyboardInterrupt": "interrupted; the same command goes on from where it last saved",
+          "BrokenPipe": "nobody reads the output; the same command goes on if more is to do",
+          "MemoryError": "out of memory: lower {}", "t allocate memory": "out of memory: lower {}",
+          "No space left": "the disk is full; with more room, the same command goes on"}
+ADVICE["inline_container"] = ADVICE["quota"] = ADVICE["No space left"]  # torch does not say why
+
+
 @contextlib.contextmanager
 def running(memory_flags: str):
     """Around a whole run: its processes find each other, and what a user can mend is one line."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     if WORLD > 1:
-        device = choose_device()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     try:
         yield
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on where the run was last saved")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
-        fail("nobody reads the output any more; an unfinished run goes on by the same command")
-    except Exception as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "t allocate memory" in text:
-            fail(f"out of memory: lower {memory_flags}")
-        # torch does not say why it could not write
-        if "No space left" in text or "quota" in text or "inline_container" in text:
-            fail("the disk is full; with more room, the same command goes on")
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
+        for sign, advice in ADVICE.items():
+            if sign in f"{type(error).__name__}: {error}":
+                fail(advice.format(memory_flags))
         raise
     if WORLD > 1:
         dist.destroy_process_group()
@@ -125,8 +124,7 @@ def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = Non
     """The flags; the tiny model and each --loss may need other defaults than the rest."""
     flags.error = fail
     args = flags.parse_args()
-    if by_loss:
-        flags.set_defaults(**by_loss.get(args.loss, {}))
+    flags.set_defaults(**by_loss[args.loss] if by_loss and args.loss in by_loss else {})
     if is_tiny(args.model):
         flags.set_defaults(**tiny)
         if flags.parse_args().dataset != tiny["dataset"]:
@@ -135,7 +133,6 @@ def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = Non
 
 
 # ---- models --------------------------------------------------------------------------------------
-
 def choose_device() -> torch.device:
     """The GPU of this process (torchrun sets LOCAL_RANK), or the CPU."""
     if not torch.cuda.is_available():
@@ -148,20 +145,20 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     """fp32 on a CPU, bf16 from compute capability 8.0 on: older GPUs like the T4 emulate it."""
     if device.type == "cpu":
         return torch.float32
-    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if ampere else torch.float16
+    capability = torch.cuda.get_device_capability(device)
+    return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
 def autocast(model):
     """The number format of the forward passes; what is trained stays in fp32."""
-    device = causal_lm(model).device
-    return torch.autocast(device.type, choose_dtype(device), enabled=device.type == "cuda")
+    kind = model.device.type
+    return torch.autocast(kind, choose_dtype(model.device), enabled=kind == "cuda")
 
 
 def grad_scaler(model):
     """For fp16, in which small gradients round to 0. With bf16 and fp32 it does nothing."""
-    device = causal_lm(model).device
-    return torch.amp.GradScaler(device.type, enabled=choose_dtype(device) == torch.float16)
+    fp16 = choose_dtype(model.device) == torch.float16
+    return torch.amp.GradScaler(model.device.type, enabled=fp16)
 
 
 def find(name: str) -> str:
@@ -190,40 +187,42 @@ def is_tiny(name: str) -> bool:
     with phase(f"loading the model {name}"):
         base = Path(base_of(name))
         summary = base / "summary.json"  # of a run that trained all weights
-        start = json.loads(summary.read_text())["model"] if summary.exists() else None
-    if start:
-        return is_tiny(start)
-    return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
+        if summary.exists():
+            base = Path(find(json.loads(summary.read_text())["model"]))
+        return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
 
 
-def switch(choice: str, auto: bool) -> bool:
-    """What the flag on, off or auto comes to."""
-    return auto if choice == "auto" else choice == "on"
-
-
-def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16,
-               gradient_checkpointing: str = "auto", trainable: bool = True,
+def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int = 16,
+               gradient_checkpointing: str = ON_GPU["default"], trainable: bool = True,
                task: str = "CAUSAL_LM"):
     """Loads a model with a LoRA adapter "default" to train, in fp32; all else is frozen.
 
     If `name` is an adapter, its base is loaded below it, training goes on with its matrices, and a
-    frozen copy of them stays as "reference". `lora_rank` 0 trains all weights. With "auto", 4 bits
-    and checkpointing are on for CUDA. `trainable=False` loads the model as it is. The task SEQ_CLS
-    gives a reward model: a scalar head `score`, trained and saved with the adapter.
+    frozen copy of them stays as "reference". `lora_rank` 0 trains all weights, and never in 4 bits.
+    `trainable=False` loads the model as it is. The task SEQ_CLS gives a reward model: a scalar head
+    `score`, trained and saved with the adapter.
     """
     device = choose_device()
     full = trainable and lora_rank == 0
     # in 16 bits, most of Adam's small steps would round to nothing
     dtype = torch.float32 if full else choose_dtype(device)
-    quantise = switch(load_in_4bit, device.type == "cuda" and not full)
+    quantise = load_in_4bit == "on" and not full
     prepare_machine(name, device)
     with phase(f"loading the model {name}"):
         adapter = adapter_config(name)
-        if full and (adapter or quantise):
-            raise ValueError("--lora-rank 0 cannot train an adapter's or 4-bit weights")
+        if full and adapter:
+            raise ValueError("--lora-rank 0 cannot go on from an adapter")
         if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
             raise ValueError(f"an adapter for {adapter.task_type}, needed is one for {task}")
-        model = load_base(base_of(name), task, dtype, quantise, device)
+        kind, options = transformers.AutoModelForCausalLM, {}
+        if task == "SEQ_CLS":
+            kind, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+        nf4 = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)
+        model = kind.from_pretrained(  # eager attention overflows in fp16 on Qwen
+            base_of(name), dtype=dtype, quantization_config=nf4 if quantise else None,
+            device_map={"": device}, attn_implementation="sdpa", **options)
         # by hand: peft's prepare_model_for_kbit_training turns embeddings into fp32, 2 GiB at 7B
         model.requires_grad_(full)
         if adapter and adapter.task_type == task:
@@ -238,42 +237,27 @@ def load_model(name: str, load_in_4bit: str = "auto", lora_rank: int = 16,
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # the GradScaler refuses fp16 gradients
-        if switch(gradient_checkpointing, device.type == "cuda"):
+        if gradient_checkpointing == "on":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         check_forward(model, task)
     return model.train(trainable)
-
-
-def load_base(folder: str, task: str, dtype: torch.dtype, quantise: bool, device: torch.device):
-    """The transformers model, with its own head or with a scalar one, perhaps in 4 bits."""
-    nf4 = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype)
-    kind, options = transformers.AutoModelForCausalLM, {}
-    if task == "SEQ_CLS":
-        kind, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
-    return kind.from_pretrained(  # eager attention overflows in fp16 on Qwen
-        folder, dtype=dtype, quantization_config=nf4 if quantise else None,
-        device_map={"": device}, attn_implementation="sdpa", **options)
 
 
 def prepare_machine(name: str, device: torch.device):
     """Three traps of three machines."""
     if is_tiny(name):
         torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
-    if device.type == "cpu":
-        # with AVX512-BF16 an eval forward repacks 4-bit weights, and the next training step fails
-        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-    elif choose_dtype(device) == torch.float16:
+    # with AVX512-BF16 an eval forward repacks 4-bit weights, and the next training step fails
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    if choose_dtype(device) == torch.float16:
         # before Ampere, SDPA runs enable_gqa in its slow math kernel: let transformers repeat keys
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
 def add_lora(model, adapter_name: str | None, rank: int, task: str):
     """New LoRA matrices on all linear layers; a reward model may start from an LM's adapter."""
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    if adapter_name:
-        config = adapter_config(adapter_name)
+    new = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    config = adapter_config(adapter_name) if adapter_name else new
     config.task_type = task
     config.inference_mode = False
     config.modules_to_save = ["score"] if task == "SEQ_CLS" else None
@@ -314,8 +298,6 @@ def using(model, role: str | None):
         with contextlib.nullcontext() if role else model.disable_adapter():
             if role:
                 model.set_adapter(role)
-            for p, flag in flags:
-                p.requires_grad_(flag)
             yield
     finally:
         model.set_adapter(outer)
@@ -334,10 +316,9 @@ def reward_config(name: str, policy: str) -> peft.PeftConfig:
         config = adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("it was not saved by reward_model.py")
-        base = base_of(policy)
-        if Path(find(config.base_model_name_or_path)).resolve() != Path(base).resolve():
-            raise ValueError(f"it is an adapter on {config.base_model_name_or_path}, the policy "
-                             f"one on {base}: one base has to carry both")
+        base, wanted = base_of(name), base_of(policy)
+        if Path(base).resolve() != Path(wanted).resolve():
+            raise ValueError(f"one base has to carry both: its is {base}, the policy's {wanted}")
     return config
 
 
@@ -348,7 +329,7 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
     that changes nothing yet, and a head of zeros.
     """
     own = model.peft_config["default"]
-    kept = [p for p in model.parameters() if p.requires_grad]
+    flags = {key: p.requires_grad for key, p in model.named_parameters()}
     config = peft.LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
     weights = {}
     score = torch.zeros(1, causal_lm(model).config.hidden_size)
@@ -363,39 +344,32 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
         model.add_adapter(role, config)
         if weights:
             peft.set_peft_model_state_dict(model, weights, adapter_name=role)
-    model.requires_grad_(False)
-    if trainable:
-        kept += [p for key, p in model.named_parameters() if f".{role}." in key]
-    for p in kept:
-        p.requires_grad_(True)
-        p.data = p.data.float()
-    head = torch.nn.Linear(score.shape[1], 1, bias=False, device=causal_lm(model).device)
+    for key, p in model.named_parameters():
+        p.requires_grad_(flags.get(key, trainable))
+        p.data = p.data.float() if p.requires_grad else p.data
+    head = torch.nn.Linear(score.shape[1], 1, bias=False, device=model.device)
     head.weight.data.copy_(score)
     return head.requires_grad_(trainable)
 
 
 def save_model(model, tokenizer, folder: Path):
     """The trained adapter, or all weights if they were trained, and the tokenizer."""
-    options = {}
-    if isinstance(model, peft.PeftModel):
-        options = {"selected_adapters": ["default"], "save_embedding_layers": False}
-    model.save_pretrained(folder, **options)
+    options = {"selected_adapters": ["default"], "save_embedding_layers": False}
+    model.save_pretrained(folder, **options if isinstance(model, peft.PeftModel) else {})
     tokenizer.save_pretrained(folder)
 
 
 def describe(model) -> dict:
     """What was chosen for this model on this machine."""
-    causal = causal_lm(model)
-    on_gpu = causal.device.type == "cuda"
-    return {"device": torch.cuda.get_device_name(causal.device) if on_gpu else "cpu",
-            "dtype": str(choose_dtype(causal.device)).removeprefix("torch."),
-            "load_in_4bit": bool(getattr(causal, "is_loaded_in_4bit", False)),
-            "gradient_checkpointing": causal.is_gradient_checkpointing,
+    on_gpu = model.device.type == "cuda"
+    return {"device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
+            "dtype": str(choose_dtype(model.device)).removeprefix("torch."),
+            "load_in_4bit": bool(getattr(causal_lm(model), "is_loaded_in_4bit", False)),
+            "gradient_checkpointing": causal_lm(model).is_gradient_checkpointing,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 # ---- tokens --------------------------------------------------------------------------------------
-
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a pad token and an end of turn that the model can say.
 
@@ -415,11 +389,10 @@ def load_tokenizer(name: str):
             raise ValueError("it has no eos token, which ends an answer")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
-        vocabulary, special = tokenizer.get_vocab(), special_tokens(tokenizer)
-        highest = max(vocabulary[token] for token in vocabulary.keys() - special)
-        rows = config.get_text_config().vocab_size
-        if max(highest, tokenizer.eos_token_id) >= rows:
-            raise ValueError(f"its ids go up to {highest}, but the model has {rows} embeddings")
+        spoken = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+        highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, *spoken)
+        if highest >= config.get_text_config().vocab_size:
+            raise ValueError(f"its ids go up to {highest}, beyond the model's embeddings")
         if "strftime_now" in (tokenizer.chat_template or ""):  # or ids change with the calendar
             date = "{%- macro strftime_now(format) %}01 Jan 2025{% endmacro -%}"
             tokenizer.chat_template = date + tokenizer.chat_template
@@ -430,25 +403,16 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def special_tokens(tokenizer) -> set[str]:
-    """The tokens that no text may spell, such as <|im_end|>."""
-    added = tokenizer.added_tokens_decoder.values()
-    return {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-
-
 def end_answers_with_eos(tokenizer, end_token: str):
     """Rewrites the template: the first end of turn behind each assistant header becomes eos."""
     question = [{"role": "user", "content": "Q"}]
     plain = tokenizer.apply_chat_template(question, tokenize=False)
     asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    header = asked[len(plain):]
+    header = asked.removeprefix(plain)
     tokenizer.chat_template = (
-        f"{{%- set chat %}}{tokenizer.chat_template}{{%- endset %}}"
-        f"{{%- set header = {header!r} %}}"
-        "{%- for part in chat.split(header) %}"
-        "{{ part if loop.first else header + "
-        f"part.replace({end_token!r}, {tokenizer.eos_token!r}, 1) }}}}"
-        "{%- endfor %}")
+        f"{{%- set chat %}}{tokenizer.chat_template}{{%- endset %}}{{%- set header = {header!r} %}}"
+        "{%- for part in chat.split(header) %}{{ part if loop.first else header + "
+        f"part.replace({end_token!r}, {tokenizer.eos_token!r}, 1) }}}}{{%- endfor %}}")
     end_of_turn_id.cache_clear()
 
 
@@ -479,15 +443,18 @@ def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -
     for message in messages:
         if not message.get("role") or not ("content" in message or message.get("tool_calls")):
             raise ValueError(f"a message needs a role, and content or tool_calls, not {message}")
-    special = "|".join(map(re.escape, sorted(special_tokens(tokenizer), key=len, reverse=True)))
-    quoted = re.sub(special, rf"{QUOTE}\g<0>{QUOTE}", json.dumps(messages, ensure_ascii=False))
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    quoted = re.sub("|".join(map(re.escape, special)), rf"{QUOTE}\g<0>{QUOTE}",
+                    json.dumps(messages, ensure_ascii=False))
     text = tokenizer.apply_chat_template(
         [{"content": ""} | message for message in json.loads(quoted)],
         tools=json.loads(tools) if isinstance(tools, str) else tools,
         add_generation_prompt=add_generation_prompt, tokenize=False)
     ids = []
-    for number, part in enumerate(text.split(QUOTE)):  # every other part was in quotes
-        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=number % 2 == 1).input_ids
+    for number, part in enumerate(text.split(QUOTE)):
+        quoted = number % 2 == 1
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=quoted)["input_ids"]
     return ids
 
 
@@ -602,7 +569,6 @@ def show(tokenizer, input_ids: list[int], loss_mask: list[int]):
 
 
 # ---- rows ----------------------------------------------------------------------------------------
-
 def load_rows(source: str, split: str, limit: int, seed: int) -> list[dict]:
     """The rows of a local file, or up to `limit` random ones of a Hub dataset.
 
@@ -615,7 +581,7 @@ def load_rows(source: str, split: str, limit: int, seed: int) -> list[dict]:
             name, _, config = source.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split).shuffle(seed=seed)
             rows = rows.select(range(min(limit, len(rows))))
-        return [without_nones(row) for row in rows.to_list()]
+        return [without_nones(row) for row in rows]
 
 
 def without_nones(value):
@@ -635,9 +601,8 @@ def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: in
         except Exception as error:  # templates and tokenizers raise types of their own
             refused.append(f"row {number}: {error}")
             continue
-        encoded = encoded if isinstance(encoded, list) else [encoded]
-        divided += len(encoded) > 1
-        examples += encoded
+        examples += encoded if isinstance(encoded, list) else [encoded]
+        divided += isinstance(encoded, list) and len(encoded) > 1
     report = f"{source}: {len(rows)} rows, {len(examples)} examples"
     if divided:
         report += f"; {divided} rows became one per answer, as the template rewrites earlier turns"

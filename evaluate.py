@@ -42,15 +42,12 @@ add("--samples-per-prompt", type=common.count, default=4, help="sampled answers 
 add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
 add("--reward", default="correct_answer", help="that, or FILE.py:function")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
-add("--max-length", type=common.count, default=4096, help="longest prompt + answer, in tokens")
 add("--max-new-tokens", type=common.count, default=64, help="longest answer; GSM8K needs 512")
 add("--micro-batch-size", type=common.count, default=128, help="answers at a time")
-add("--load-in-4bit", choices=["auto", "on", "off"], default="auto", help="auto: on CUDA")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the base")
 add("--seed", type=common.natural, default=0, help="of the samples")
 add("--output", help="a new .json file for the table")
 
-
-# ---- data: prompts, and answers with a mask on what is scored ------------------------------------
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     """The row, and the ids of its prompt. It may be one that nobody can answer, or score."""
@@ -158,15 +155,6 @@ def last_number(text):
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
-def load_function(name):
-    """What --reward names."""
-    if name == "correct_answer":
-        return correct_answer
-    file, _, function = name.rpartition(":")
-    with common.phase(f"loading the reward {name}"):
-        return runpy.run_path(common.find(file))[function]
-
-
 def call_reward(name, reward, examples, texts):
     """A score for each text, from a function of the columns of the rows."""
     rows = [example["row"] for example in examples]
@@ -187,10 +175,7 @@ def pass_at_k(right, count, k):
 
 
 def wilson(share, count, z=1.96):
-    """The 95% interval of a share (Wilson 1927).
-
-    Of samples, `count` is that of the prompts: wide enough, though answers to one are alike.
-    """
+    """The 95% interval of a share of `count` prompts, whose samples are alike (Wilson 1927)."""
     center = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
@@ -249,17 +234,15 @@ def tiny_runs():
 
 def show_table(lines, args):
     width = max(len(line["checkpoint"]) for line in lines)
+    others = ["pass@k", "reward", "kl", "length", "stopped"]
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}\n")
-    print(f"{'':<{width}}  {'sampled':>19}  {'greedy':>19}  {f'pass@{args.k}':>7}  {'reward':>7}  "
-          f"{'kl':>7}  {'length':>7}  {'stopped':>7}")
+    print(f"{'':<{width}}{'sampled':>21}{'greedy':>21}", *(f"{name:>8}" for name in others))
     for line in lines:
-        print(f"{line['checkpoint']:<{width}}", end="")
+        row = f"{line['checkpoint']:<{width}}"
         for column in "sampled", "greedy":
             low, high = line[f"{column}_interval"]
-            print(f"  {line[column]:.3f} ({low:.3f}–{high:.3f})", end="")
-        for column in "pass@k", "reward", "kl", "length", "stopped":
-            print("        -" if line[column] is None else f"{line[column]:9.3f}", end="")
-        print()
+            row += f"  {line[column]:.3f} ({low:.3f}–{high:.3f})"
+        print(row, *("       -" if line[x] is None else f"{line[x]:8.3f}" for x in others))
 
 
 def main(args):
@@ -268,14 +251,17 @@ def main(args):
     if args.output and (Path(args.output).exists() or not Path(args.output).parent.is_dir()):
         common.fail(f"--output {args.output} is there already, or its folder is not")
     names = args.checkpoints or ["tiny/chat", *tiny_runs()]
-    reward = load_function(args.reward)
+    reward = correct_answer
+    if args.reward != "correct_answer":
+        file, _, function = args.reward.rpartition(":")
+        with common.phase(f"loading the reward {args.reward}"):
+            reward = runpy.run_path(common.find(file))[function]
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens, needs_answer=True)
     tokenizers, examples = {}, {}
     for name in names:  # what is wrong with one of them shows before the first is measured
         tokenizers[name] = common.load_tokenizer(name)
-        examples[name] = common.encode_rows(
-            args.dataset, rows, encode, tokenizers[name], args.max_length)
+        examples[name] = common.encode_rows(args.dataset, rows, encode, tokenizers[name], 10**9)
         if [x["row"] for x in examples[name]] != [x["row"] for x in examples[names[0]]]:
             common.fail(f"{name} can use other rows of {args.dataset} than {names[0]}")
     lines, first = [], None

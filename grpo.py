@@ -61,7 +61,6 @@ import common
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
-auto = {"choices": ["auto", "on", "off"], "default": "auto"}
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter")
 add("--reward", nargs="+", default=["correct_answer"],
     help="any of that, FILE.py:function, and one run of reward_model.py on the same base")
@@ -86,8 +85,8 @@ add("--max-new-tokens", type=common.count, default=512, help="longest completion
 add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
 add("--max-steps", type=common.count, default=250, help="rollouts")
 add("--lora-rank", type=common.count, default=16, help="of new matrices; an adapter keeps its own")
-add("--load-in-4bit", **auto, help="quantise the frozen base; auto: on CUDA")
-add("--gradient-checkpointing", **auto, help="compute activations twice; auto: on CUDA")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
+add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--save-every", type=common.count, default=20, help="rollouts between savings, samples shown")
 add("--seed", type=common.natural, default=0)
 add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
@@ -443,7 +442,6 @@ def train(args):
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in passes])
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
-
     for step in progress:
         # 4. The prompts of this process get G completions each, and these their rewards
         began = time.time()
@@ -451,7 +449,7 @@ def train(args):
         mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
         seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
         batch, answers = rollout(model, rewards, mine, args.group_size, tokenizer, args, seed)
-        metrics = {"step": step, "rollout_seconds": time.time() - began, **describe(batch)}
+        metrics = {"step": step, **describe(batch), "rollout_seconds": time.time() - began}
 
         # 5. How much better than its group is each of them?
         grouped = batch["rewards"].view(-1, args.group_size)  # [P, G]
@@ -472,12 +470,12 @@ def train(args):
             updated = update(optimizer, scaler, rate)
 
         # 7. Log, show some completions, and save what is needed to go on
-        metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True)) | updated
+        metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
         metrics["kl"] = figures[0][FIGURES.index("kl")].item()  # while π is the sampler
         for name, scores in zip(rewards, batch["scores"].unbind(1), strict=True):
             metrics[f"reward_{name}"] = mean(scores)
         metrics |= {"group_std": mean(grouped.std(1)), "zero_spread": 1 - mean(spread)}
-        metrics["seconds"] = time.time() - began
+        metrics |= {**updated, "seconds": time.time() - began}
         progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"])
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step in (1, args.max_steps):

@@ -10,9 +10,9 @@ with LoRA matrices that are trained), reward model (with its own) and reference 
     critic loss = ½ E max[(V_t − R_t)², (clip(V_t, V_old − ε, V_old + ε) − R_t)²]
 
 with ρ_t = π(y_t) / π_old(y_t); π_old is the policy that sampled, V_old the critic at that time.
-GAE: Schulman et al. 2015, 1506.02438. Against REINFORCE, PPO adds the critic, which tells good
-tokens from bad ones within an answer, and the clip, which makes several updates on the same samples
-safe. GRPO drops the critic again. What makes it work on language models, as numbered in the code:
+GAE is from Schulman et al. 2015, 1506.02438. To REINFORCE, PPO adds the critic, which tells good
+tokens from bad ones, and the clip, which makes several updates on the same samples safe. What makes
+it work on language models, as numbered in the code:
 
     [1] each token pays its KL (Ziegler et al. 2019, 1909.08593; their eq. 2 is per answer)
     [2] the score comes at the last token (Ziegler et al. 2019)
@@ -20,7 +20,7 @@ safe. GRPO drops the critic again. What makes it work on language models, as num
     [4] the critic starts as a copy of the reward model (Ouyang et al. 2022, appendix C.4)
     [5] advantages are whitened over the tokens of the rollout (Huang et al. 2024)
     [6] the value loss is clipped (Ziegler et al.'s code)
-    [7] several epochs of minibatches on the same samples (Schulman et al. 2017, algorithm 1)
+    [7] several epochs of minibatches on the same samples (PPO, algorithm 1)
     [8] the epochs end once the policy is --target-kl away from the sampler (Dossa et al. 2021)
     [9] sampling and scoring use the same temperature and no dropout, so that ρ starts at 1
 
@@ -32,8 +32,7 @@ What to watch: reward up, kl (nats per answer, to the reference) up slowly and b
 variance towards 1, clip fraction below 0.2. A reward that rises with the KL while the samples get
 odd is reward hacking: raise --beta.
 
-Shapes: B answers in sequences of T tokens, N of them the answers' own; D is the width of the model,
-V the size of its vocabulary.
+Shapes: B answers in sequences of T tokens, N of them the answers'; widths D, vocabulary V.
 """
 import argparse
 import fcntl
@@ -61,10 +60,8 @@ import common
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
-auto = {"choices": ["auto", "on", "off"], "default": "auto"}
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter")
-add("--reward", default="correct_answer",
-    help="that, FILE.py:function, or a run of reward_model.py on the same base")
+add("--reward", default="correct_answer", help="that, FILE.py:function, or a reward_model.py run")
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out prompts, else some of --dataset")
@@ -87,8 +84,8 @@ add("--max-new-tokens", type=common.count, default=256, help="longest answer")
 add("--learning-rate", type=common.positive, default=1e-5, help="the highest: it rises, then falls")
 add("--max-steps", type=common.count, default=200, help="rollouts")
 add("--lora-rank", type=common.count, default=16, help="of new matrices; an adapter keeps its own")
-add("--load-in-4bit", **auto, help="quantise the frozen base; auto: on CUDA")
-add("--gradient-checkpointing", **auto, help="compute activations twice; auto: on CUDA")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
+add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--save-every", type=common.count, default=10, help="rollouts between savings, samples shown")
 add("--seed", type=common.natural, default=0)
 add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
@@ -160,8 +157,7 @@ def token_values(model, batch, head):
 
 def token_rewards(scores, logps, ref_logps, mask, beta):
     """Rewards [B, T-1]: the KL penalty at each token [1], the score [B] at the last one [2]."""
-    # log π − log π_ref is the estimator k1 of the KL (Schulman 2020). k3 has the same mean, but as
-    # a reward only k1 has the gradient of the KL: that of k3 can point away from it
+    # k1 of Schulman (2020): k3 has the same mean, but as a reward another gradient than the KL
     rewards = -beta * (logps - ref_logps) * mask
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # [B]
     rewards[torch.arange(len(last)), last] += scores
@@ -429,7 +425,6 @@ def train(args):
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in passes])
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
-
     for step in progress:
         # 4. The policy answers the prompts of this process, and all roles read the answers
         began = time.time()
@@ -437,7 +432,7 @@ def train(args):
         mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
         seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
         batch, answers = rollout(roles, mine, tokenizer, args, seed)
-        metrics = {"step": step, "rollout_seconds": time.time() - began, **describe(batch)}
+        metrics = {"step": step, **describe(batch), "rollout_seconds": time.time() - began}
         mask = batch["loss_mask"][:, 1:]  # [B, T-1]
 
         # 5. Rewards of the tokens, and how much better than the critic expected each of them was
@@ -463,8 +458,8 @@ def train(args):
                 break
 
         # 7. Log, show some answers, and save what is needed to go on
-        metrics |= {"explained_variance": 1 - unexplained, "updates": len(figures), **updated}
         metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
+        metrics |= {"explained_variance": 1 - unexplained, "updates": len(figures), **updated}
         metrics["seconds"] = time.time() - began
         progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"])
         log_step(args, state, metrics)

@@ -45,7 +45,6 @@ import common
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
-auto = {"choices": ["auto", "on", "off"], "default": "auto"}
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/ultrafeedback_binarized", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
@@ -59,8 +58,8 @@ add("--learning-rate", type=common.positive, default=1e-4, help="the highest: it
 add("--epochs", type=common.count, default=1, help="passes over the pairs")
 add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
 add("--lora-rank", type=common.count, default=16, help="of new LoRA matrices")
-add("--load-in-4bit", **auto, help="quantise the frozen base; auto: on CUDA")
-add("--gradient-checkpointing", **auto, help="compute activations twice; auto: on CUDA")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
+add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
 add("--save-every", type=common.count, default=50, help="steps between savings")
 add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and head")
@@ -224,12 +223,11 @@ def train(args):
 
         # 5. One step along the gradient.
         rate = learning_rate(step, len(batches), args.learning_rate)
-        metrics = {"step": step} | update(optimizer, scaler, rate)
+        updated = update(optimizer, scaler, rate)
 
         # 6. Log, and save what is needed to go on.
         sum_over_processes([scores])
-        metrics |= figures(scores)
-        metrics["seconds"] = time.time() - began
+        metrics = {"step": step, **figures(scores), **updated, "seconds": time.time() - began}
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
         progress.set_postfix(shown, refresh=False)
         if args.eval_every and step % args.eval_every == 0:

@@ -46,7 +46,6 @@ import common
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
-auto = {"choices": ["auto", "on", "off"], "default": "auto"}
 add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
@@ -60,8 +59,8 @@ add("--learning-rate", type=common.positive, default=2e-4, help="the highest: it
 add("--epochs", type=common.count, default=1, help="passes over the conversations")
 add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
 add("--lora-rank", type=common.natural, default=16, help="of new LoRA matrices; 0: all weights")
-add("--load-in-4bit", **auto, help="quantise the frozen base; auto: on CUDA")
-add("--gradient-checkpointing", **auto, help="compute activations twice; auto: on CUDA")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
+add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--max-new-tokens", type=common.count, default=128, help="longest of 32 sampled answers")
 add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
 add("--save-every", type=common.count, default=50, help="steps between savings")
@@ -183,6 +182,10 @@ def score_rows(model, examples, pad_id):
         return token_logps(model, batch), batch["loss_mask"]
 
 
+def row_length(x):
+    return len(x["example"]["input_ids"])
+
+
 def count_trained(examples):
     return sum(sum(x["example"]["loss_mask"]) for x in examples)
 
@@ -273,8 +276,7 @@ def train(args):
         #    divide by the trained tokens of the whole batch. Rows of like length share a pass.
         began = time.time()
         torch.manual_seed(args.seed + step * common.WORLD + common.RANK)  # of NEFTune's noise
-        batch = [examples[i] for i in batches[step - 1]]
-        batch.sort(key=lambda x: len(x["example"]["input_ids"]))
+        batch = sorted([examples[i] for i in batches[step - 1]], key=row_length)
         mine = batch[common.RANK::common.WORLD]
         loss = torch.zeros((), dtype=torch.float64, device=model.device)
         for i in range(0, len(mine), args.micro_batch_size):
@@ -285,12 +287,12 @@ def train(args):
 
         # 5. One step along the gradient.
         rate = learning_rate(step, len(batches), args.learning_rate)
-        metrics = {"step": step} | update(optimizer, scaler, rate)
+        updated = update(optimizer, scaler, rate)
 
         # 6. Log, and save what is needed to go on.
         sum_over_processes([loss])
-        metrics |= {"loss": loss.item(), "trained_tokens": count_trained(batch)}
-        metrics["seconds"] = time.time() - began
+        metrics = {"step": step, "loss": loss.item(), "trained_tokens": count_trained(batch)}
+        metrics |= {**updated, "seconds": time.time() - began}
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if args.eval_every and step % args.eval_every == 0:
             held = evaluate(model, held_out, args, pad_id)

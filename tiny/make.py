@@ -3,15 +3,18 @@
     python tiny/make.py            # everything, written beside this file
     python tiny/make.py chat       # one stage of: data, base, chat, reward
 
-A Qwen2-architecture model of one million parameters reads text about addition and subtraction until it can
-do sums, which gives `tiny/base`: it continues text, and has never seen a chat. `tiny/chat` is that model after
-it imitated chats in which 43 answers in 100 are wrong, and users sometimes say so. It learned the chat format and the mistakes with it: sampled, it
-is right about half the time, although it can do better. That gap is what the post-training methods close. `tiny/reward` is
-an adapter on it that reward_model.py trained, for ppo.py.
+A Qwen2-architecture model of one million parameters reads text about addition and subtraction until
+it can do sums, which gives `tiny/base`: it continues text, and has never seen a chat. `tiny/chat`
+is that model after it imitated chats in which 43 answers in 100 are wrong, and users sometimes say
+so. It learned the chat format and the mistakes with it: sampled, it is right about half the time,
+although it can do better. That gap is what the post-training methods close. `tiny/reward` is an
+adapter on it that reward_model.py trained, for ppo.py.
 
-Everything follows from SEED. Questions that hash into HELD_OUT_SHARE appear in no training text of any stage.
+Everything follows from SEED. Questions that hash into HELD_OUT_SHARE appear in no training text of
+any stage.
 """
 import hashlib
+import itertools
 import json
 import random
 import shutil
@@ -23,7 +26,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_cosine_schedule_with_warmup,
+)
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
@@ -40,15 +50,18 @@ CHAT_TEMPLATE = (
 
 NAMES = ["Ana", "Ben", "Eva", "Ida", "Jon", "Leo", "Mia", "Noa", "Sam", "Tom", "Uma", "Zoe"]
 THINGS = ["pens", "cups", "keys", "nuts", "eggs", "figs", "hats", "jars", "maps", "toys"]
-PLUS = ["What is {a} + {b}?", "Add {a} and {b}.", "{name} has {a} {things} and gets {b} more. How many {things} now?"]
-MINUS = ["What is {a} - {b}?", "Take {b} from {a}.", "{name} has {a} {things} and loses {b}. How many {things} are left?"]
+PLUS = ["What is {a} + {b}?", "Add {a} and {b}.",
+        "{name} has {a} {things} and gets {b} more. How many {things} now?"]
+MINUS = ["What is {a} - {b}?", "Take {b} from {a}.",
+         "{name} has {a} {things} and loses {b}. How many {things} are left?"]
 
 
-# ---- questions --------------------------------------------------------------------------------------------
+# ---- questions -----------------------------------------------------------------------------------
 
 def all_sums():
-    """Every question of the tiny world as (a, operator, b): sums in either order, differences that are not negative."""
-    return [(a, op, b) for a in range(TOP + 1) for b in range(TOP + 1) for op in "+-" if op == "+" or a >= b]
+    """Every question as (a, operator, b): sums in either order, differences not below 0."""
+    questions = itertools.product(range(TOP + 1), range(TOP + 1), "+-")
+    return [(a, op, b) for a, b, op in questions if op == "+" or a >= b]
 
 
 def train_sums():
@@ -56,7 +69,7 @@ def train_sums():
 
 
 def is_held_out(a, op, b):
-    """The same answer for a + b and b + a, on every machine: Python's own hash changes from run to run."""
+    """The same for a + b and b + a, on every machine: Python's own hash changes between runs."""
     key = f"{min(a, b)} {op} {max(a, b)}"
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
 
@@ -66,16 +79,18 @@ def result(a, op, b):
 
 
 def mistake(rng, a, op, b):
-    """A wrong result of the kinds that people make: off by a little, off by ten, a lost carry, the wrong operation."""
+    """A wrong result as people make it: off by a little or ten, a lost carry, the other sign."""
     right = result(a, op, b)
     no_carry = (a + b) - 10 if op == "+" and a % 10 + b % 10 > 9 else right + 10
     other_way = abs(a - b) if op == "+" else a + b
-    wrong = [right - 1, right + 1, right - 2, right + 2, right - 10, right + 10, no_carry, other_way]
+    wrong = [right - 1, right + 1, right - 2, right + 2, right - 10, right + 10]
+    wrong += [no_carry, other_way]
     return rng.choice([w for w in wrong if w >= 0 and w != right])
 
 
 def question(rng, a, op, b):
-    return rng.choice(PLUS if op == "+" else MINUS).format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
+    form = rng.choice(PLUS if op == "+" else MINUS)
+    return form.format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
 
 
 def equation(a, op, b, value):
@@ -83,7 +98,7 @@ def equation(a, op, b, value):
 
 
 def document(rng, a, op, b):
-    """One piece of the text that the base model reads: an equation, a question with its answer, or a claim judged."""
+    """A piece of what the base model reads: an equation, a question answered, a claim judged."""
     right = equation(a, op, b, result(a, op, b))
     kind = rng.random()
     if kind < 0.35:
@@ -98,16 +113,18 @@ def document(rng, a, op, b):
 def demonstration(rng, a, op, b):
     """A chat as a careless writer would leave it: right with probability CORRECT_SHARE."""
     value = result(a, op, b) if rng.random() < CORRECT_SHARE else mistake(rng, a, op, b)
-    return [{"role": "user", "content": question(rng, a, op, b)}, {"role": "assistant", "content": equation(a, op, b, value)}]
+    return [{"role": "user", "content": question(rng, a, op, b)},
+            {"role": "assistant", "content": equation(a, op, b, value)}]
 
 
 def with_feedback(rng, messages, a, op, b):
-    """The same chat, half of the time with what the user says to the answer: from this the model learns to tell right from wrong."""
-    verdict = "Right." if messages[1]["content"] == equation(a, op, b, result(a, op, b)) else "Wrong."
+    """Half of the time the user judges the answer: so the model learns to tell right from wrong."""
+    right = messages[1]["content"] == equation(a, op, b, result(a, op, b))
+    verdict = "Right." if right else "Wrong."
     return messages + [{"role": "user", "content": verdict}] * (rng.random() < 0.5)
 
 
-# ---- data files -------------------------------------------------------------------------------------------
+# ---- data files ----------------------------------------------------------------------------------
 
 def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,47 +137,55 @@ def make_data():
     rng = random.Random(SEED)
     sums = all_sums()
     rng.shuffle(sums)
-    parts = {"train": [s for s in sums if not is_held_out(*s)], "heldout": [s for s in sums if is_held_out(*s)]}
+    parts = {"train": [s for s in sums if not is_held_out(*s)],
+             "heldout": [s for s in sums if is_held_out(*s)]}
     for part, size in (("train", 3000), ("heldout", 300)):
         chosen = parts[part][:size]
         prompts = [[{"role": "user", "content": question(rng, *s)}] for s in chosen]
-        write_rows(HERE / f"data/sft_{part}.jsonl", [{"messages": demonstration(rng, *s)} for s in chosen])
+        asked = list(zip(prompts, chosen, strict=True))
+        demonstrations = [{"messages": demonstration(rng, *s)} for s in chosen]
+        write_rows(HERE / f"data/sft_{part}.jsonl", demonstrations)
         write_rows(HERE / f"data/preference_{part}.jsonl", [
             {"prompt": prompt,
              "chosen": [{"role": "assistant", "content": equation(*s, result(*s))}],
              "rejected": [{"role": "assistant", "content": equation(*s, mistake(rng, *s))}]}
-            for prompt, s in zip(prompts, chosen)])
+            for prompt, s in asked])
         write_rows(HERE / f"data/prompt_{part}.jsonl", [
-            {"prompt": prompt, "answer": str(result(*s))} for prompt, s in zip(prompts, chosen)])
+            {"prompt": prompt, "answer": str(result(*s))} for prompt, s in asked])
 
 
-# ---- tokenizer and models ---------------------------------------------------------------------------------
+# ---- tokenizer and models ------------------------------------------------------------------------
 
 def make_tokenizer():
-    """Byte-level BPE with single digits, as Qwen2.5 has, trained on the text that the base model reads."""
+    """Byte-level BPE with single digits, as in Qwen2.5, trained on what the base model reads."""
     rng = random.Random(SEED)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    # the two role names are in the corpus so that a chat is short; the base model itself never reads them
-    tokenizer.train_from_iterator([document(rng, *s) for s in all_sums()] + ["user\n", "assistant\n"] * 1000, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=512,
-                                   additional_special_tokens=["<|im_start|>", "<|im_end|>"], chat_template=CHAT_TEMPLATE)
+    # the role names are in the corpus so that a chat is short; the base model never reads them
+    corpus = [document(rng, *s) for s in all_sums()] + ["user\n", "assistant\n"] * 1000
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        model_max_length=512, additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=CHAT_TEMPLATE)
 
 
 def make_model(vocab_size):
     torch.manual_seed(SEED)
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=336, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=336, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0))
 
 
 def packed(tokenizer, documents, length):
-    """An endless stream of documents, each closed by <|endoftext|>, cut into rows of `length` ids."""
+    """An endless stream of documents, each closed by <|endoftext|>, in rows of `length` ids."""
     ids = []
     while True:
         while len(ids) < length:
@@ -173,7 +198,8 @@ def packed(tokenizer, documents, length):
 
 def fit(model, rows, steps, batch_size, learning_rate):
     """Next-token prediction on every token: pretraining, in its shortest form."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
     start = time.time()
@@ -186,7 +212,8 @@ def fit(model, rows, steps, batch_size, learning_rate):
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps:
-            print(f"  step {step}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s", flush=True)
+            seconds = time.time() - start
+            print(f"  step {step}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
 
 def save(model, tokenizer, name):
@@ -203,7 +230,8 @@ def make_base():
     model = make_model(len(tokenizer))
     sums = train_sums()
     documents = (document(rng, *rng.choice(sums)) for _ in iter(int, 1))
-    fit(model, packed(tokenizer, documents, 128), steps=2000, batch_size=64, learning_rate=3e-3)
+    rows = packed(tokenizer, documents, 128)
+    fit(model, rows, steps=2000, batch_size=64, learning_rate=3e-3)
     save(model, tokenizer, "base")
 
 
@@ -212,13 +240,15 @@ def make_chat():
     tokenizer = AutoTokenizer.from_pretrained(HERE / "base")
     model = AutoModelForCausalLM.from_pretrained(HERE / "base", dtype=torch.float32)
     tokenizer.eos_token = "<|im_end|>"
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     sums = train_sums()
 
     def chats():
         while True:
             a, op, b = rng.choice(sums)
-            yield tokenizer.apply_chat_template(with_feedback(rng, demonstration(rng, a, op, b), a, op, b), tokenize=False)
+            chat = with_feedback(rng, demonstration(rng, a, op, b), a, op, b)
+            yield tokenizer.apply_chat_template(chat, tokenize=False)
 
     fit(model, packed(tokenizer, chats(), 128), steps=600, batch_size=32, learning_rate=1e-3)
     save(model, tokenizer, "chat")
@@ -227,9 +257,11 @@ def make_chat():
 def make_reward():
     """What `python reward_model.py` learns from the preferences, without the traces of the run."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "reward_model.py", "--output-dir", folder], cwd=HERE.parent, check=True)
+        command = [sys.executable, "reward_model.py", "--output-dir", folder]
+        subprocess.run(command, cwd=HERE.parent, check=True)
         (HERE / "reward").mkdir(exist_ok=True)
-        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(Path(folder) / name, HERE / "reward")
 
 

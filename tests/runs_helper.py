@@ -1,0 +1,106 @@
+"""Small runs of all five scripts, for several test files.
+
+    torchrun --nproc-per-node 2 runs_helper.py FOLDER    # runs them in two processes
+"""
+import contextlib
+import fcntl
+import importlib
+import os
+import random
+import stat
+import sys
+from pathlib import Path
+from unittest import mock
+
+import common
+import torch
+from conftest import ROOT, run_args
+
+KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt",
+        "grpo": "prompt"}
+SCRIPTS = {name: importlib.import_module(name) for name in KIND}
+SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes need
+    "sft": dict(batch_size=5, micro_batch_size=2, max_new_tokens=4),
+    "reward_model": dict(batch_size=5, micro_batch_size=2),
+    "dpo": dict(batch_size=5, micro_batch_size=2),
+    "ppo": dict(batch_size=5, micro_batch_size=3, minibatches=4, epochs=1, max_new_tokens=8),
+    "grpo": dict(batch_size=3, micro_batch_size=4, group_size=2, max_new_tokens=8,
+                 reward="tiny/reward")}
+
+
+def write_data(folder):
+    """Eleven rows of each kind to train on and three to hold out."""
+    for kind in set(KIND.values()):
+        for part, size in ("train", 11), ("heldout", 3):
+            lines = (ROOT / f"tiny/data/{kind}_{part}.jsonl").read_text().splitlines()
+            Path(folder, f"{kind}_{part}.jsonl").write_text("\n".join(lines[:size]))
+
+
+def small_args(name, data, output_dir, **flags):
+    """The flags of a run of a few steps on the rows in the folder `data`."""
+    files = {"dataset": Path(data, f"{KIND[name]}_train.jsonl"),
+             "eval_dataset": Path(data, f"{KIND[name]}_heldout.jsonl")}
+    return run_args(SCRIPTS[name], **(SMALL[name] | files | flags), output_dir=output_dir)
+
+
+@contextlib.contextmanager
+def as_one_command():
+    """A folder is locked until the process ends; here, until the command would have ended."""
+    flock, locks = fcntl.flock, []
+
+    def remember(lock, how):
+        if stat.S_ISDIR(os.fstat(lock).st_mode):  # `datasets` locks files of its own
+            locks.append(lock)
+        flock(lock, how)
+
+    with mock.patch.object(fcntl, "flock", remember):
+        try:
+            yield
+        finally:
+            for lock in locks:
+                os.close(lock)
+
+
+def command(name, args):
+    """What the command line would do with these flags, but for the end of the process."""
+    with as_one_command(), common.running("--micro-batch-size"):
+        SCRIPTS[name].train(args)
+
+
+def answers_by_prompt(model, tokenizer, prompts, copies, args, seed):
+    """In place of sample: answers that follow from the prompts alone, whoever gives them."""
+    stop_id = common.stop_token_ids(tokenizer, model.generation_config)[-1]
+    answers = []
+    for prompt in prompts:
+        for copy in range(copies):
+            draw = random.Random(f"{prompt} {copy}")
+            answer = [draw.randrange(10, 300) for _ in range(draw.randint(1, 6))]
+            answers.append(answer if draw.random() < 0.2 else answer + [stop_id])
+    return answers
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a process other than the first writes")
+
+
+def die(*args, **kwargs):
+    Path("died").touch()
+    raise RuntimeError("as planned")
+
+
+def two_processes(folder):
+    """All scripts one after the other; then one process fails, and the other must not wait."""
+    if common.RANK == 1:
+        Path.write_text = torch.save = common.save_model = refuse
+    for name, module in SCRIPTS.items():
+        module.sample = answers_by_prompt
+        module.train(small_args(name, folder, Path(folder, "two", name), max_steps=3))
+    os.chdir(folder)
+    if common.RANK == 1:
+        SCRIPTS["dpo"].update = die
+    SCRIPTS["dpo"].train(small_args("dpo", folder, "failing", max_steps=2))
+
+
+if __name__ == "__main__":
+    with common.running("--micro-batch-size"):
+        two_processes(sys.argv[1])
