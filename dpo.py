@@ -1,20 +1,25 @@
 """DPO: Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-The data are pairs: a prompt x, a better answer y_w, a worse answer y_l. RLHF fits a reward model r
-to them, then looks for the policy π that earns most and stays near a reference π_ref:
+The data are pairs: a prompt x, a better answer y_w, a worse one y_l. RLHF, reinforcement learning
+from human feedback, fits a reward model r to them, then looks for the policy π, a language model,
+that earns most with its answers y and stays near π_ref, the model that it was at the start:
 
     max_π  E r(x, y) − β KL(π ‖ π_ref)                                                      (eq. 3)
 
-DPO needs no reward model and no sampling. The policy that solves eq. 3 is known, and solving it for
-r says which reward a given policy is the answer to:
+DPO needs no reward model and no sampling. The best policy has a closed form, and solved for r it
+says for which reward a given policy is the best:
 
     π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                    (eq. 4)
-    r(x, y) = β log π(y|x) / π_ref(y|x) + a term in x alone                                 (eq. 5)
+    r(x, y) = β log[π(y|x) / π_ref(y|x)] + a term in x alone                               (eq. 5)
 
 Bradley and Terry (1952) model a preference as P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). With
-eq. 5 the term in x cancels, and the likelihood of the preferences is a loss for the policy itself:
+eq. 5 the term in x cancels, and minus the log-likelihood is a loss for the policy itself:
 
-    loss = −log σ( β log π(y_w|x) / π_ref(y_w|x) − β log π(y_l|x) / π_ref(y_l|x) )          (eq. 7)
+    loss = −log σ( β log[π(y_w|x) / π_ref(y_w|x)] − β log[π(y_l|x) / π_ref(y_l|x)] )        (eq. 7)
+
+where log π(y|x) sums the log-probs of the tokens of y. --loss names a relative: ipo (a target for
+the margin, not a push without end), hinge (no push once it is 1), simpo (mean log-probs and no
+reference), orpo and cpo (no reference, and SFT on the chosen answer).
 
     python dpo.py                                         # the embedded tiny model, on a laptop
     python dpo.py --model Qwen/Qwen2.5-0.5B               # 4-bit LoRA on a 16 GB T4
@@ -54,7 +59,7 @@ add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out pairs")
 add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo")
-add("--beta", type=common.positive, default=0.1, help="price of leaving the reference (simpo: 2); "
+add("--beta", type=common.positive, default=0.1, help="price of leaving the reference; simpo: 2; "
     "with cpo, 0.1 is nearly SFT on the chosen answers")
 add("--gamma", type=common.weight, default=1.0, help="simpo: the margin that rewards must exceed")
 add("--label-smoothing", type=common.share, default=0.0, help="dpo: share of mislabelled pairs")
@@ -72,8 +77,8 @@ add("--save-every", type=common.count, default=50, help="steps between savings")
 add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and samples")
 add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
 add("--output-dir", default="runs/dpo", help="the same command again goes on where it stopped")
-BY_LOSS = {"simpo": dict(beta=2.0)}  # as in its paper
-# the tiny model's answers differ in a digit or two: at β 0.1 it would unlearn to end wrong answers
+BY_LOSS = {"simpo": dict(beta=2.0)}  # other defaults, as in its paper
+# tiny answers differ in a digit or two: at β 0.1 the model would unlearn to stop after wrong ones
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3, epochs=2,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=32)
 
@@ -101,16 +106,16 @@ def with_mask(pieces):
 
 
 def shorten(example, length, start, max_length):
-    """If too long, the prompt loses its start, down to half of max_length, then the answer its end.
+    """Too long: the prompt loses its start (half of max_length stays), then the answer its end.
 
-    The prompt ends at `start`; both sides of a pair lose the same, if `length` is the longer one's.
+    The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
     """
     cut = max(0, min(length - max_length, start - max_length // 2))
     return {name: ids[cut:cut + max_length] for name, ids in example.items()}
 
 
 def collate(examples, pad_id, device):
-    """B examples as [B, T] tensors, padded on the right; masks are by length: pad may be eos."""
+    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -129,7 +134,7 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
     head = causal.get_output_embeddings()
-    # some positions at a time, and again in the backward pass: all [N, V] logits would fill a T4
+    # 2**25 logits at a time (128 MiB), computed again for backward: all [N, V] would fill a T4
     chunk = max(1, 2**25 // head.weight.shape[0])
     logps = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
@@ -138,12 +143,12 @@ def token_logps(model, batch, temperature=1.0):
 
 
 def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float() / temperature  # [C, V]; in 16 bits, small gradients get lost
+    logits = head(hidden).float() / temperature  # [C, V]; a softmax in 16 bits is too coarse
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
 def preference_loss(logps, ref_logps, lengths, loss="dpo", beta=0.1, label_smoothing=0, gamma=1):
-    """Losses [P] and rewards [2P] from log π(y|x), log π_ref(y|x) (or 0) and |y|, [2P] each."""
+    """Losses [P] and rewards [2P]; log π(y|x), log π_ref(y|x) (0 without one) and |y| are [2P]."""
     if loss in ("simpo", "orpo"):  # means over the tokens, so that length earns nothing
         logps = logps / lengths  # [2P]
     rewards = beta * (logps - ref_logps)  # [2P], eq. 5: what the policy implicitly rewards
@@ -153,7 +158,7 @@ def preference_loss(logps, ref_logps, lengths, loss="dpo", beta=0.1, label_smoot
     if loss == "dpo":  # eq. 7; smoothing (Mitchell 2023): with probability ε, the label is wrong
         ε = label_smoothing
         losses = -(1 - ε) * F.logsigmoid(margin) - ε * F.logsigmoid(-margin)  # [P]
-    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: log-ratios 1/(2β) apart
+    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: 1/(2β) apart, no more
         losses = (margin / beta - 1 / (2 * beta)) ** 2
     elif loss == "hinge":  # SLiC (arXiv:2305.10425) on DPO's margin, as in arXiv:2309.06657
         losses = F.relu(1 - margin)
@@ -163,7 +168,7 @@ def preference_loss(logps, ref_logps, lengths, loss="dpo", beta=0.1, label_smoot
         losses = -F.logsigmoid(margin) - chosen_logps
     elif loss == "orpo":  # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7; their λ is β
         log_p = logps.clamp(max=-1e-6)  # [2P], as a certain answer has infinite odds
-        chosen_odds, rejected_odds = (log_p - torch.log1p(-log_p.exp())).chunk(2)  # log p / (1 − p)
+        chosen_odds, rejected_odds = (log_p - torch.log1p(-log_p.exp())).chunk(2)  # log(p/(1−p))
         losses = -chosen_logps - beta * F.logsigmoid(chosen_odds - rejected_odds)
     return losses, rewards.detach()
 
@@ -173,21 +178,21 @@ FIGURES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "ch
 
 
 def score_pairs(model, pairs, args, pad_id):
-    """Policy and reference read the same P pairs: losses [P], and sums [FIGURES] of what to log."""
+    """Policy and reference read the same P pairs: losses [P], and sums over them of the FIGURES."""
     examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     batch = collate(examples, pad_id, common.causal_lm(model).device)
     with common.autocast(model):
         logps = token_logps(model, batch).sum(-1)  # [2P]
         ref_logps = torch.zeros_like(logps)
         if args.loss not in ("simpo", "orpo", "cpo"):  # which do without it
-            with torch.no_grad(), common.reference(model):  # the same base, without what is trained
+            with torch.no_grad(), common.reference(model):  # what training started from
                 ref_logps = token_logps(model, batch).sum(-1)
     lengths = batch["loss_mask"][:, 1:].sum(-1)
     losses, rewards = preference_loss(
         logps, ref_logps, lengths, args.loss, args.beta, args.label_smoothing, args.gamma)
     chosen, rejected = rewards.chunk(2)
     right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half right
-    figures = [losses, right, chosen - rejected, chosen, rejected, *logps.chunk(2)]
+    figures = [losses, right, chosen - rejected, chosen, rejected, *logps.chunk(2)]  # as FIGURES
     return losses, torch.stack(figures).detach().double().sum(-1)
 
 
@@ -208,10 +213,10 @@ def evaluate(model, pairs, args, pad_id):
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
-    """An answer to each prompt, from exactly the model's distribution; padded to `length`."""
+    """An answer to each prompt, of up to `length` tokens, from exactly the model's distribution."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
-    model.eval()  # in train mode, gradient checkpointing drops the cache, and the tokens change
+    model.eval()  # in train mode, gradient checkpointing would silently drop the cache
     with common.autocast(model):
         ids = model.generate(  # every field is set, or the model's own generation config counts
             **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
@@ -243,7 +248,7 @@ def train(args):
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
     print(common.describe(model))
 
@@ -274,7 +279,7 @@ def train(args):
             scaler.scale(losses.sum() / len(batch)).backward()
             sums += figures
 
-        # 5. One step along the gradient.
+        # 5. One step down the gradient, which is summed over processes and clipped.
         rate = learning_rate(step, len(batches), args.learning_rate)
         updated = update(optimizer, scaler, rate)
 

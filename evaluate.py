@@ -50,7 +50,7 @@ add("--output", help="a new .json file for the table")
 
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
-    """The row, and the ids of its prompt. It may be one that nobody can answer, or score."""
+    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
     prompt = row.get("prompt") or row.get("question")  # as GSM8K calls it
     if prompt and "prompt" not in row and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
@@ -74,6 +74,8 @@ def join_answers(prompts, answers, tokenizer, model):
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
+# ---- the method ----------------------------------------------------------------------------------
+
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
@@ -82,7 +84,7 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
     head = causal.get_output_embeddings()
-    # some positions at a time, and again in the backward pass: all [N, V] logits would fill a T4
+    # 2**25 logits at a time (128 MiB), computed again for backward: all [N, V] would fill a T4
     chunk = max(1, 2**25 // head.weight.shape[0])
     logps = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
@@ -91,7 +93,7 @@ def token_logps(model, batch, temperature=1.0):
 
 
 def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float() / temperature  # [C, V]; in 16 bits, small gradients get lost
+    logits = head(hidden).float() / temperature  # [C, V]; a softmax in 16 bits is too coarse
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
@@ -143,10 +145,10 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 # ---- what scores an answer -----------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is that of the row's answer, else 0."""
+    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
     right = [last_number(str(text)) for text in answer]
-    return [float(s == r is not None) for s, r in zip(said, right, strict=True)]
+    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
 
 
 def last_number(text):

@@ -1,36 +1,36 @@
 """GRPO: Group Relative Policy Optimization (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
 The policy π writes G completions to each prompt, they are scored, and a completion becomes likelier
-as far as it beats the others of its group. r_i is the reward of completion o_i, o_t one of its
-tokens, π_old the policy that sampled, π_ref the frozen one that training started from:
+the more it beats the others of its group. r_i is the reward of completion o_i, o_t one of its
+tokens, π_old the policy that sampled, π_ref the frozen one that training began from; J is to grow:
 
-    A_i = (r_i − mean(r)) / std(r)                                    the group is the baseline
+    A_i = (r_i − mean(r)) / std(r)              the baseline of a reward is the mean of its group
     J = E 1/G Σ_i 1/|o_i| Σ_t { min[ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i] − β k3_t }       eq. 3
     ρ_t = π(o_t) / π_old(o_t),   k3_t = q − log q − 1 with q = π_ref(o_t) / π(o_t)         eq. 4
 
 Kept from PPO: the clipped ratio. Dropped: the critic, GAE and the value loss, as all tokens of a
-completion share its advantage. The KL moves from the reward into the loss.
+completion share its advantage. The KL, estimated by k3, moves from the reward into the loss.
 
-The relatives change a line or two. --loss selects what a token is worth and how much it counts:
+The relatives change a line or two. --loss names how the loss of a token is made and weighted:
 
-    dr_grpo  neither std(r) nor 1/|o_i|, which favour some prompts and lengths (Liu et al. 2025,
-             2503.20783)
+    dr_grpo  neither std(r), which favours prompts that nearly all or no answers solve, nor 1/|o_i|,
+             which lets long failures off (Liu et al. 2025, 2503.20783)
     dapo     all tokens count alike, the upper clip is wider, groups without spread and truncated
-             completions are left out (Yu et al. 2025, 2503.14476, who end up punishing length)
-    gspo     one ratio for a whole sequence (Zheng et al. 2025, 2507.18071)
-    cispo    the clipped ratio is a weight without gradient (MiniMax 2025, 2506.13585)
+             completions are left out (Yu et al. 2025, 2503.14476; their soft length penalty is not)
+    gspo     one ratio for a whole sequence, as one reward is (Zheng et al. 2025, 2507.18071)
+    cispo    the clipped ratio is a weight without gradient: no token drops out (2506.13585)
 
-and --baseline what a reward is compared with: its group, the mean of the others (rloo; with dr_grpo
-that is RLOO, Ahmadian et al. 2024, 2402.14740), or nothing (none: REINFORCE).
+and --baseline what a reward is compared with: its group, the mean of the others (rloo; the method
+RLOO, Ahmadian et al. 2024, 2402.14740, is that with --loss dr_grpo), or nothing (none: REINFORCE).
 
     python grpo.py                                            # the tiny model, two minutes
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K in 4 bits on a 16 GB T4
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-What to watch: the reward rises, its spread within groups shrinks, kl (nats per completion, to the
-reference) and length grow slowly. The loss says nothing: with one update per rollout that of grpo
-and gspo is β KL. If most groups have no spread, the prompts are too easy or too hard; if the
-entropy collapses while the reward stalls, lower --learning-rate.
+What to watch: the reward rises, group_std shrinks, kl (nats per completion, to the reference) and
+length grow slowly. The loss says nothing: with one update per rollout all ρ are 1, the advantages
+of a group add up to 0, and that of grpo and gspo is β k3. If zero_spread is high, the prompts are
+too easy or too hard; if the entropy collapses while the reward stalls, lower --learning-rate.
 
 Shapes: P prompts with G completions each are B sequences of T tokens, N of them the completions';
 D is the width of the model, V the size of its vocabulary.
@@ -63,7 +63,7 @@ flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.Ra
 add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter")
 add("--reward", nargs="+", default=["correct_answer"],
-    help="any of that, FILE.py:function, and one run of reward_model.py on the same base")
+    help="any of it, FILE.py:function, and one run of reward_model.py on the same base")
 add("--reward-weights", type=float, nargs="+", default=[1.0], help="one for each --reward")
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
@@ -103,7 +103,7 @@ FIGURES = ("loss", "kl", "entropy", "clip_fraction")
 # ---- data: prompts, and answers with a mask on what is trained -----------------------------------
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
-    """The row, and the ids of its prompt. It may be one that nobody can answer, or score."""
+    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
     prompt = row.get("prompt") or row.get("question")  # as GSM8K calls it
     if prompt and "prompt" not in row and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
@@ -137,7 +137,7 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
     head = causal.get_output_embeddings()
-    # some positions at a time, and again in the backward pass: all [N, V] logits would fill a T4
+    # 2**25 logits at a time (128 MiB), computed again for backward: all [N, V] would fill a T4
     chunk = max(1, 2**25 // head.weight.shape[0])
     logps = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
@@ -146,7 +146,7 @@ def token_logps(model, batch, temperature=1.0):
 
 
 def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float() / temperature  # [C, V]; in 16 bits, small gradients get lost
+    logits = head(hidden).float() / temperature  # [C, V]; a softmax in 16 bits is too coarse
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
@@ -154,7 +154,7 @@ def group_advantages(rewards, baseline="group", scale=True):
     """Advantages [P, G] of G completions to each of P prompts, from their rewards [P, G]."""
     if baseline == "none":  # REINFORCE (Williams 1992)
         return rewards
-    # where all are equal, the std is 0, and the rounding of their mean must not count
+    # equal rewards teach nothing: exactly 0, or the rounding of their mean is divided by 1e-4
     above = (rewards - rewards.mean(1, keepdim=True)) * has_spread(rewards)[:, None]
     if baseline == "rloo":  # r_i − the mean of the G − 1 others = G/(G−1) (r_i − mean(r))
         return above * rewards.shape[1] / (rewards.shape[1] - 1)
@@ -185,9 +185,9 @@ def token_losses(logps, old_logps, advantages, mask, loss, epsilon, epsilon_high
 
 
 def token_kl(logps, ref_logps):
-    """k3 of each token [B, T-1], eq. 4: never negative, in the mean over samples of π the KL.
+    """k3 of each token [B, T-1], eq. 4: never negative; its mean over samples is KL(π ‖ π_ref).
 
-    As a loss it has, on policy and in expectation, the gradient of KL(π_ref ‖ π).
+    Its gradient, on policy and in the mean, is that of KL(π_ref ‖ π): both pull π back to π_ref.
     """
     log_q = ref_logps - logps
     return log_q.exp() - log_q - 1
@@ -269,10 +269,10 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 # ---- what scores an answer -----------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is that of the row's answer, else 0."""
+    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
     right = [last_number(str(text)) for text in answer]
-    return [float(s == r is not None) for s, r in zip(said, right, strict=True)]
+    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
 
 
 def last_number(text):
@@ -312,19 +312,19 @@ def score_answers(reward, name, model, batch, examples, texts, args):
 
 
 def sequence_rewards(model, batch, head):
-    """r(x, y) of each sequence, [B], read at its last real token, wherever the padding is."""
+    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
     last = batch["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
-    # a sum of products, as autocast would round a matrix product to 16 bits: too coarse to compare
+    # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def rollout(model, rewards, examples, copies, tokenizer, args, seed):
+def rollout(model, scorers, examples, copies, tokenizer, args, seed):
     """`copies` completions per prompt as ids, and what is said of them: a batch, [B, ...] each."""
     answers = []
     size = max(1, args.sample_batch_size // copies)
@@ -335,8 +335,8 @@ def rollout(model, rewards, examples, copies, tokenizer, args, seed):
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     examples = [example for example in examples for _ in range(copies)]  # as the answers
     batch = join_answers([example["prompt"] for example in examples], answers, tokenizer, model)
-    scores = [score_answers(reward, name, model, batch, examples, texts, args)
-              for name, reward in rewards.items()]
+    scores = [score_answers(scorer, name, model, batch, examples, texts, args)
+              for name, scorer in scorers.items()]
     batch["scores"] = torch.stack(scores, 1)  # [B, F] of F rewards
     batch["rewards"] = batch["scores"] @ torch.tensor(args.reward_weights, device=model.device)
     with common.reference(model):
@@ -361,15 +361,15 @@ def describe(batch):
             "stopped": mean(batch["stopped"])}
 
 
-def evaluate(model, rewards, examples, tokenizer, args):
+def evaluate(model, scorers, examples, tokenizer, args):
     """One completion to each held-out prompt; kl to the reference, in nats per completion."""
-    batch, _ = rollout(model, rewards, examples, 1, tokenizer, args, args.seed)
+    batch, _ = rollout(model, scorers, examples, 1, tokenizer, args, args.seed)
     logps = in_parts(token_logps, model, batch, args.temperature, args)
     return describe(batch) | {"kl": mean((logps - batch["ref_logps"]).sum(1))}
 
 
 def group_gradients(model, batch, scaler, args):
-    """Adds up the gradients of all completions over micro-batches; returns the FIGURES."""
+    """Adds up the gradients of the completions that are used; returns the FIGURES."""
     sequences = args.batch_size * args.group_size
     tokens = batch["loss_mask"].sum()
     used_tokens = (batch["loss_mask"] * batch["used"][:, None]).sum()
@@ -412,10 +412,10 @@ def train(args):
         common.fail("--loss dapo leaves out groups of equal rewards: it needs a --baseline")
     if args.batch_size < common.WORLD:
         common.fail("--batch-size must not be below the number of processes")
-    rewards = {name: load_reward(name, args.model) for name in args.reward}
+    scorers = {name: load_reward(name, args.model) for name in args.reward}
     tokenizer = common.load_tokenizer(args.model)
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
-                               needs_answer="correct_answer" in rewards)
+                               needs_answer="correct_answer" in scorers)
     wanted = args.max_steps * args.batch_size
     examples, held_out = common.load_examples(args, encode, tokenizer, wanted)
 
@@ -423,10 +423,10 @@ def train(args):
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
-    for name, reward in rewards.items():
-        rewards[name] = reward or common.add_role(model, name, "reward")
+    for name, scorer in scorers.items():
+        scorers[name] = scorer or common.add_role(model, name, "reward")
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
     print(common.describe(model))
 
@@ -435,7 +435,7 @@ def train(args):
     parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
     state = restore(args, parts)
     if "before" not in state:
-        state["before"] = evaluate(model, rewards, held_out, tokenizer, args)
+        state["before"] = evaluate(model, scorers, held_out, tokenizer, args)
     # prompts and random numbers follow from seed and step, so that a run that goes on sees the same
     generator = torch.Generator().manual_seed(args.seed)
     passes = range(math.ceil(wanted / len(examples)))
@@ -443,12 +443,12 @@ def train(args):
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
-        # 4. The prompts of this process get G completions each, and these their rewards
+        # 4. The prompts of this process get G completions each, and each completion its reward
         began = time.time()
         picked = order[(step - 1) * args.batch_size:step * args.batch_size]
         mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
         seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
-        batch, answers = rollout(model, rewards, mine, args.group_size, tokenizer, args, seed)
+        batch, answers = rollout(model, scorers, mine, args.group_size, tokenizer, args, seed)
         metrics = {"step": step, **describe(batch), "rollout_seconds": time.time() - began}
 
         # 5. How much better than its group is each of them?
@@ -456,8 +456,8 @@ def train(args):
         advantages = group_advantages(grouped, args.baseline, scale=args.loss != "dr_grpo")
         batch["advantages"] = advantages.flatten()  # [B]
         spread = has_spread(grouped)  # [P]
-        batch["used"] = torch.ones_like(batch["stopped"])  # [B]
-        if args.loss == "dapo":  # it samples other groups instead; here the rest make the mean
+        batch["used"] = torch.ones_like(batch["stopped"])  # [B], what the loss is made of
+        if args.loss == "dapo":  # the paper samples others instead; here the mean is of the rest
             batch["used"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
         # 6. Optimizer steps on these completions: after the first, π is not the sampler π_old
@@ -472,7 +472,7 @@ def train(args):
         # 7. Log, show some completions, and save what is needed to go on
         metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
         metrics["kl"] = figures[0][FIGURES.index("kl")].item()  # while π is the sampler
-        for name, scores in zip(rewards, batch["scores"].unbind(1), strict=True):
+        for name, scores in zip(scorers, batch["scores"].unbind(1), strict=True):
             metrics[f"reward_{name}"] = mean(scores)
         metrics |= {"group_std": mean(grouped.std(1)), "zero_spread": 1 - mean(spread)}
         metrics |= {**updated, "seconds": time.time() - began}
@@ -483,7 +483,7 @@ def train(args):
             save(args, state, parts)
 
     # 8. The same held-out prompts and random numbers once more; the adapter is saved
-    after = evaluate(model, rewards, held_out, tokenizer, args)
+    after = evaluate(model, scorers, held_out, tokenizer, args)
     finish(args, state, model, tokenizer, after)
 
 

@@ -1,24 +1,24 @@
 """PPO for language models (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, 2203.02155).
 
-The policy π answers prompts, the answers are scored, and tokens that did better than expected
-become likelier. Each token is an action. Four roles share one frozen base: policy and critic (each
-with LoRA matrices that are trained), reward model (with its own) and reference (what π started as).
+The policy π answers prompts, the answers are scored, and tokens that did better than the critic V
+expected become likelier. Each token y_t is an action. Four roles share one frozen base: policy and
+critic (with LoRA matrices that are trained), reward model (its own) and reference (π at the start).
 
     r_t = −β log(π(y_t) / π_ref(y_t)),  and the score of the answer on top at its last token
     δ_t = r_t + γ V_{t+1} − V_t,   A_t = Σ_l (γλ)^l δ_{t+l},   R_t = A_t + V_t        GAE, eq. 16
     policy loss = −E min[ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t]                        PPO, eq. 7
     critic loss = ½ E max[(V_t − R_t)², (clip(V_t, V_old − ε, V_old + ε) − R_t)²]
 
-with ρ_t = π(y_t) / π_old(y_t); π_old is the policy that sampled, V_old the critic at that time.
-GAE is from Schulman et al. 2015, 1506.02438. To REINFORCE, PPO adds the critic, which tells good
-tokens from bad ones, and the clip, which makes several updates on the same samples safe. What makes
-it work on language models, as numbered in the code:
+V_t expects the sum of rewards from y_t on; V_old did when π_old sampled, and so in GAE (generalized
+advantage estimation, 1506.02438: λ = 1 trusts the rewards, λ = 0 the critic's next value). A_t is
+the advantage, R_t the return, ρ_t = π(y_t) / π_old(y_t). The critic tells good tokens from bad, the
+clip makes several updates on the same samples safe. What makes it work on language models:
 
-    [1] each token pays its KL (Ziegler et al. 2019, 1909.08593; their eq. 2 is per answer)
+    [1] each token pays β log π/π_ref (Ziegler et al. 2019, 1909.08593; their eq. 2 is per answer)
     [2] the score comes at the last token (Ziegler et al. 2019)
     [3] an answer that does not end by itself is penalised (Huang et al. 2024, 2403.17031)
     [4] the critic starts as a copy of the reward model (Ouyang et al. 2022, appendix C.4)
-    [5] advantages are whitened over the tokens of the rollout (Huang et al. 2024)
+    [5] advantages get mean 0 and variance 1 over the tokens of a rollout (Huang et al. 2024)
     [6] the value loss is clipped (Ziegler et al.'s code)
     [7] several epochs of minibatches on the same samples (PPO, algorithm 1)
     [8] the epochs end once the policy is --target-kl away from the sampler (Dossa et al. 2021)
@@ -32,7 +32,7 @@ What to watch: reward up, kl (nats per answer, to the reference) up slowly and b
 variance towards 1, clip fraction below 0.2. A reward that rises with the KL while the samples get
 odd is reward hacking: raise --beta.
 
-Shapes: B answers in sequences of T tokens, N of them the answers'; widths D, vocabulary V.
+Shapes: B answers (b in a micro-batch), T tokens, N of them answer tokens, width D, vocabulary V.
 """
 import argparse
 import fcntl
@@ -61,7 +61,7 @@ import common
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter")
-add("--reward", default="correct_answer", help="that, FILE.py:function, or a reward_model.py run")
+add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model.py")
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out prompts, else some of --dataset")
@@ -100,7 +100,7 @@ FIGURES = ("policy_loss", "value_loss", "sampler_kl", "clip_fraction", "entropy"
 # ---- data: prompts, and answers with a mask on what is trained -----------------------------------
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
-    """The row, and the ids of its prompt. It may be one that nobody can answer, or score."""
+    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
     prompt = row.get("prompt") or row.get("question")  # as GSM8K calls it
     if prompt and "prompt" not in row and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
@@ -124,6 +124,8 @@ def join_answers(prompts, answers, tokenizer, model):
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
+# ---- the method ----------------------------------------------------------------------------------
+
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
@@ -132,7 +134,7 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
     head = causal.get_output_embeddings()
-    # some positions at a time, and again in the backward pass: all [N, V] logits would fill a T4
+    # 2**25 logits at a time (128 MiB), computed again for backward: all [N, V] would fill a T4
     chunk = max(1, 2**25 // head.weight.shape[0])
     logps = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
@@ -141,25 +143,23 @@ def token_logps(model, batch, temperature=1.0):
 
 
 def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float() / temperature  # [C, V]; in 16 bits, small gradients get lost
+    logits = head(hidden).float() / temperature  # [C, V]; a softmax in 16 bits is too coarse
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
 def token_values(model, batch, head):
-    """The critic's values [B, T-1]: the return expected before token t+1 is written, else 0."""
+    """[B, T-1]: column t is the return that the critic expects before token t+1, else 0."""
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
     return (hidden[:, :-1].float() * head.weight).sum(-1) * batch["loss_mask"][:, 1:]
 
 
-# ---- the method ----------------------------------------------------------------------------------
-
 def token_rewards(scores, logps, ref_logps, mask, beta):
     """Rewards [B, T-1]: the KL penalty at each token [1], the score [B] at the last one [2]."""
-    # k1 of Schulman (2020): k3 has the same mean, but as a reward another gradient than the KL
+    # k1 = log π/π_ref, not k3 (Schulman 2020): as a reward only k1 has the gradient of the KL
     rewards = -beta * (logps - ref_logps) * mask
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # [B]
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # [B], the column of the mask's last 1
     rewards[torch.arange(len(last)), last] += scores
     return rewards
 
@@ -261,10 +261,10 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 # ---- what scores an answer -----------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is that of the row's answer, else 0."""
+    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
     right = [last_number(str(text)) for text in answer]
-    return [float(s == r is not None) for s, r in zip(said, right, strict=True)]
+    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
 
 
 def last_number(text):
@@ -304,13 +304,13 @@ def score_answers(reward, name, model, batch, examples, texts, args):
 
 
 def sequence_rewards(model, batch, head):
-    """r(x, y) of each sequence, [B], read at its last real token, wherever the padding is."""
+    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
     last = batch["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
-    # a sum of products, as autocast would round a matrix product to 16 bits: too coarse to compare
+    # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
 
 
@@ -373,7 +373,7 @@ def minibatch_gradients(roles, batch, rows, scaler, args):
             value = value_loss(values, micro["values"], micro["returns"], args.epsilon)
             scaler.scale(args.value_weight * (value * mask).sum() / tokens).backward()
         log_ratio = logps - micro["logps"]
-        k3 = log_ratio.exp() - 1 - log_ratio  # of KL(π_old ‖ π)
+        k3 = log_ratio.exp() - 1 - log_ratio  # never negative, its mean is KL(π_old ‖ π)
         figures = torch.stack([policy, value, k3, clipped.float(), -logps])  # as FIGURES
         sums += (figures * mask).sum((1, 2)).detach() / tokens
     sum_over_processes([sums])
@@ -409,7 +409,7 @@ def train(args):
     critic_head = common.add_role(model, critic_start, "critic", trainable=True)
     roles = model, reward, critic_head
     weights = [p for p in model.parameters() if p.requires_grad] + [critic_head.weight]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
     print(common.describe(model))
 
@@ -436,10 +436,10 @@ def train(args):
         mask = batch["loss_mask"][:, 1:]  # [B, T-1]
 
         # 5. Rewards of the tokens, and how much better than the critic expected each of them was
-        scores = batch["scores"] - args.missing_eos_penalty * ~batch["stopped"]  # [B], [3]
+        scores = batch["scores"] - args.missing_eos_penalty * ~batch["stopped"]  # [B]; this is [3]
         rewards = token_rewards(scores, batch["logps"], batch["ref_logps"], mask, args.beta)
         advantages, returns = gae(rewards, batch["values"], mask, args.gamma, args.lam)
-        unexplained = moments(advantages, mask)[1] / (moments(returns, mask)[1] + 1e-8)  # A = R − V
+        unexplained = moments(advantages, mask)[1] / (moments(returns, mask)[1] + 1e-8)  # A = R−V
         batch |= {"advantages": whiten(advantages, mask), "returns": returns}
 
         # 6. Epochs of minibatches on these samples, an optimizer step for each [7]

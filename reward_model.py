@@ -2,22 +2,22 @@
 
 A language model with a scalar in place of its head reads a prompt x and an answer y; the scalar at
 the last token is the reward r(x, y). Bradley and Terry (1952): a better answer y_w beats a worse
-one y_l with probability σ(r(x, y_w) − r(x, y_l)), and the likelihood of the preferences is the loss
+one y_l with probability σ(r(x, y_w) − r(x, y_l)), and minus its log is the loss, plus two terms:
 
     loss = −log σ( r(x, y_w) − r(x, y_l) − m )  +  λ (r(x, y_w) + r(x, y_l))²
 
-which without m and λ is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155. The margin m says how far
-apart a pair should be at least, if the data has a column `margin` (Touvron et al. 2023,
-arXiv:2307.09288, eq. 2). Only differences count in the first term; the second keeps the rewards
-around 0 (Eisenstein et al. 2023, arXiv:2312.09244).
+Without m and λ it is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155. m, the data's column `margin`
+if it has one, says how far apart a pair should be (Touvron et al. 2023, arXiv:2307.09288, eq. 2).
+Only differences count in the first term; the second keeps the rewards around 0, and λ is small
+(Eisenstein et al. 2023, arXiv:2312.09244).
 
-Kept from SFT: the model, the adapter, the loop. Dropped: the vocabulary, the loss mask. DPO has the
-same loss, with a log-ratio of probabilities for a reward.
+Kept from SFT: the model, the adapter, the loop. Dropped: the head over the vocabulary and the loss
+mask. DPO, the next script, has the same loss, with a log-ratio of probabilities for a reward.
 
     python reward_model.py                               # the embedded tiny model, on a laptop
     python reward_model.py --model Qwen/Qwen2.5-0.5B     # 4-bit LoRA on a 16 GB T4
     python reward_model.py --model runs/sft --dataset pairs.jsonl
-    python ppo.py --reward-model runs/reward_model       # what it is for
+    python ppo.py --reward runs/reward_model             # what it is for
 
 What to watch: the loss starts near log 2 = 0.693 and falls, the accuracy climbs from 0.5; on human
 preferences it ends around 0.65 to 0.75. Margin and spread of the rewards grow steadily. A held-out
@@ -75,8 +75,8 @@ TINY = dict(dataset="tiny/data/preference_train.jsonl", epochs=3, batch_size=16,
 def encode_comparison(row, tokenizer, max_length):
     """{"chosen": example, "rejected": example, "prompt": ids, "margin": number}
 
-    Both end with the token that ends the answer, as an answer does that a model sampled. None is
-    cut: half an answer deserves another reward.
+    Both keep the token that ends the answer, as a sampled answer has it. Longer ones are refused:
+    half an answer deserves another reward.
     """
     chosen, rejected = common.encode_preference(tokenizer, row)
     comparison = {"prompt": chosen[0][0], "margin": float(row.get("margin", 0))}
@@ -91,7 +91,7 @@ def encode_comparison(row, tokenizer, max_length):
 
 
 def collate(examples, pad_id, device):
-    """B examples as [B, T] tensors, padded on the right; masks are by length: pad may be eos."""
+    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -103,13 +103,13 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def sequence_rewards(model, batch, head):
-    """r(x, y) of each sequence, [B], read at its last real token, wherever the padding is."""
+    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
     last = batch["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
-    # a sum of products, as autocast would round a matrix product to 16 bits: too coarse to compare
+    # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
 
 
@@ -123,7 +123,7 @@ def score_comparisons(model, pairs, args, pad_id):
     """Losses, chosen and rejected rewards of P pairs: [3, P]."""
     examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     batch = collate(examples, pad_id, model.device)
-    head = common.causal_lm(model).score
+    head = common.causal_lm(model).score  # the scalar
     with common.autocast(model):
         chosen, rejected = sequence_rewards(model, batch, head).chunk(2)  # [P] each
     margin = torch.tensor([pair["margin"] for pair in pairs], device=chosen.device)  # [P]
@@ -169,7 +169,7 @@ def show_worst(tokenizer, pairs, scores):
 
 
 def pad_apart(tokenizer):
-    """Saves a pad token that ends no answer: transformers' classifier reads before the padding."""
+    """Sets a pad token that ends no answer: transformers reads rewards right before the pads."""
     ends = {tokenizer.eos_token_id, common.end_of_turn_id(tokenizer)}
     others = [str(x) for i, x in sorted(tokenizer.added_tokens_decoder.items()) if i not in ends]
     if tokenizer.pad_token_id in ends and others:
@@ -191,7 +191,7 @@ def train(args):
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing, task="SEQ_CLS")
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
     print(common.describe(model))
 
@@ -221,7 +221,7 @@ def train(args):
             scaler.scale(scored[0].sum() / len(batch)).backward()
             scores[:, part] = scored.detach().double()
 
-        # 5. One step along the gradient.
+        # 5. One step down the gradient, which is summed over processes and clipped.
         rate = learning_rate(step, len(batches), args.learning_rate)
         updated = update(optimizer, scaler, rate)
 
@@ -239,7 +239,7 @@ def train(args):
 
     # 7. The same held-out pairs once more, and where the model is most wrong.
     scores = evaluate(model, held_out, args, pad_id)
-    pad_apart(tokenizer)
+    pad_apart(tokenizer)  # for those who load the model elsewhere: here lengths are known
     finish(args, state, model, tokenizer, figures(scores))
     show_worst(tokenizer, held_out, scores)
 

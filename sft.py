@@ -1,13 +1,13 @@
 """SFT: supervised fine-tuning, which turns a model that continues text into one that answers.
 
 It is next-token prediction on written answers, the first stage of InstructGPT (Ouyang et al. 2022,
-arXiv:2203.02155). Of a conversation y, the model learns only what it shall say: the turns of the
+arXiv:2203.02155). Of a conversation y, the model learns only what it should say: the turns of the
 assistant, each with the token that ends it. The rest is read, not learned:
 
-    loss = −1/N Σ_t log π(y_t | y_<t)        over the N trained tokens of an optimizer step
+    loss = −1/N Σ_t log π(y_t | y_<t)     π: the model; N: the trained tokens of an optimizer step
 
-Kept from pretraining: everything. Added: the mask. The mean is over the tokens of the whole step,
-not over conversations or micro-batches, so that these only change speed and memory.
+Kept from pretraining: everything. Added: the loss mask. The mean is over the tokens of the whole
+step: not per micro-batch, so that its size changes only speed and memory, nor per conversation.
 
     python sft.py                                          # the embedded tiny model, on a laptop
     python sft.py --model Qwen/Qwen2.5-0.5B                # 4-bit LoRA on a 16 GB T4
@@ -17,7 +17,7 @@ not over conversations or micro-batches, so that these only change speed and mem
 A dataset has the columns `messages` (and `tools`), or `prompt` and `completion` (texts or
 messages), or `instruction`, `input` and `output`, or `text`.
 
-What to watch: the loss falls steeply for some dozen steps, while the model learns the form, then
+What to watch: the loss falls steeply for a few dozen steps, while the model learns the form, then
 slowly. The held-out loss (--eval-every) falls with it; where it rises again, the model learns the
 rows by heart. `stopped`, the share of sampled answers that end by themselves, gets near 1.
 
@@ -51,7 +51,7 @@ add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a file"
 add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out rows")
-add("--neftune-alpha", type=common.weight, default=0.0, help="noise on embeddings; 5 is usual")
+add("--neftune-alpha", type=common.weight, default=0.0, help="noise that regularises; 5 is usual")
 add("--max-length", type=common.number(int, 4), default=1024, help="of a conversation, in tokens")
 add("--batch-size", type=common.count, default=32, help="conversations per optimizer step")
 add("--micro-batch-size", type=common.count, default=4, help="conversations per forward pass")
@@ -74,23 +74,23 @@ TINY = dict(dataset="tiny/data/sft_train.jsonl", eval_dataset="tiny/data/sft_hel
 # ---- data: token ids, and a mask on what is trained ----------------------------------------------
 
 def encode_conversation(row, tokenizer, max_length):
-    """The examples of a row: one, or one per answer where the template rewrites earlier turns."""
+    """The examples of a row: one, or one per answer if the template drops old thoughts (Qwen3)."""
     examples = []
-    prompt, answer = prompt_and_answer(row, is_chat=bool(tokenizer.chat_template))
-    for pieces in common.encode(tokenizer, prompt, answer, row.get("tools")):
+    given, answer = prompt_and_answer(row, is_chat=bool(tokenizer.chat_template))
+    for pieces in common.encode(tokenizer, given, answer, row.get("tools")):  # (ids, is_answer)
         example = with_mask(pieces)
-        example["loss_mask"][0] = 0  # nothing comes before the first token that could predict it
+        example["loss_mask"][0] = 0  # there is nothing to predict the first token from
         start = example["loss_mask"].index(1)
         example = shorten(example, len(example["input_ids"]), start, max_length)
-        # what is shown to the model for a sample; plain text has no prompt: its first quarter
+        # the prompt to sample from; plain text has none (start is 1): its first quarter serves
         start = example["loss_mask"].index(1)
         shown = start if start > 1 else len(example["input_ids"]) // 4 + 1
-        examples.append({"example": example, "prompt": example["input_ids"][:shown]})
+        examples.append({"tokens": example, "prompt": example["input_ids"][:shown]})
     return examples
 
 
 def prompt_and_answer(row, is_chat):
-    """Both are texts, or both lists of messages."""
+    """Both are texts, or both lists of messages, of which the assistant's are what is learned."""
     if "messages" in row:
         return [], row["messages"]
     if "completion" in row:
@@ -116,16 +116,16 @@ def with_mask(pieces):
 
 
 def shorten(example, length, start, max_length):
-    """If too long, the prompt loses its start, down to half of max_length, then the answer its end.
+    """Too long: the prompt loses its start (half of max_length stays), then the answer its end.
 
-    The prompt ends at `start`; both sides of a pair lose the same, if `length` is the longer one's.
+    The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
     """
     cut = max(0, min(length - max_length, start - max_length // 2))
     return {name: ids[cut:cut + max_length] for name, ids in example.items()}
 
 
 def collate(examples, pad_id, device):
-    """B examples as [B, T] tensors, padded on the right; masks are by length: pad may be eos."""
+    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -144,7 +144,7 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
     head = causal.get_output_embeddings()
-    # some positions at a time, and again in the backward pass: all [N, V] logits would fill a T4
+    # 2**25 logits at a time (128 MiB), computed again for backward: all [N, V] would fill a T4
     chunk = max(1, 2**25 // head.weight.shape[0])
     logps = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
@@ -153,7 +153,7 @@ def token_logps(model, batch, temperature=1.0):
 
 
 def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float() / temperature  # [C, V]; in 16 bits, small gradients get lost
+    logits = head(hidden).float() / temperature  # [C, V]; a softmax in 16 bits is too coarse
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
@@ -163,11 +163,11 @@ def sft_loss(logps, loss_mask, trained_tokens):
     N counts the trained tokens of the whole step, so that the gradients of its parts add up. A mean
     over each part would weigh the tokens of short answers more.
     """
-    return -(logps * loss_mask[:, 1:]).sum() / trained_tokens
+    return -(logps * loss_mask[:, 1:]).sum() / trained_tokens  # []
 
 
 def add_noise(alpha, base, inputs, kwargs):
-    """NEFTune (Jain et al. 2023, arXiv:2310.05914): embeddings with noise within ±α/√(L·D)."""
+    """A hook: embeddings with noise within ±α/√(L·D) (NEFTune, Jain et al. 2023, 2310.05914)."""
     embeddings = base.get_input_embeddings()(kwargs["input_ids"])  # [B, T, D]
     lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1], the L of each row
     bound = base.training * alpha / (lengths * embeddings.shape[-1]).sqrt()  # 0 in evaluation
@@ -177,17 +177,17 @@ def add_noise(alpha, base, inputs, kwargs):
 
 def score_rows(model, examples, pad_id):
     """Log-probs and mask of some examples."""
-    batch = collate([x["example"] for x in examples], pad_id, model.device)
+    batch = collate([x["tokens"] for x in examples], pad_id, model.device)
     with common.autocast(model):
         return token_logps(model, batch), batch["loss_mask"]
 
 
 def row_length(x):
-    return len(x["example"]["input_ids"])
+    return len(x["tokens"]["input_ids"])
 
 
 def count_trained(examples):
-    return sum(sum(x["example"]["loss_mask"]) for x in examples)
+    return sum(sum(x["tokens"]["loss_mask"]) for x in examples)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -208,10 +208,10 @@ def evaluate(model, examples, args, pad_id):
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
-    """An answer to each prompt, from exactly the model's distribution; padded to `length`."""
+    """An answer to each prompt, of up to `length` tokens, from exactly the model's distribution."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
-    model.eval()  # in train mode, gradient checkpointing drops the cache, and the tokens change
+    model.eval()  # in train mode, gradient checkpointing would silently drop the cache
     with common.autocast(model):
         ids = model.generate(  # every field is set, or the model's own generation config counts
             **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
@@ -240,14 +240,14 @@ def train(args):
     pad_id = tokenizer.pad_token_id
     examples, held_out = common.load_examples(
         args, encode_conversation, tokenizer, limit=args.max_steps * args.batch_size)
-    common.show(tokenizer, examples[0]["example"]["input_ids"], examples[0]["example"]["loss_mask"])
+    common.show(tokenizer, examples[0]["tokens"]["input_ids"], examples[0]["tokens"]["loss_mask"])
 
     # 2. A frozen base with LoRA matrices, which alone are trained, or all weights.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
     if args.neftune_alpha:
         noise = functools.partial(add_noise, args.neftune_alpha)
@@ -273,7 +273,7 @@ def train(args):
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
         # 4. The gradients of micro-batches and processes add up to that of the batch, because all
-        #    divide by the trained tokens of the whole batch. Rows of like length share a pass.
+        #    divide by the trained tokens of the whole batch. Rows of similar length share a pass.
         began = time.time()
         torch.manual_seed(args.seed + step * common.WORLD + common.RANK)  # of NEFTune's noise
         batch = sorted([examples[i] for i in batches[step - 1]], key=row_length)
@@ -285,7 +285,7 @@ def train(args):
             scaler.scale(part).backward()
             loss += part.detach()
 
-        # 5. One step along the gradient.
+        # 5. One step down the gradient, which is summed over processes and clipped.
         rate = learning_rate(step, len(batches), args.learning_rate)
         updated = update(optimizer, scaler, rate)
 

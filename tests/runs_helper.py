@@ -5,16 +5,22 @@
 import contextlib
 import fcntl
 import importlib
+import json
 import os
 import random
+import shutil
 import stat
 import sys
 from pathlib import Path
 from unittest import mock
 
-import common
 import torch
+import transformers
 from conftest import ROOT, run_args
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import common
 
 KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt",
         "grpo": "prompt"}
@@ -23,23 +29,35 @@ SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes n
     "sft": dict(batch_size=5, micro_batch_size=2, max_new_tokens=4),
     "reward_model": dict(batch_size=5, micro_batch_size=2),
     "dpo": dict(batch_size=5, micro_batch_size=2),
-    "ppo": dict(batch_size=5, micro_batch_size=3, minibatches=4, epochs=1, max_new_tokens=8),
-    "grpo": dict(batch_size=3, micro_batch_size=4, group_size=2, max_new_tokens=8,
-                 reward="tiny/reward")}
+    "ppo": dict(batch_size=5, micro_batch_size=3, epochs=2, max_new_tokens=8, beta=0.5),
+    "grpo": dict(batch_size=3, micro_batch_size=4, group_size=2, updates=2, max_new_tokens=8)}
 
 
 def write_data(folder):
-    """Eleven rows of each kind to train on and three to hold out."""
+    """The first layer of the tiny model and of its reward model, and some rows of each kind."""
+    chat = transformers.AutoModelForCausalLM.from_pretrained(
+        ROOT / "tiny/chat", num_hidden_layers=1, layer_types=["full_attention"])
+    chat.save_pretrained(folder / "chat")
+    transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/chat").save_pretrained(folder / "chat")
+    shutil.copytree(ROOT / "tiny/reward", folder / "reward")
+    config = json.loads((folder / "reward/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "chat")
+    (folder / "reward/adapter_config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "reward/adapter_model.safetensors")
+    weights = {name: x for name, x in weights.items() if "layers.0." in name or "score" in name}
+    save_file(weights, folder / "reward/adapter_model.safetensors")
     for kind in set(KIND.values()):
         for part, size in ("train", 11), ("heldout", 3):
             lines = (ROOT / f"tiny/data/{kind}_{part}.jsonl").read_text().splitlines()
-            Path(folder, f"{kind}_{part}.jsonl").write_text("\n".join(lines[:size]))
+            (folder / f"{kind}_{part}.jsonl").write_text("\n".join(lines[:size]))
 
 
 def small_args(name, data, output_dir, **flags):
-    """The flags of a run of a few steps on the rows in the folder `data`."""
-    files = {"dataset": Path(data, f"{KIND[name]}_train.jsonl"),
-             "eval_dataset": Path(data, f"{KIND[name]}_heldout.jsonl")}
+    """The flags of a run of a few steps on what is in the folder `data`."""
+    files = {"model": data / "chat", "dataset": data / f"{KIND[name]}_train.jsonl",
+             "eval_dataset": data / f"{KIND[name]}_heldout.jsonl", "learning_rate": 1e-3}
+    if KIND[name] == "prompt":
+        files["reward"] = data / "reward"
     return run_args(SCRIPTS[name], **(SMALL[name] | files | flags), output_dir=output_dir)
 
 
@@ -59,6 +77,8 @@ def as_one_command():
         finally:
             for lock in locks:
                 os.close(lock)
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()
 
 
 def command(name, args):
@@ -94,7 +114,7 @@ def two_processes(folder):
         Path.write_text = torch.save = common.save_model = refuse
     for name, module in SCRIPTS.items():
         module.sample = answers_by_prompt
-        module.train(small_args(name, folder, Path(folder, "two", name), max_steps=3))
+        module.train(small_args(name, folder, folder / "two" / name, max_steps=3))
     os.chdir(folder)
     if common.RANK == 1:
         SCRIPTS["dpo"].update = die
@@ -103,4 +123,4 @@ def two_processes(folder):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size"):
-        two_processes(sys.argv[1])
+        two_processes(Path(sys.argv[1]))

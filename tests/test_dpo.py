@@ -57,7 +57,7 @@ def adapter(tmp_path_factory, tokenizer):
 @pytest.fixture
 def run(tmp_path, write_jsonl, monkeypatch):
     """Runs dpo.py's train in this process on few rows; returns what it did and left behind."""
-    def start(name="run", rows=ROWS, held_out=HELD_OUT, **flags):
+    def start(name="run", rows=ROWS, held_out=HELD_OUT, sampling=False, scoring=True, **flags):
         seen = SimpleNamespace(folder=tmp_path / name, batches=[])
         load, score = common.load_model, dpo.score_pairs
 
@@ -69,7 +69,9 @@ def run(tmp_path, write_jsonl, monkeypatch):
         def score_and_keep(model, pairs, *args):
             if torch.is_grad_enabled():
                 seen.batches.append(pairs)
-            return score(model, pairs, *args)
+            if scoring:
+                return score(model, pairs, *args)
+            return torch.zeros(len(pairs), requires_grad=True), torch.zeros(len(dpo.FIGURES))
 
         flags = {"eval_size": 5, "batch_size": 4, "epochs": 1, "learning_rate": 2e-3,
                  "dataset": write_jsonl(rows), "output_dir": seen.folder} | flags
@@ -78,6 +80,8 @@ def run(tmp_path, write_jsonl, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(common, "load_model", load_and_keep)
             patch.setattr(dpo, "score_pairs", score_and_keep)
+            if not sampling:
+                patch.setattr(dpo, "sample_answers", lambda model, _, prompts, *rest: prompts)
             seen.args = run_args(dpo, **flags)
             dpo.train(seen.args)
         seen.metrics = metrics_of(seen.folder)
@@ -364,7 +368,8 @@ def test_real_strings_train_a_real_model(shared, run):
     """Pairs of strings on a small Llama: the loss starts at log 2."""
     with open(shared / "data/pref_hh_string.jsonl") as file:
         rows = [json.loads(line) for line in list(file)[:30]]
-    seen = run(model=shared / "models/stories260K", rows=rows, held_out=[], max_steps=1)
+    seen = run(model=shared / "models/stories260K", rows=rows, held_out=[], max_steps=1,
+               sampling=True)
     assert seen.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
@@ -409,11 +414,10 @@ def figures_by_hand(model, reference, examples, args):
         loss, chosen_reward, rejected_reward = by_hand(
             args.loss, c, r, rc, rr, n, m, args.beta, args.label_smoothing, args.gamma)
         margin = chosen_reward - rejected_reward
-        per_token = args.loss in ("simpo", "orpo")
         rows.append({
-            "loss": loss, "margin": margin, "accuracy": (margin.sign() + 1) / 2,
+            "loss": loss, "accuracy": (margin.sign() + 1) / 2, "margin": margin,
             "chosen_reward": chosen_reward, "rejected_reward": rejected_reward,
-            "chosen_logp": c / n if per_token else c, "rejected_logp": r / m if per_token else r})
+            "chosen_logp": c, "rejected_logp": r})
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
@@ -444,9 +448,9 @@ def train_by_hand(seen, tokenizer):
 
 
 @pytest.mark.parametrize("flags", [
-    {"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_size": 100},
-    {"micro_batch_size": 3, "model": "adapter"},
-    *({"micro_batch_size": 3, "loss": loss} for loss in LOSSES[1:])], ids=str)
+    {"micro_batch_size": 1}, {"micro_batch_size": 3, "model": "adapter"},
+    {"micro_batch_size": 100, "loss": "ipo"},
+    *({"micro_batch_size": 3, "loss": loss} for loss in LOSSES[2:])], ids=str)
 def test_the_loop_does_what_a_plain_one_does_by_hand(flags, run, adapter, tokenizer):
     """Every figure of every step, gradient norms, the weights at the end, and what is held out.
 
@@ -463,11 +467,14 @@ def test_the_loop_does_what_a_plain_one_does_by_hand(flags, run, adapter, tokeni
     for ours, hand in zip(seen.metrics, logged, strict=True):
         for name, value in hand.items():
             assert ours[name] == pytest.approx(value, rel=2e-4, abs=2e-5), (ours["step"], name)
-    assert max(x["grad_norm"] for x in logged) > 1.5  # so that clipping matters
+    if seen.args.loss not in ("simpo", "orpo"):
+        assert max(x["grad_norm"] for x in logged) > 1.5  # so that clipping matters
     for name, p in seen.model.named_parameters():
         moved, wrong = model.get_parameter(name) - before[name], p - model.get_parameter(name)
         assert ("lora" in name and "default" in name) == bool(moved.abs().max() > 0), name
-        assert wrong.norm() <= 2e-3 * moved.norm() + 1e-12, name
+        # the median, because Adam's step for a gradient that is all but 0 has the sign of its noise
+        assert wrong.abs().median() <= 1e-4 * moved.abs().median() + 1e-9, name
+        assert wrong.abs().mean() <= 5e-3 * moved.abs().mean() + 1e-9, name
     held_out = expected_examples(tokenizer, HELD_OUT)
     for when, policy in ("before", reference), ("after", model):
         with torch.no_grad():
@@ -512,7 +519,7 @@ def test_the_order_covers_the_data_once_an_epoch_and_never_what_is_held_out(run,
     orders = []
     for seed in 0, 1:
         seen = run(f"seed{seed}", rows=rows, held_out=[], eval_size=3, seed=seed, epochs=2,
-                   batch_size=5, micro_batch_size=5)
+                   batch_size=5, micro_batch_size=5, scoring=False)
         order = []
         for pair in sum(seen.batches, []):
             row = row_number(pair, examples)
@@ -532,7 +539,7 @@ def test_the_order_covers_the_data_once_an_epoch_and_never_what_is_held_out(run,
 
 def test_max_steps_ends_a_run_early(run):
     """The rate of the last step is that of a run with so many steps, not of a longer one."""
-    seen = run(max_steps=2, batch_size=2, epochs=3)
+    seen = run(max_steps=2, batch_size=2, epochs=3, scoring=False)
     assert [step["step"] for step in seen.metrics] == [1, 2] and len(seen.batches) == 2
     rates = [step["learning_rate"] for step in seen.metrics]
     assert rates == pytest.approx([2e-3, 1e-3])  # a cosine at 0 and 90 degrees
@@ -607,7 +614,7 @@ def test_answers_are_sampled_from_the_model_until_a_stop_token(adapter):
     tokenizer = common.load_tokenizer("tiny/chat")
     pairs = [dpo.encode_pair(row, tokenizer, 64) for row in HELD_OUT[:2] + ROWS[-1:]]
     prompts = [pair["prompt"] for pair in pairs]
-    plus, = tokenizer("+").input_ids[-1:]
+    plus = tokenizer("1 +").input_ids[-1]
     end, pad = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.pad_token_id
     tokenizer.eos_token = "<|im_start|>"
     awkward = dict(
@@ -629,7 +636,7 @@ def test_what_a_run_saves(run, tokenizer, monkeypatch):
 
     The folder holds no state to go on from, and keeps its flags, data and figures.
     """
-    seen = run(label_smoothing=0.1, load_in_4bit="off")
+    seen = run(label_smoothing=0.1, sampling=True)
     files = {path.name for path in seen.folder.iterdir()}
     assert {"args.json", "summary.json", "metrics.jsonl", "adapter_config.json"} <= files
     assert not [name for name in files if "resume" in name or name.endswith(".new")]
@@ -680,24 +687,24 @@ def test_a_run_with_a_loss_scale_agrees_with_one_without(run, loss_scaling, monk
         assert torch.allclose(weight, plain.saved[name], rtol=1e-5, atol=1e-8), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_run_in_16_bits_agrees_with_one_in_fp32(dtype, run, monkeypatch):
+def test_runs_in_16_bits_agree_with_one_in_fp32(run, monkeypatch):
     """Base and forward passes in 16 bits: the loss starts at log 2, trained weights are in fp32."""
-    full = run("fp32")
-    scaler = torch.amp.GradScaler
+    full, scaler = run("fp32"), torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(
         *args, **kwargs, init_scale=2.0**8))  # at its default, it first has to skip some steps
-    monkeypatch.setattr(common, "choose_dtype", lambda device: dtype)
-    monkeypatch.setattr(common, "autocast", lambda model: torch.autocast("cpu", dtype))
-    half = run("half")
-    assert half.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert (half.metrics[0]["loss_scale"] > 1) == (dtype == torch.float16)
-    for name, p in half.model.named_parameters():
-        assert p.dtype == (torch.float32 if p.requires_grad else dtype), name
-    for a, b in zip(full.metrics, half.metrics, strict=True):
-        for name in "loss", "chosen_logp", "rejected_logp", "grad_norm":
-            assert a[name] == pytest.approx(b[name], rel=0.05), (a["step"], name)
-    assert {weight.dtype for weight in half.saved.values()} == {torch.float32}
+    for dtype in torch.float16, torch.bfloat16:
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "choose_dtype", lambda device, dtype=dtype: dtype)
+            patch.setattr(common, "autocast", lambda _, dtype=dtype: torch.autocast("cpu", dtype))
+            half = run(str(dtype))
+        assert half.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert half.metrics[0]["loss_scale"] == (2**8 if dtype == torch.float16 else 1)
+        for name, p in half.model.named_parameters():
+            assert p.dtype == (torch.float32 if p.requires_grad else dtype), name
+        for a, b in zip(full.metrics, half.metrics, strict=True):
+            for name in "loss", "chosen_logp", "rejected_logp", "grad_norm":
+                assert a[name] == pytest.approx(b[name], rel=0.05), (a["step"], name)
+        assert {weight.dtype for weight in half.saved.values()} == {torch.float32}
 
 
 def stop_at(step, monkeypatch, log_step=dpo.log_step):

@@ -178,7 +178,7 @@ def test_gradient_is_zero_where_the_mask_is_and_reaches_the_end_of_each_turn():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_confident_tokens_keep_their_gradient_in_16_bits(dtype):
-    """From p = 0.9 to 0.99999: within 1% of p and its complement per token, and in their sum."""
+    """From p = 0.9 to 0.99999: within 1% of softmax − one-hot in fp32, per token and in sum."""
     chosen = torch.tensor([3.25, 5.5, 8.0, 10.25, 12.75])  # exact in 16 bits
     hidden = torch.zeros(1, 6, 4)
     hidden[0, :5, 0] = chosen
@@ -190,16 +190,16 @@ def test_confident_tokens_keep_their_gradient_in_16_bits(dtype):
         logps = sft.token_logps(model, batch)
     scale = 1024.0  # as a GradScaler would
     (scale * sft.sft_loss(logps, batch["loss_mask"], 5)).backward()
-    others = 1 / (chosen.double().exp() + 3)  # p of each of three other tokens: softmax by hand
-    truth = torch.stack([-3 * others, others, others, others], 1) / 5  # [5, 4]
-    assert 0.89 < 1 - 3 * others[0] < 0.9 and 1 - 3 * others[-1] > 0.99999
-    ours = model.hidden.grad[0, :5].double() / scale
+    probabilities = hidden[0, :5].softmax(-1)  # [5, 4]
+    assert 0.89 < probabilities[0, 0] < 0.9 and probabilities[4, 0] > 0.99999
+    truth = (probabilities - torch.tensor([1.0, 0.0, 0.0, 0.0])) / 5
+    ours = model.hidden.grad[0, :5] / scale
     assert logps.dtype == torch.float32
     for a, b in zip(ours, truth, strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
     assert (ours.sum(0) - truth.sum(0)).norm() < 0.01 * truth.sum(0).norm()
-    for_head = model.head.weight.grad[:, 0].double() / scale  # the sum over positions
-    assert (for_head - truth.T @ chosen.double()).norm() < 0.01 * (truth.T @ chosen.double()).norm()
+    for_head = model.head.weight.grad[:, 0] / scale  # the sum over positions
+    assert (for_head - truth.T @ chosen).norm() < 0.01 * (truth.T @ chosen).norm()
 
 
 # ---- NEFTune -------------------------------------------------------------------------------------
@@ -227,14 +227,15 @@ def test_neftune_noise_is_uniform_within_its_bound_and_off_in_evaluation():
         assert len(share.unique()) > 0.9 * share.numel()  # each number has its own
 
 
-def test_a_run_with_neftune_trains_otherwise_and_is_evaluated_without(tmp_path, monkeypatch):
-    """Evaluations on the way do not change its noise."""
-    monkeypatch.setattr(sft.fcntl, "flock", lambda *args: None)
-    lines, before = {}, {}
+def test_a_run_with_neftune_trains_otherwise_and_is_evaluated_without(tmp_path, write_jsonl):
+    """Evaluations do not change its noise; the prompts of equal length are sampled unpadded."""
+    rows = [{"messages": [QUESTION | {"content": str(i)}, CHAT[1]]} for i in range(10)]
+    file, lines, before = write_jsonl(rows), {}, {}
     for alpha, every in (0, 0), (5, 0), (5, 1):
         folder = tmp_path / f"{alpha}{every}"
-        sft.train(run_args(sft, max_steps=2, batch_size=2, eval_size=2, max_new_tokens=1,
-                           neftune_alpha=alpha, eval_every=every, output_dir=folder))
+        sft.train(run_args(sft, dataset=file, max_steps=2, batch_size=2, eval_size=2,
+                           max_new_tokens=1, neftune_alpha=alpha, eval_every=every,
+                           output_dir=folder))
         lines[alpha, every] = [(m["loss"], m["grad_norm"]) for m in metrics_of(folder)]
         before[alpha, every] = json.loads((folder / "summary.json").read_text())["before"]
     assert lines[5, 0] == lines[5, 1] and lines[5, 0][0] != lines[0, 0][0]
@@ -258,8 +259,8 @@ def trained_text(tokenizer, example):
      "user\nAdd.\n\n1 and 1<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>"),
     ({"instruction": "Add 1 and 1.", "output": "2"},
      "user\nAdd 1 and 1.<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>"),
-    ({"text": "1 + 1 = 2"}, "1 +", " + 1 = 2<|im_end|>"),
-    ({"text": "1 + 1 = 2<|im_end|>"}, "1 +", " + 1 = 2<|im_end|>"),
+    ({"text": "1 + 1 = 2"}, "1 + ", " + 1 = 2<|im_end|>"),
+    ({"text": "1 + 1 = 2<|im_end|>"}, "1 + ", " + 1 = 2<|im_end|>"),
 ])
 def test_only_what_the_model_shall_say_is_trained(tokenizer, row, shown, trained):
     """In every form of row; the prompt of a sample is what comes before, or the text's start."""
@@ -318,7 +319,7 @@ def test_real_templates_are_masked(shared, name):
 
 
 @pytest.mark.parametrize("row", [
-    {"messages": LONG[:2]}, {"messages": "text"}, {"messages": []}, {"messages": [{"role": "user"}]},
+    {"messages": LONG[:2]}, {"messages": "text"}, {"messages": []}, {"messages": [{"role": "a"}]},
     {"prompt": "a", "completion": CHAT}, {"prompt": "a", "completion": ""}, {"completion": "a"},
     {"text": ["a"]}, {"text": ""}, {"instruction": 3, "output": "a"}, {"output": "a"},
     {"instruction": "a", "output": ["a"]}, {"question": "a", "answer": "b"},
@@ -328,12 +329,13 @@ def test_a_row_that_cannot_be_used_is_dropped_and_counted(row, tokenizer, capsys
     good = {"messages": CHAT}
     kept = common.encode_rows("x", [good, row, row], sft.encode_conversation, tokenizer, 512)
     assert kept == sft.encode_conversation(good, tokenizer, 512)
-    assert "3 rows, 1 examples; 2 rows cannot be used, the first is row 2: " in capsys.readouterr().out
+    report = "3 rows, 1 examples; 2 rows cannot be used, the first is row 2: "
+    assert report in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows, flags, message", [
     ([{"question": "a", "answer": "b"}], {}, "no messages, prompt and completion, instruction"),
-    ([], {}, "0 rows"),
+    ([], {}, "rows.jsonl"),
     ([{"messages": CHAT}] * 10, {}, "too few different prompts"),
     ([{"messages": CHAT}], {"eval_dataset": "same"}, "is what is trained on"),
 ])
@@ -445,11 +447,13 @@ def test_an_answer_that_ends_at_the_limit_by_itself_has_stopped(chat):
     assert sft.share_stopped(model, tokenizer, answers) == 0.5
 
 
-def test_the_held_out_loss_falls_on_real_stories(tmp_path, shared):
+def test_the_held_out_loss_falls_on_real_stories(tmp_path, shared, write_jsonl):
     """A small model that was really trained gets better at rows that it is not trained on."""
+    stories = shared / "data/sft_tinystories_prompt_completion.jsonl"
+    rows = [json.loads(line) for line in stories.read_text().splitlines()[:80]]
     sft.train(run_args(
-        sft, model=shared / "models/stories260K", max_steps=8, batch_size=8, eval_size=20,
-        dataset=shared / "data/sft_tinystories_prompt_completion.jsonl", micro_batch_size=8,
-        learning_rate=3e-3, max_length=128, max_new_tokens=2, output_dir=tmp_path / "run"))
+        sft, model=shared / "models/stories260K", dataset=write_jsonl(rows), max_steps=8,
+        batch_size=8, micro_batch_size=8, eval_size=16, learning_rate=3e-3, max_length=128,
+        max_new_tokens=2, output_dir=tmp_path / "run"))
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"] - 0.01

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 
-import common
 import pytest
 import transformers
 from conftest import ROOT
@@ -13,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 from transformers.utils import chat_template_utils
+
+import common
 
 QUICK = settings(max_examples=25, derandomize=True, deadline=None, database=None,
                  suppress_health_check=list(HealthCheck))
@@ -200,7 +201,7 @@ def test_tool_calls_are_trained(name):
 
 
 def test_thoughts_are_trained_where_they_stand_at_inference():
-    """Qwen3 drops earlier thoughts: each answer is trained with its own, after questions without."""
+    """Qwen3 drops earlier thoughts: each answer is trained with its own, and after none."""
     tokenizer = tokenizer_of("qwen3")
     thought = "<think>\nhm {}\n</think>\n\nIt is {}."
     chat = []

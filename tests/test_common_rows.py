@@ -1,0 +1,435 @@
+"""Rows to token ids: texts, conversations, preferences, files, and what cannot be used."""
+import csv
+import json
+import random
+from types import SimpleNamespace
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import ROOT, run_args
+
+import common
+import dpo
+
+TINY, BASE = str(ROOT / "tiny/chat"), str(ROOT / "tiny/base")
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+CHAT = [{"role": "system", "content": "Add."}, user("1 + 1?"), says("2"), user("And\n2 + 2?")]
+
+
+def split(tokenizer, pieces):
+    """The texts of an example's pieces."""
+    return [tokenizer.decode(ids) for ids, _ in pieces]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return common.load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """Like Llama 2's: a text starts with <s> and a space, words with their space, merges of all."""
+    story = ["Once upon a time there was a little girl named Lily."] * 20
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    model.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    model.train_from_iterator(story, tokenizers.trainers.BpeTrainer(
+        vocab_size=100, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"]))
+    model.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompt, answer, first", [
+    ("Once upon a time", " there was", "there"),
+    ("Once upon a ti", "me there was", "time"),  # a token that spans the border is the answer's
+    ("", "Once upon", "Once"),
+])
+def test_text_is_tokenised_as_one_and_divided_by_tokens(llama, prompt, answer, first):
+    """The ids are those of the whole text and eos; prompt ids that the whole does not share go."""
+    (asked, _), (said, is_answer) = common.encode_text(llama, prompt, answer)
+    assert asked + said == llama(prompt + answer)["input_ids"] + [llama.eos_token_id]
+    assert asked == llama(prompt)["input_ids"][:len(asked)] and asked[0] == llama.bos_token_id
+    assert llama.decode(said[:1]) == first and is_answer
+    assert common.encode_prompt(llama, "Once") == llama("Once")["input_ids"]
+
+
+@pytest.mark.parametrize("ending", ["", "</s>"])
+def test_a_text_ends_in_eos_once(llama, ending):
+    """A string that already ends in eos keeps one: a reward model reads the last token."""
+    (example,) = common.encode(llama, "Once upon", " a time" + ending)
+    assert example[1][0][-2:] == [llama(" time")["input_ids"][-1], llama.eos_token_id]
+    row = {"prompt": "Once", "chosen": " upon" + ending, "rejected": " a" + ending}
+    for side in common.encode_preference(llama, row):
+        assert side[1][0].count(llama.eos_token_id) == 1 == side[1][0][::-1].index(side[1][0][0])
+
+
+def test_pad_that_is_eos_does_not_shorten_an_answer(tmp_path, chat):
+    """A tokenizer without a pad token gets eos as pad, and encodes as before, eos included."""
+    chat.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((ROOT / "tiny/chat/config.json").read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    padded = common.load_tokenizer(str(tmp_path))
+    assert padded.pad_token_id == padded.eos_token_id != chat.pad_token_id
+    for prompt, answer in (("Add 1", " and 2."), ([user("1?")], [says("1")])):
+        assert common.encode(padded, prompt, answer) == common.encode(chat, prompt, answer)
+
+
+@pytest.mark.parametrize("prompt, answer, words", [
+    ("Add.", "", "empty"), ("Add.", [says("2")], "both"), ([user("Add.")], "2", "both"),
+    ([user("Add.")], [], "no answer of the assistant"), ([], [user("Add.")], "no answer"),
+    ([], [user("Add."), {"role": "assistant"}], "content or tool_calls"),
+    ([{"content": "Add."}], [says("2")], "role"), (3, "2", "both"),
+])
+def test_what_has_no_answer_is_refused(chat, prompt, answer, words):
+    """Nothing to learn, or no message, is an error, not an example that teaches silence."""
+    with pytest.raises(ValueError, match=words):
+        common.encode(chat, prompt, answer)
+
+
+# ---- conversations -------------------------------------------------------------------------------
+
+def test_only_turns_of_the_answer_are_trained(chat):
+    """Answers before it, in the prompt, are context; the ids are the same wherever it starts."""
+    whole = [*CHAT, says("4"), user("Thanks."), says("Bye.")]
+    ids = []
+    for start, said in ((0, ["2", "4", "Bye."]), (4, ["4", "Bye."]), (6, ["Bye."])):
+        (example,) = common.encode(chat, whole[:start], whole[start:])
+        assert split(chat, example)[1::2] == [text + "<|im_end|>" for text in said]
+        assert [is_answer for _, is_answer in example] == [False, True] * len(said)
+        ids.append(sum((ids for ids, _ in example), []))
+    assert ids[0] == ids[1] == ids[2]
+    # the newline that the template writes after an end of turn belongs to what is asked next
+    assert split(chat, example)[0].startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>")
+    assert example[0][0] == common.encode_prompt(chat, whole[:6])
+
+
+def test_messages_need_a_template(llama):
+    """Messages for a model without a chat template are refused, texts are not."""
+    for call in (common.encode_prompt, lambda *args: common.encode(*args, [says("2")])):
+        with pytest.raises(ValueError, match="need a chat template"):
+            call(llama, CHAT)
+    assert common.end_of_turn_id(llama) is None
+    for prompt in ("", [], None, 3, {"role": "user"}):
+        with pytest.raises(ValueError, match="a prompt must be"):
+            common.encode_prompt(llama, prompt)
+
+
+# ---- preferences ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("row", [
+    {"prompt": CHAT, "chosen": [says("4")], "rejected": [says("5")]},
+    {"chosen": [*CHAT, says("4")], "rejected": [*CHAT, says("5")]},
+    {"prompt": CHAT, "chosen": [*CHAT, says("4")], "rejected": [*CHAT, says("5")]},
+    {"prompt": None, "chosen": [*CHAT, says("4")], "rejected": [*CHAT, says("5")]},
+])
+def test_the_usual_forms_of_a_pair_are_the_same(chat, row):
+    """Prompt explicit, implicit, repeated in the answers or empty; the last turn is trained."""
+    sides = common.encode_preference(chat, row)
+    for side, text in zip(sides, ("4", "5"), strict=True):
+        assert side[0] == (common.encode_prompt(chat, CHAT), False)
+        assert split(chat, side[1:]) == [text + "<|im_end|>"]
+
+
+def test_texts_share_their_prompt_as_tokens(llama):
+    """Without a prompt column, answers start where their tokens part, not their characters."""
+    prompt, cat, dog = "Once upon a ti", "me there was a girl", "le was a little girl"
+    explicit = common.encode_preference(llama, {"prompt": prompt, "chosen": cat, "rejected": dog})
+    implicit = common.encode_preference(llama, {"chosen": prompt + cat, "rejected": prompt + dog})
+    for first, second, text in zip(explicit, implicit, (cat, dog), strict=True):
+        whole = llama(prompt + text)["input_ids"] + [llama.eos_token_id]
+        assert first[0][0] + first[1][0] == second[0][0] + second[1][0] == whole
+        assert split(llama, second)[0] == "<s> Once upon a"
+    assert implicit[0][1][0][0] != implicit[1][1][0][0]
+
+
+@pytest.mark.parametrize("row", [
+    {}, {"chosen": "a"}, {"chosen": "a", "rejected": ""}, {"chosen": "a", "rejected": "a"},
+    {"prompt": "Once", "chosen": [says("a")], "rejected": [says("b")]},
+    {"chosen": "a", "rejected": [says("b")]}, {"chosen": [says("b")], "rejected": "a"},
+    {"chosen": [user("1?"), says("1")], "rejected": [user("2?"), says("1")]},
+    {"prompt": [user("1?")], "chosen": [user("x"), says("1")], "rejected": [says("2")]},
+    {"chosen": CHAT, "rejected": [*CHAT, says("4")]}, {"chosen": 1, "rejected": 2},
+])
+def test_what_is_no_pair_is_refused(chat, row):
+    """Two different answers to one prompt, or an error that says so."""
+    with pytest.raises(ValueError):
+        common.encode_preference(chat, row)
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+def test_stop_tokens_come_from_all_three_sources():
+    """eos, the template's end of turn, and what generation_config names: one, some or none."""
+    plain = transformers.AutoTokenizer.from_pretrained(BASE)
+    eos, end = 0, 2
+    for own, expected in ((7, [7]), ([11, 7], [7, 11]), (None, []), (eos, [])):
+        generation = SimpleNamespace(eos_token_id=own)
+        assert common.stop_token_ids(plain, generation) == sorted([eos, end, *expected])
+        assert common.stop_token_ids(plain, generation, template=False) == [eos, *expected]
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen2.5"])
+def test_a_base_model_ends_answers_with_a_token_it_knows(tmp_path, capsys, template):
+    """Only assistant turns change, it is said, and what is saved and loaded stays the same."""
+    plain = transformers.AutoTokenizer.from_pretrained(BASE)
+    plain.chat_template = (ROOT / f"tests/templates/{template}.jinja").read_text()
+    plain.save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text((ROOT / "tiny/base" / name).read_text())
+    tokenizer = common.load_tokenizer(str(tmp_path))
+    assert "answers end with <|endoftext|>" in capsys.readouterr().out
+    assert common.end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+    assert common.end_of_turn_id(plain) != plain.eos_token_id
+    tricky = user("'a' \\n {{ x }} {% y %} \"q\" assistant\n")
+    for messages in ([*CHAT, says("4")], [tricky, says("4"), user("x")], [tricky]):
+        text = plain.apply_chat_template(messages, tokenize=False)
+        for message in messages:
+            if message["role"] == "assistant":
+                turn = f"<|im_start|>assistant\n{message['content']}<|im_"
+                text = text.replace(turn + "end|>", turn.removesuffix("<|im_") + "<|endoftext|>")
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == text
+    tokenizer.save_pretrained(tmp_path)
+    assert common.load_tokenizer(str(tmp_path)).chat_template == tokenizer.chat_template
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("own", [[2, 0], 2])
+def test_a_model_that_knows_its_end_of_turn_keeps_its_template(tmp_path, capsys, own):
+    """Where eos or the generation config names the end of turn, nothing changes."""
+    plain = transformers.AutoTokenizer.from_pretrained(BASE)
+    plain.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((ROOT / "tiny/base/config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": own}))
+    assert common.load_tokenizer(str(tmp_path)).chat_template == plain.chat_template
+    (tmp_path / "generation_config.json").unlink()  # it is optional: config.json has the eos
+    assert common.load_tokenizer(str(tmp_path)).chat_template != plain.chat_template
+    assert "answers end with" in capsys.readouterr().out
+    assert common.load_tokenizer(TINY).chat_template == plain.chat_template
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("special, refuses", [(False, True), (True, False)])
+def test_ids_beyond_the_embeddings_are_refused(tmp_path, refused, special, refuses):
+    """A token that text can become needs a row of the embeddings; one that no text is may lack."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_tokens(["newword"], special_tokens=special)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((ROOT / "tiny/chat/config.json").read_text())
+    if refuses:
+        assert "369" in refused(common.load_tokenizer, str(tmp_path))
+    else:
+        common.load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path, refused):
+    """Nothing could end an answer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((ROOT / "tiny/chat/config.json").read_text())
+    assert "no eos token" in refused(common.load_tokenizer, str(tmp_path))
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "Say é\n", "n": 1}, {"prompt": 'a "quoted", text', "n": 2}]
+
+
+def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
+    """.jsonl, .json, .csv and .parquet, read from any folder, in their order."""
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "n"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    files = [write_jsonl(ROWS), *(str(tmp_path / f"rows.{x}") for x in ("json", "csv", "parquet"))]
+    for file in files:
+        assert common.load_rows(file, "train", 1, 0) == ROWS
+
+
+def test_what_a_row_lacks_is_not_there(write_jsonl):
+    """Keys that other rows have are left out, also in messages: templates ask for tool_calls."""
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    rows = [{"messages": [user("Add."), {"role": "assistant", "tool_calls": [call]}], "n": 0},
+            {"messages": [user("2?"), says("")], "tools": []}]
+    assert common.load_rows(write_jsonl(rows), "train", 9, 0) == rows
+
+
+def test_hub_rows_are_a_random_choice(monkeypatch):
+    """A name may carry its configuration; split, limit and seed say which rows there are."""
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"n": n} for n in range(50)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = common.load_rows("openai/gsm8k:main", "test", 20, 0)
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert len({row["n"] for row in rows}) == 20
+    assert common.load_rows("trl-lib/x", "train", 20, 0) == rows
+    assert asked[1][0] == ("trl-lib/x", None)
+    assert common.load_rows("trl-lib/x", "train", 20, 1) != rows
+    assert len(common.load_rows("trl-lib/x", "train", 99, 0)) == 50
+
+
+@pytest.mark.parametrize("name, content", [
+    ("none.jsonl", None), ("empty.jsonl", ""), ("broken.jsonl", '{"a": 1}\n{"a": \n'),
+    ("broken.json", "{"), ("broken.parquet", "x"), ("binary.csv", "\0\1"),
+])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, refused, name, content):
+    """Whatever the library raises, the line says what was read."""
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    path = str(tmp_path / name)
+    assert f"reading {path}: " in refused(common.load_rows, path, "train", 1, 0)
+
+
+# ---- rows that cannot be used --------------------------------------------------------------------
+
+def encode(source, rows, max_length=100, tokenizer=None):
+    """Rows of messages, as a script encodes them."""
+    tokenizer = tokenizer or common.load_tokenizer(TINY)
+    return common.encode_rows(source, rows, lambda row, tokenizer, max_length: {
+        "pieces": common.encode(tokenizer, [], row["messages"])[0], "max_length": max_length},
+        tokenizer, max_length)
+
+
+GOOD = {"messages": [user("1?"), says("1")]}
+BAD = {
+    "no column": {}, "no message": {"messages": ["1?"]}, "a number": {"messages": 3},
+    "lone surrogate": {"messages": [user("\ud800"), says("1")]},
+    "unknown type": {"messages": [user("1?"), says(object())]},
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_rows_that_cannot_be_used_are_dropped_and_counted(case, chat, capsys, refused):
+    """For whatever reason; the first with its number; if none is left, the run ends."""
+    examples = encode("rows.jsonl", [GOOD, BAD[case], GOOD, {}], tokenizer=chat)
+    assert len(examples) == 2 and examples[0] == examples[1]
+    out = capsys.readouterr().out
+    assert "rows.jsonl: 4 rows, 2 examples; 2 rows cannot be used, the first is row 2: " in out
+    line = refused(encode, "rows.jsonl", [BAD[case]], tokenizer=chat)
+    assert "rows.jsonl: 1 rows, 0 examples; 1 rows cannot be used, the first is row 1: " in line
+    assert "none" in refused(encode, "rows.jsonl", [], tokenizer=chat)
+
+
+def test_a_template_that_raises_loses_the_row_not_the_run(capsys):
+    """Its words are the reason."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    assert len(encode("x", [GOOD, {"messages": [*CHAT, says("4")]}], tokenizer=tokenizer)) == 1
+    assert "the first is row 2: no system" in capsys.readouterr().out
+
+
+def test_examples_are_at_most_as_long_as_the_model_takes(chat):
+    """--max-length is cut to what the tokenizer says of the model; the tiny one takes 512."""
+    assert [x["max_length"] for x in encode("x", [GOOD], 100, chat)] == [100]
+    assert [x["max_length"] for x in encode("x", [GOOD], 9999, chat)] == [512]
+
+
+def test_a_row_may_become_several_examples(chat, capsys):
+    """Where a template rewrites earlier turns; how many rows that were is said."""
+    examples = common.encode_rows("x", [1, 3, 2], lambda n, *_: [{"n": n}] * n, chat, 9)
+    assert [x["n"] for x in examples] == [1, 3, 3, 3, 2, 2]
+    assert "x: 3 rows, 6 examples; 2 rows became one per answer" in capsys.readouterr().out
+
+
+def test_control_characters_of_data_do_not_reach_the_terminal(chat, capsys, refused):
+    """Neither in the report, in an error, nor in the example that a run shows."""
+    bell = "\x1b[2J\x07"
+
+    def raw(row, *_):
+        if row["bad"]:
+            raise ValueError(bell)
+        return {}
+
+    common.encode_rows("x", [{"bad": 0}, {"bad": 1}], raw, chat, 9)
+    common.show(chat, chat(bell)["input_ids"], [0] * len(chat(bell)["input_ids"]))
+    out = capsys.readouterr().out
+    line = refused(common.encode_rows, "x", [{"bad": 1}], raw, chat, 9)
+    assert "\x1b" not in out + line and "\x07" not in out + line
+    assert out.count("\\x1b[2J\\x07") == 2 and "\\x1b[2J\\x07" in line
+
+
+def test_an_example_is_shown_with_what_is_trained_in_green(chat, capsys):
+    """All of it, once, in order; green exactly where the mask is 1."""
+    (example,) = common.encode(chat, [], [*CHAT, says("4 =\n4")])
+    ids, mask = [], []
+    for piece, is_answer in example:
+        ids += piece
+        mask += [int(is_answer)] * len(piece)
+    common.show(chat, ids, mask)
+    out = capsys.readouterr().out
+    assert out.replace("\033[32m", "").replace("\033[0m", "") == chat.decode(ids) + "\n"
+    green = [part.split("\033[0m")[0] for part in out.split("\033[32m")[1:]]
+    assert green == ["2<|im_end|>", "4 =\n4<|im_end|>"]
+
+
+# ---- held out ------------------------------------------------------------------------------------
+
+def test_no_prompt_is_both_trained_on_and_held_out():
+    """For 30 seeds: parts are disjoint in prompts, at most a fifth, as large as asked, random."""
+    examples = [{"prompt": [n // 3], "n": n} for n in range(60)]
+    seen = set()
+    for seed in range(30):
+        training, held_out = common.hold_out(examples, 7, seed)
+        prompts = {example["prompt"][0] for example in held_out}
+        assert len(held_out) == 7
+        assert training == [example for example in examples if example["n"] // 3 not in prompts]
+        assert common.hold_out(examples, 7, seed) == (training, held_out)
+        seen |= {example["n"] for example in held_out}
+        assert len(common.hold_out(examples, 999, seed)[1]) == 12
+    assert len(seen) > 50
+
+
+@pytest.mark.parametrize("prompts", [[1], [1, 2, 3, 4], [1] * 20])
+def test_too_few_prompts_to_hold_some_out(prompts, refused):
+    """Both parts need a row."""
+    examples = [{"prompt": [prompt]} for prompt in prompts]
+    assert "--eval-dataset" in refused(common.hold_out, examples, 5, 0)
+
+
+def test_training_and_held_out_rows_come_from_where_they_should(write_jsonl, chat, refused):
+    """Of --eval-dataset the first --eval-size rows; without one, some of --dataset."""
+    rows = [{"n": n} for n in random.Random(0).sample(range(100), 30)]
+    files = write_jsonl(rows[:20]), write_jsonl(rows[20:], "eval.jsonl")
+    def read(row, tokenizer, max_length):
+        return {"prompt": [row["n"]]}
+
+    args = run_args(dpo, dataset=files[0], eval_dataset=files[1], eval_size=4)
+    numbers = [[x["prompt"][0] for x in part]
+               for part in common.load_examples(args, read, chat, 5)]
+    assert numbers == [[row["n"] for row in rows[:20]], [row["n"] for row in rows[20:24]]]
+    args = run_args(dpo, dataset=files[0], eval_size=4)
+    training, held_out = common.load_examples(args, read, chat, 5)
+    assert len(training) == 16 and len(held_out) == 4
+    args = run_args(dpo, dataset=files[0], eval_dataset=files[0])
+    assert "trained on" in refused(common.load_examples, args, read, chat, 5)
+
+
+def test_without_nones_keeps_what_is_false():
+    """Zero, empty and False are values; None is none, at any depth."""
+    value = {"a": None, "b": [0, "", False, {"c": None, "d": []}], "e": torch.inf}
+    assert common.without_nones(value) == {"b": [0, "", False, {"d": []}], "e": torch.inf}

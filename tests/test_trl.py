@@ -1,0 +1,178 @@
+"""Our losses against TRL's, as record_trl.py recorded them on the same inputs; no TRL is needed.
+
+fp32: loss 1e-5, gradient norm 1e-4 relative. Where the paper, which we follow, and TRL differ, the
+test names the difference, takes it away, and finds nothing else; and it finds that it was there.
+"""
+import json
+from types import SimpleNamespace
+
+import pytest
+import record_trl
+import torch
+
+import common  # noqa: F401  before torch's users, as in the scripts
+import dpo
+import grpo
+import ppo
+import reward_model
+import sft
+
+TRL = json.loads(record_trl.FILE.read_text())
+
+
+def equal(ours, theirs, *leaves):
+    """Whether loss and gradient norm are TRL's."""
+    ours = record_trl.loss_and_norm(ours, *leaves)
+    return (ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5, rel=1e-6)
+            and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4))
+
+
+def scored(script, x, mask):
+    """The script's own log-probs of the tokens in the mask, from the hidden states of a model."""
+    head = torch.nn.Linear(8, 13, bias=False)
+    head.weight = torch.nn.Parameter(x.head)
+    model = SimpleNamespace(base_model=lambda **kwargs: (x.hidden,),
+                            get_output_embeddings=lambda: head)
+    batch = {"input_ids": x.input_ids, "attention_mask": x.attention_mask, "loss_mask": mask}
+    return script.token_logps(model, batch)
+
+
+def test_trl_is_the_version_of_the_design():
+    """The numbers are those of TRL 1.16.0; PPO, which it has dropped, is that of 1.12.0."""
+    versions = TRL["versions"]
+    assert (versions["trl"], versions["trl for ppo"]) == ("1.16.0", "1.12.0")
+
+
+def test_sft():
+    """The mean over the trained tokens of the whole step, also for a part of the step."""
+    x = record_trl.sequences(10)
+    logps, tokens = scored(sft, x, x.loss_mask), x.loss_mask.sum()
+    assert equal(sft.sft_loss(logps, x.loss_mask, tokens), TRL["sft"]["whole"], x.hidden)
+    part = sft.sft_loss(logps[:2], x.loss_mask[:2], tokens)
+    assert equal(part, TRL["sft"]["part"], x.hidden)
+
+
+@pytest.mark.parametrize("name", record_trl.REWARDS)
+def test_reward_model(name):
+    """With and without a margin, with and without centering."""
+    margin, centering = record_trl.REWARDS[name]
+    margins = (margin or 0) * record_trl.normal(21, 5).abs()
+    rewards = record_trl.comparisons(20)
+    loss = reward_model.reward_loss(*rewards.chunk(2), margins, centering).mean()
+    assert equal(loss, TRL["reward_model"][name], rewards)
+
+
+@pytest.mark.parametrize("name", record_trl.PREFERENCES)
+def test_preferences(name):
+    """DPO (also smoothed), hinge and SimPO are TRL's; the others differ in one thing each.
+
+    IPO: TRL takes means over tokens where the paper has sums. CPO: TRL's NLL of the chosen answers
+    is a mean over all tokens of the batch, the paper's a sum. ORPO: TRL's is also over the prompt.
+    """
+    loss, _, beta, extra = record_trl.PREFERENCES[name]
+    x, theirs = record_trl.sequences(30), TRL["preferences"]
+    logps, lengths = scored(dpo, x, x.loss_mask).sum(1), x.loss_mask.sum(1)
+    ref_logps = x.ref_logps if loss in ("dpo", "hinge", "ipo") else torch.zeros(6)
+
+    ours = dpo.preference_loss(logps, ref_logps, lengths, loss, beta, **extra)[0].mean()
+    assert equal(ours, theirs[name], x.hidden) == (loss in ("dpo", "hinge", "simpo"))
+    if loss == "ipo":
+        ours = dpo.preference_loss(logps / lengths, ref_logps / lengths, None, loss, beta)[0].mean()
+    if loss in ("cpo", "orpo"):
+        answers = logps[:3] / lengths[:3] if loss == "orpo" else logps[:3]
+        trained = (x.loss_mask if loss == "cpo" else x.attention_mask).clone()
+        trained[3:] = 0
+        nll = -scored(dpo, x, trained).sum() / trained[:, 1:].sum()
+        assert nll.item() == pytest.approx(theirs[name + "_nll"], abs=1e-5)
+        ours = ours + answers.mean() + nll
+    assert equal(ours, theirs[name], x.hidden)
+
+
+@pytest.mark.parametrize("drift", record_trl.DRIFTS)
+@pytest.mark.parametrize("beta", record_trl.BETAS)
+@pytest.mark.parametrize("loss", record_trl.GROUP_LOSSES)
+def test_group_losses(loss, beta, drift):
+    """At three distances from the sampler, all are TRL's without a KL.
+
+    With one, TRL multiplies k3 by the importance ratio, DeepSeekMath's eq. 4 does not.
+    """
+    x = record_trl.completions(40, drift)
+    theirs = TRL["group_losses"][f"{loss} beta {beta} drift {drift}"]
+    assert TRL["group_losses"]["use_bias_correction_kl"] is True
+    high = 1.28 if loss == "cispo" else 0.28
+    losses, clipped = grpo.token_losses(
+        x.logps, x.old_logps, x.advantages, x.mask, loss, 0.2, high)
+    weights = grpo.token_weights(x.mask, loss, 6, x.mask.sum(), record_trl.LONGEST)
+    kl = grpo.token_kl(x.logps, x.ref_logps)
+    ours = ((losses + beta * kl) * weights).sum()
+    assert equal(ours, theirs, x.logps) == (beta == 0)
+    log_ratio = x.logps - x.old_logps
+    if loss == "gspo":
+        log_ratio = (log_ratio * x.mask).sum(1, keepdim=True) / x.mask.sum(1, keepdim=True)
+    ours = ((losses + beta * kl * log_ratio.exp()) * weights).sum()
+    assert equal(ours, theirs, x.logps)
+    if drift != 0.05:
+        assert (clipped * x.mask).any() == (drift == 0.5)  # also where the clip binds
+
+
+def test_advantages():
+    """Of groups, with and without the division by their spread, and against the others' mean."""
+    rewards, theirs = record_trl.grouped_rewards(50), TRL["advantages"]
+    for name, options in (("group", {}), ("unscaled", {"scale": False}),
+                          ("rloo", {"baseline": "rloo"})):
+        ours = grpo.group_advantages(rewards, **options).flatten().tolist()
+        assert ours == pytest.approx(theirs[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("drift", record_trl.DRIFTS)
+def test_rloo(drift):
+    """TRL's ratio is that of a whole answer: the product of its tokens' ratios, which ours keep.
+
+    An answer as one token is TRL's loss at any ratio; token by token the gradients agree at ratio
+    1, but for the constant by which dr_grpo divides.
+    """
+    x, theirs = record_trl.completions(60, drift), TRL["rloo"][f"drift {drift}"]
+
+    def loss_of(logps, old_logps, mask):
+        losses, _ = grpo.token_losses(logps, old_logps, x.advantages, mask, "dr_grpo", 0.2, 0.2)
+        return (losses * grpo.token_weights(mask, "dr_grpo", 6, mask.sum(), 1)).sum()
+
+    whole, old = ((logps * x.mask).sum(1, keepdim=True) for logps in (x.logps, x.old_logps))
+    assert equal(loss_of(whole, old, torch.ones(6, 1)), theirs, x.logps)
+    norm = record_trl.loss_and_norm(loss_of(x.logps, x.old_logps, x.mask), x.logps)["grad_norm"]
+    assert (norm == pytest.approx(theirs["grad_norm"], rel=1e-4)) == (drift == 0)
+
+
+@pytest.mark.parametrize("name, lengths", [("full", record_trl.FULL), ("short", record_trl.SHORT)])
+def test_ppo(name, lengths):
+    """Where all answers have the full length, TRL differs from ours in one thing.
+
+    It whitens with the variance that is divided by N − 1. For shorter ones, its score stands one
+    token behind the last, and that has a value, which counts in returns and the critic's loss.
+    """
+    x, theirs = record_trl.rollout(70, lengths), TRL["ppo"][name]
+    columns, ends = torch.arange(9), x.lengths[:, None]
+    mask = (columns < ends).long()
+    longer = (columns < ends + 1).long()  # TRL's, with one more token unless the length is full
+
+    def losses(value_mask, correction):
+        rewards = ppo.token_rewards(torch.zeros(6), x.old_logps, x.ref_logps, mask, x.beta)
+        rewards += ppo.token_rewards(x.scores, x.old_logps, x.old_logps, value_mask, x.beta)
+        old_values = x.old_values * value_mask
+        advantages, returns = ppo.gae(rewards, old_values, value_mask, x.gamma, x.lam)
+        advantages = ppo.whiten(advantages, mask) * correction
+        policy, _ = ppo.policy_loss(x.logps, x.old_logps, advantages, x.epsilon)
+        value = ppo.value_loss(x.values * value_mask, old_values, returns, x.epsilon)
+        return (advantages, (policy * mask).sum() / mask.sum(),
+                (value * value_mask).sum() / value_mask.sum())
+
+    count = mask.sum()
+    advantages, policy, value = losses(longer, ((count - 1) / count).sqrt())
+    torch.testing.assert_close(advantages, torch.tensor(theirs["advantages"]), atol=1e-5, rtol=1e-5)
+    assert equal(policy, theirs["policy"], x.logps)
+    assert equal(value, theirs["value"], x.values)
+    assert equal(policy + x.value_weight * value, theirs["whole"], x.logps, x.values)
+
+    _, policy, value = losses(mask, 1)
+    assert not equal(policy, theirs["policy"], x.logps)
+    assert equal(value, theirs["value"], x.values) == (name == "full")
