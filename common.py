@@ -186,9 +186,8 @@ def is_tiny(name: str) -> bool:
     """True for the embedded models and what was trained from them."""
     with phase(f"loading the model {name}"):
         base = Path(base_of(name))
-        summary = base / "summary.json"  # of a run that trained all weights
-        if summary.exists():
-            base = Path(find(json.loads(summary.read_text())["model"]))
+        while (base / "summary.json").exists():  # of a run that trained all weights
+            base = Path(base_of(json.loads((base / "summary.json").read_text())["model"]))
         return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
 
 
@@ -436,8 +435,8 @@ def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[
     return sorted(ids - {None})
 
 
-def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> list[int]:
-    """The token ids of a conversation. A special token that a message spells is mere text."""
+def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> str:
+    """A conversation as text. A special token that messages or tools spell is broken by QUOTE."""
     if not tokenizer.chat_template:
         raise ValueError("messages need a chat template, which this model does not have")
     for message in messages:
@@ -445,17 +444,19 @@ def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -
             raise ValueError(f"a message needs a role, and content or tool_calls, not {message}")
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    quoted = re.sub("|".join(map(re.escape, special)), rf"{QUOTE}\g<0>{QUOTE}",
-                    json.dumps(messages, ensure_ascii=False))
-    text = tokenizer.apply_chat_template(
-        [{"content": ""} | message for message in json.loads(quoted)],
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    quoted = re.sub("|".join(map(re.escape, special)), lambda x: x[0][0] + QUOTE + x[0][1:],
+                    json.dumps([messages, tools], ensure_ascii=False))
+    messages, tools = json.loads(quoted)
+    return tokenizer.apply_chat_template(
+        [{"content": ""} | message for message in messages], tools=tools,
         add_generation_prompt=add_generation_prompt, tokenize=False)
-    ids = []
-    for number, part in enumerate(text.split(QUOTE)):
-        quoted = number % 2 == 1
-        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=quoted)["input_ids"]
-    return ids
+
+
+def to_ids(tokenizer, text: str) -> list[int]:
+    """The token ids of a rendered conversation, in which what QUOTE breaks is mere text."""
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(QUOTE)]
+    return list(itertools.chain(*parts))
 
 
 def shared_length(a: list, b: list) -> int:
@@ -470,7 +471,7 @@ def encode_prompt(tokenizer, prompt: str | list, tools=None) -> list[int]:
         raise ValueError("a prompt must be a text or a list of messages")
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return render(tokenizer, prompt, tools, add_generation_prompt=True)
+    return to_ids(tokenizer, render(tokenizer, prompt, tools, add_generation_prompt=True))
 
 
 def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> list[list]:
@@ -488,7 +489,7 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
     if not turns:
         raise ValueError("there is no answer of the assistant")
     try:
-        return [encode_chat(tokenizer, chat, turns, tools)]
+        return [encode_chat(tokenizer, chat[:turns[-1] + 1], turns, tools)]
     except ValueError:
         if len(turns) == 1:
             raise
@@ -516,19 +517,21 @@ def encode_chat(tokenizer, chat: list, turns: list[int], tools) -> list[tuple[li
     A turn reaches from the generation prompt through its end-of-turn token. Few templates mark it,
     so it is found by rendering the conversation up to it.
     """
-    ids = render(tokenizer, chat, tools)
+    ids = to_ids(tokenizer, render(tokenizer, chat, tools))
     ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
     pieces, done = [], 0
     for turn in turns:
-        before = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
-        after = render(tokenizer, chat[:turn + 1], tools)
-        # one less than `before` if the answer's first newline merges with the header's last
-        start = shared_length(before, ids)
-        if start < len(before) - 1 or ids[:len(after)] != after:
+        asked = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
+        answered = render(tokenizer, chat[:turn + 1], tools)
+        after = to_ids(tokenizer, answered)
+        # before a token that spans the header's and the answer's newlines
+        start = shared_length(to_ids(tokenizer, asked), after)
+        stops = [i for i in range(start, len(after)) if after[i] in ends]
+        stop = stops[0] + 1 if stops else len(after)  # generation ends there
+        if not answered.startswith(asked) or ids[:stop] != after[:stop]:
             raise ValueError(f"the chat template rewrites message {turn + 1} once others follow")
-        stops = [i for i in range(start, len(after)) if ids[i] in ends]
-        stop = stops[-1] + 1 if stops else len(after)  # a newline after it is the template's
-        if stop - start <= len(stops):
+        said = tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()
+        if not said or not any(chat[turn].get(key) for key in ("content", "tool_calls")):
             raise ValueError(f"the chat template prints nothing of message {turn + 1}")
         pieces += [(ids[done:start], False), (ids[start:stop], True)]
         done = stop
@@ -551,10 +554,11 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
     if len(sides[0]) > 1 or len(sides[1]) > 1:
         raise ValueError("the chat template rewrites turns of the answer once others follow")
     chosen, rejected = sides[0][0], sides[1][0]
-    shared = shared_length(chosen[0][0] or chosen[1][0], rejected[0][0] or rejected[1][0])
-    if not prompt:  # what is shared in tokens, not in characters: half a word gives other tokens
-        chosen = [(chosen[1][0][:shared], False), (chosen[1][0][shared:], True)]
-        rejected = [(rejected[1][0][:shared], False), (rejected[1][0][shared:], True)]
+    if not prompt and isinstance(answers[0], str):  # half a word gives other tokens than a whole
+        texts = [asked + answer for (asked, _), (answer, _) in (chosen, rejected)]
+        shared = shared_length(*texts)
+        chosen, rejected = ([(ids[:shared], False), (ids[shared:], True)] for ids in texts)
+    shared = shared_length(chosen[0][0], rejected[0][0])
     if not 0 < shared == min(len(chosen[0][0]), len(rejected[0][0])) or not chosen[1][0]:
         raise ValueError("chosen and rejected do not answer the same prompt")
     return chosen, rejected

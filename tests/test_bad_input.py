@@ -1,6 +1,6 @@
 """Whatever a user gets wrong ends in one line on stderr that names it, and exit code 2."""
+import contextlib
 import json
-import re
 import shutil
 import sys
 
@@ -31,6 +31,9 @@ def ends(data, tmp_path, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(name, **flags):
+        if "model" in flags and KIND[name] == "prompt":
+            flags["reward"] = "correct_answer"  # a reward model sits on its own base
+        flags = {"max_steps": 1} | flags  # a run that is not refused ends soon
         line = refused(command, name, small_args(name, data, tmp_path / "run", **flags))
         assert not (tmp_path / "run").exists()
         return line
@@ -226,8 +229,7 @@ def test_a_margin_must_be_a_finite_number(margin, write_jsonl, ends):
 BAD_FILES = {
     "empty": b"", "no json": b'{"prompt": "x"}\n{"prompt": "y",}\n', "no rows": b"[]",
     "numbers": b"[1]\n", "not utf-8": b'{"text": "\xff\xfe"}\n',
-    "a lone surrogate": b'{"prompt": "\\ud800", "text": "\\ud800", "messages": "\\ud800"}\n',
-    "a mixture": b'{"prompt": "x", "n": 1}\n{"prompt": [{"role": "user"}], "n": {}}\n'}
+    "a lone surrogate": b'{"prompt": "\\ud800", "text": "\\ud800", "messages": "\\ud800"}\n'}
 
 
 @pytest.mark.parametrize("content", BAD_FILES)
@@ -397,9 +399,8 @@ def test_flags_that_contradict_each_other_are_refused(name, flags, words, ends):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_model_that_blows_up_says_so(name, data, tmp_path, refused):
     """Its gradient is not finite: the line names the flag that is most likely too high."""
-    args = small_args(name, data, tmp_path / "run", learning_rate=1e9, max_steps=30, epochs=10)
-    if name == "grpo":
-        args = small_args(name, data, tmp_path / "run", learning_rate=1e9, max_steps=30)
+    epochs = {} if name == "grpo" else {"epochs": 10}
+    args = small_args(name, data, tmp_path / "run", learning_rate=1e9, max_steps=30, **epochs)
     assert "--learning-rate" in refused(command, name, args)
 
 
@@ -412,7 +413,7 @@ def test_control_characters_of_the_data_do_not_reach_the_terminal(name, data, tm
     files = {}
     for part in "train", "heldout":
         text = (data / f"{KIND[name]}_{part}.jsonl").read_text()
-        text = re.sub(r'"content": "', f'"content": "{evil}', text)
+        text = text.replace('"content": "', f'"content": "{evil}')
         file = tmp_path / f"{part}.jsonl"
         file.write_text(text + f'\n{{"{evil}": 5}}')
         files["dataset" if part == "train" else "eval_dataset"] = file
@@ -431,16 +432,15 @@ def test_control_characters_of_the_data_do_not_reach_the_terminal(name, data, tm
     (OSError(28, "No space left on device"), "disk is full"),
     (OSError(122, "Disk quota exceeded"), "disk is full"),
     (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64"), "disk is full")])
-@pytest.mark.parametrize("within", ["the run", "a phase"])
-def test_what_hits_the_whole_run_says_what_to_do(error, words, within, refused):
+def test_what_hits_the_whole_run_says_what_to_do(error, words, refused):
     """Wherever in the run it happens."""
-    def run():
-        with common.running("--these-flags"):
-            if within == "a phase" and isinstance(error, torch.OutOfMemoryError | KeyboardInterrupt):
-                with common.phase("loading the model"):
-                    raise error
+    def run(within):
+        with common.running("--these-flags"), within:
             raise error
-    assert words in refused(run)
+
+    assert words in refused(run, contextlib.nullcontext())
+    if isinstance(error, KeyboardInterrupt | torch.OutOfMemoryError):
+        assert words in refused(run, common.phase("loading the model"))
 
 
 def test_a_mistake_of_the_program_is_not_hidden():

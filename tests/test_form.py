@@ -249,7 +249,7 @@ def test_a_foreign_classifier_scores_the_whole_conversation(rewards, tmp_path, m
     prompts = [[{"role": "user", "content": "1 + 1?"}], "1 + 1 ="]
     scores = rewards.classifier(prompts, ["2", " 2"])
     chat = [*prompts[0], {"role": "assistant", "content": "2"}]
-    for score, ids in zip(scores, [common.render(tokenizer, chat),
+    for score, ids in zip(scores, [common.to_ids(tokenizer, common.render(tokenizer, chat)),
                                    tokenizer("1 + 1 = 2")["input_ids"]], strict=True):
         with torch.no_grad():
             logit = model(input_ids=torch.tensor([ids])).logits[0, 0].item()

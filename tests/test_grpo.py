@@ -5,6 +5,7 @@ from decimal import Decimal
 
 import pytest
 import torch
+from grpo_by_hand import plain_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,36 +15,11 @@ LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 GARBAGE = 0.7  # stands outside the mask, where nothing may be read
 
 
-# ---- the papers' objectives, a completion at a time ----------------------------------------------
-
-def plain_loss(loss, logps, old, ref, advantages, used, beta, low, high, longest):
-    """One [N_i] tensor per completion, of log-probs alone; returns the loss and the clipped."""
-    total, clipped = 0.0, 0
-    tokens = sum(len(x) for x, use in zip(logps, used, strict=True) if use)
-    for x, o, r, a, use in zip(logps, old, ref, advantages, used, strict=True):
-        ratio = (x - o).exp()
-        if loss == "gspo":
-            ratio = ratio.prod().pow(1 / len(x)).expand(len(x))
-        gain = torch.minimum(ratio * a, torch.clamp(ratio, 1 - low, 1 + high) * a)
-        stopped = ratio > 1 + high if a > 0 else (ratio < 1 - low) & (a < 0)
-        if loss == "cispo":
-            gain = torch.clamp(ratio, max=high).detach() * a * x
-            stopped = ratio > high
-        q = (r - x).exp()
-        worth = (gain - beta * (q - q.log() - 1)).sum()
-        if loss == "dr_grpo":
-            total = total - worth / longest / len(logps)
-        elif loss in ("dapo", "cispo"):
-            total = total - worth / tokens if use else total
-        else:
-            total = total - worth / len(x) / len(logps)
-        clipped += stopped.sum().item()
-    return total, clipped / sum(map(len, logps))
-
+# ---- the loss ------------------------------------------------------------------------------------
 
 def our_loss(logps, old, ref, advantages, mask, loss, sequences=None, tokens=None, beta=0.3,
              low=0.2, high=0.28, longest=9):
-    """The same from the tensors of a batch, as the script puts its functions together."""
+    """The loss of a batch, as the script puts its functions together."""
     losses, clipped = grpo.token_losses(logps, old, advantages, mask, loss, low, high)
     tokens = mask.sum() if tokens is None else tokens
     weights = grpo.token_weights(mask, loss, sequences or len(mask), tokens, longest)

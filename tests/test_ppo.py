@@ -291,7 +291,7 @@ def test_a_rollout_leaves_everything_as_it_was(roles):
     assert state() == before and len(answers) == 4 and not batch["logps"].requires_grad
 
 
-# ---- bad input ---------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model, reward, words", [
     ("tiny/chat", "tiny/base", "reward_model.py"), ("tiny/base", "tiny/reward", "one base"),

@@ -135,6 +135,7 @@ def read(plain, adapter, pair):
 
 
 def answer_logps(plain, adapter, pair):
+    """Log-probs of the answer's tokens at temperature 1.5."""
     prompt, answer = pair
     table = (read(plain, adapter, pair)[0] / 1.5).log_softmax(-1)[len(prompt) - 1:-1]
     return table[range(len(answer)), answer]
@@ -262,6 +263,7 @@ def test_two_steps_of_the_loop_are_those_by_hand(way, first_run, data, tmp_path)
     assert (seen.rollouts, seen.rows) == (first_run[0].rollouts, first_run[0].rows)
     checkpointing = common.causal_lm(seen.model).is_gradient_checkpointing
     assert checkpointing == ("gradient_checkpointing" in way)
+    assert seen.model.training  # otherwise it would not be used
     for got, wanted in zip(seen.metrics, hand.metrics, strict=True):
         assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-6, abs=1e-9)
     assert seen.summary["before"] == pytest.approx(hand.before, rel=1e-6, abs=1e-9)
@@ -428,8 +430,9 @@ def plant_overflow(monkeypatch):
 
     def overflowing(*args):
         loss, clipped = policy_loss(*args)
-        calls.append(1)
-        return loss * (1e38 if len(calls) == 1 else 1) * (10 if len(calls) == 1 else 1), clipped
+        factor = 1 if calls else math.inf
+        calls.append(factor)
+        return factor * loss, clipped
     monkeypatch.setattr(ppo, "policy_loss", overflowing)
 
 

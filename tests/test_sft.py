@@ -158,7 +158,7 @@ def test_gradient_is_zero_where_the_mask_is_and_reaches_the_end_of_each_turn():
     tokenizer = common.load_tokenizer(str(ROOT / "tiny/base"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     encoded = [sft.encode_conversation({"messages": chat}, tokenizer, 512) for chat in (LONG, CHAT)]
-    batch = sft.collate([x["example"] for x, in encoded], tokenizer.pad_token_id, "cpu")
+    batch = sft.collate([x["tokens"] for x, in encoded], tokenizer.pad_token_id, "cpu")
     ids, shape = batch["input_ids"], batch["input_ids"].shape
     torch.manual_seed(0)
     model = Fixed(torch.randn(*shape, 8), nn.Linear(8, 400, bias=False))
@@ -265,7 +265,7 @@ def trained_text(tokenizer, example):
 def test_only_what_the_model_shall_say_is_trained(tokenizer, row, shown, trained):
     """In every form of row; the prompt of a sample is what comes before, or the text's start."""
     [encoded] = sft.encode_conversation(row, tokenizer, 512)
-    example = encoded["example"]
+    example = encoded["tokens"]
     assert trained_text(tokenizer, example) == trained
     assert tokenizer.decode(encoded["prompt"]).endswith(shown)
     assert example["input_ids"][:len(encoded["prompt"])] == encoded["prompt"]
@@ -280,8 +280,8 @@ def test_without_a_chat_template_alpaca_rows_are_texts(tokenizer):
     tokenizer.chat_template = None
     row = {"instruction": "Add.", "input": "1 and 1", "output": "2"}
     [encoded] = sft.encode_conversation(row, tokenizer, 512)
-    assert tokenizer.decode(encoded["example"]["input_ids"]) == "Add.\n\n1 and 1\n\n2<|im_end|>"
-    assert trained_text(tokenizer, encoded["example"]) == "2<|im_end|>"
+    assert tokenizer.decode(encoded["tokens"]["input_ids"]) == "Add.\n\n1 and 1\n\n2<|im_end|>"
+    assert trained_text(tokenizer, encoded["tokens"]) == "2<|im_end|>"
 
 
 @pytest.mark.parametrize("tools", [[{"name": "add"}], json.dumps([{"name": "add"}])])
@@ -291,7 +291,7 @@ def test_tools_are_read_and_tool_calls_are_trained(tokenizer, tools):
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
     chat = [QUESTION, call, {"role": "tool", "content": "2"}, CHAT[1]]
     [encoded] = sft.encode_conversation({"messages": chat, "tools": tools}, tokenizer, 512)
-    said = trained_text(tokenizer, encoded["example"])
+    said = trained_text(tokenizer, encoded["tokens"])
     assert said == json.dumps(CALL) + "<|im_end|>1 + 1 = 2<|im_end|>"
     assert tokenizer.decode(encoded["prompt"]).startswith('<|im_start|>tools\n[{"name": "add"}]')
 
@@ -303,7 +303,7 @@ def test_a_template_that_rewrites_turns_gives_one_example_per_answer(tokenizer):
     row = {"messages": [QUESTION, thought, QUESTION, thought]}
     first, second = sft.encode_conversation(row, tokenizer, 512)
     for encoded in first, second:
-        assert trained_text(tokenizer, encoded["example"]) == "<think>hm</think>2<|im_end|>"
+        assert trained_text(tokenizer, encoded["tokens"]) == "<think>hm</think>2<|im_end|>"
     assert "hm" not in tokenizer.decode(second["prompt"])
     assert len(first["prompt"]) < len(second["prompt"])
 
@@ -313,7 +313,7 @@ def test_real_templates_are_masked(shared, name):
     """They write a system turn of their own, which is read and not trained."""
     tokenizer = common.transformers.AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     [encoded] = sft.encode_conversation({"messages": LONG}, tokenizer, 512)
-    assert trained_text(tokenizer, encoded["example"]) == "1 + 1 = 2<|im_end|>4<|im_end|>"
+    assert trained_text(tokenizer, encoded["tokens"]) == "1 + 1 = 2<|im_end|>4<|im_end|>"
     [encoded] = sft.encode_conversation({"messages": CHAT}, tokenizer, 512)
     assert "system" in tokenizer.decode(encoded["prompt"])
 
@@ -354,11 +354,11 @@ def test_bad_rows_end_in_one_line_before_the_model_is_loaded(
                                  {"prompt": "1 + 1 = 2 and 2 + 2", "completion": " = 4"}])
 def test_shortening_keeps_the_end_of_the_prompt_and_something_to_train(tokenizer, row):
     """One stretch of the whole; an answer is cut only once the prompt is down to half."""
-    [whole] = [x["example"] for x in sft.encode_conversation(row, tokenizer, 512)]
+    [whole] = [x["tokens"] for x in sft.encode_conversation(row, tokenizer, 512)]
     size, start = len(whole["input_ids"]), whole["loss_mask"].index(1)
     for max_length in range(4, size + 2):
         [encoded] = sft.encode_conversation(row, tokenizer, max_length)
-        example = encoded["example"]
+        example = encoded["tokens"]
         length, first = len(example["input_ids"]), example["loss_mask"].index(1)
         assert length == min(size, max_length) and first > 0
         cut = start - first  # tokens that the prompt lost

@@ -124,11 +124,11 @@ def sft_by_hand(model, rows, args):
     """−Σ log π / N, one conversation after the other, from all logits."""
     total, trained = 0.0, 0
     for row in rows:
-        ids = row["example"]["input_ids"]
+        ids = row["tokens"]["input_ids"]
         logits = model(input_ids=torch.tensor([ids])).logits[0].double()
         logps = logits - logits.exp().sum(-1, keepdim=True).log()
         for t in range(1, len(ids)):
-            if row["example"]["loss_mask"][t]:
+            if row["tokens"]["loss_mask"][t]:
                 total -= logps[t - 1, ids[t]]
                 trained += 1
     loss = total / trained
@@ -383,7 +383,7 @@ def test_a_run_goes_on_from_the_adapter_and_tokenizer_of_another(runs, script, t
     assert len(list(again.folder.rglob("*.safetensors"))) == 1
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     first = run.batches[0][0]
-    ids = first["example"]["input_ids"] if script is sft else first["chosen"]["input_ids"]
+    ids = first["tokens"]["input_ids"] if script is sft else first["chosen"]["input_ids"]
     text = tokenizer.decode(ids)
     assert text.endswith(tokenizer.eos_token) and tokenizer.encode(text) == ids
 
