@@ -70,7 +70,7 @@ def phase(doing: str):
     except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:
-        fail(f"{doing}: {type(error).__name__}: {error}")
+        fail(f"{doing}: {type(error).__name__}: {str(error) or 'is it empty, or damaged?'}")
 
 
 ADVICE = {"KeyboardInterrupt": "interrupted; the same command goes on from where it last saved",
@@ -561,6 +561,8 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
     shared = shared_length(chosen[0][0], rejected[0][0])
     if not 0 < shared == min(len(chosen[0][0]), len(rejected[0][0])) or not chosen[1][0]:
         raise ValueError("chosen and rejected do not answer the same prompt")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same tokens")
     return chosen, rejected
 
 

@@ -168,9 +168,11 @@ def sft_loss(logps, loss_mask, trained_tokens):
 
 def add_noise(alpha, base, inputs, kwargs):
     """A hook: embeddings with noise within ±α/√(L·D) (NEFTune, Jain et al. 2023, 2310.05914)."""
+    if not base.training:
+        return inputs, kwargs
     embeddings = base.get_input_embeddings()(kwargs["input_ids"])  # [B, T, D]
     lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1], the L of each row
-    bound = base.training * alpha / (lengths * embeddings.shape[-1]).sqrt()  # 0 in evaluation
+    bound = alpha / (lengths * embeddings.shape[-1]).sqrt()
     noise = bound * (2 * torch.rand_like(embeddings) - 1)
     return inputs, kwargs | {"input_ids": None, "inputs_embeds": embeddings + noise}
 

@@ -3,9 +3,10 @@ import json
 import sys
 from pathlib import Path
 
-import common  # noqa: F401  before torch, as in the scripts
 import pytest
 import torch
+
+import common  # noqa: F401  before torch, as in the scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

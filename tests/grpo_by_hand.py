@@ -85,7 +85,7 @@ def complete(tokenizer, rows, copies):
 
 def score(text, row):
     """2 x the reward varied_but_on_3 + 0.5 x tenth."""
-    varied = 1 if row["difficulty"] == 3 else sum(map(ord, text)) % 7
+    varied = 1 if row["difficulty"] == 3 else sum(map(ord, text)) % 8
     return 2 * varied + 0.05 * row["difficulty"], varied, row["difficulty"] / 10
 
 
