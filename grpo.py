@@ -63,8 +63,8 @@ flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.Ra
 add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter")
 add("--reward", nargs="+", default=["correct_answer"],
-    help="any of it, FILE.py:function, and one run of reward_model.py on the same base")
-add("--reward-weights", type=float, nargs="+", default=[1.0], help="one for each --reward")
+    help="or FILE.py:function, or a run of reward_model.py; several with --reward-weights")
+add("--reward-weights", type=common.number(float, -1e9), nargs="+", default=[1.0])
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out prompts, else some of --dataset")
@@ -276,9 +276,9 @@ def correct_answer(prompts, completions, answer, **columns):
 
 
 def last_number(text):
-    """As a number, or None. 1,000 is one number, and 7-3 are two."""
-    found = re.findall(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?", text.replace("−", "-"))
-    return Decimal(found[-1].replace(",", "")) if found else None
+    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
+    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
 
 
 def load_reward(name, policy):
@@ -406,8 +406,8 @@ def show_samples(tokenizer, examples, answers, scores):
 
 def train(args):
     # 1. Prompts to learn from and others to be tested on, and what scores the completions
-    if len(args.reward) != len(args.reward_weights):
-        common.fail("--reward-weights needs one number for each --reward")
+    if not len(set(args.reward)) == len(args.reward) == len(args.reward_weights):
+        common.fail("--reward must differ from each other, with a --reward-weights for each")
     if args.loss == "dapo" and args.baseline == "none":
         common.fail("--loss dapo leaves out groups of equal rewards: it needs a --baseline")
     if args.batch_size < common.WORLD:

@@ -268,9 +268,9 @@ def correct_answer(prompts, completions, answer, **columns):
 
 
 def last_number(text):
-    """As a number, or None. 1,000 is one number, and 7-3 are two."""
-    found = re.findall(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?", text.replace("−", "-"))
-    return Decimal(found[-1].replace(",", "")) if found else None
+    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
+    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
 
 
 def load_reward(name, policy):

@@ -60,7 +60,7 @@ def refused(capsys):
         with pytest.raises(SystemExit) as exit_info:
             call(*args, **kwargs)
         assert exit_info.value.code == 2
-        lines = [x for x in capsys.readouterr().err.splitlines() if x and "it/s" not in x]
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.strip() and "it/s" not in x]
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
     return run
