@@ -43,7 +43,7 @@ transformers.logging.disable_progress_bar()
 huggingface_hub.utils.logging.set_verbosity_error()  # without a network it reports every retry
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
 datasets.disable_progress_bars()
-warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's use of it
+warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 
 # ---- errors and flags ----------------------------------------------------------------------------
@@ -70,14 +70,15 @@ def phase(doing: str):
     except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:
-        fail(f"{doing}: {type(error).__name__}: {str(error) or 'is it empty, or damaged?'}")
+        fail(f"{doing}: {type(error).__name__}: {str(error) or 'no reason given'}")
 
 
-ADVICE = {"KeyboardInterrupt": "interrupted; the same command goes on from where it last saved",
-          "BrokenPipe": "nobody reads the output; the same command goes on if more is to do",
-          "MemoryError": "out of memory: lower {}", "t allocate memory": "out of memory: lower {}",
-          "No space left": "the disk is full; with more room, the same command goes on"}
-ADVICE["inline_container"] = ADVICE["quota"] = ADVICE["No space left"]  # torch does not say why
+GOES_ON = "an unfinished run goes on by the same command"
+ADVICE = {"KeyboardInterrupt": f"interrupted; {GOES_ON}",
+          "BrokenPipe": f"nobody reads the output any more; {GOES_ON}",
+          "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {}",
+          # torch does not say why it could not write
+          "No space left|[Dd]isk quota|inline_container": f"the disk is full; {GOES_ON}"}
 
 
 @contextlib.contextmanager
@@ -95,7 +96,7 @@ def running(memory_flags: str):
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
         for sign, advice in ADVICE.items():
-            if sign in f"{type(error).__name__}: {error}":
+            if re.search(sign, f"{type(error).__name__}: {error}"):
                 fail(advice.format(memory_flags))
         raise
     if WORLD > 1:
@@ -129,7 +130,10 @@ def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = Non
         flags.set_defaults(**tiny)
         if flags.parse_args().dataset != tiny["dataset"]:
             flags.set_defaults(eval_dataset=None)  # the tiny world's held-out rows go with its own
-    return flags.parse_args()
+    args = flags.parse_args()
+    if Path(args.output_dir, "summary.json").exists():
+        fail(f"--output-dir {args.output_dir} holds a finished run: name another one")
+    return args
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -158,7 +162,9 @@ def autocast(model):
 def grad_scaler(model):
     """For fp16, in which small gradients round to 0. With bf16 and fp32 it does nothing."""
     fp16 = choose_dtype(model.device) == torch.float16
-    return torch.amp.GradScaler(model.device.type, enabled=fp16)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
+    scaler.scale(torch.zeros((), device=model.device))  # or without a share of a batch it has none
+    return scaler
 
 
 def find(name: str) -> str:
@@ -186,8 +192,8 @@ def is_tiny(name: str) -> bool:
     """True for the embedded models and what was trained from them."""
     with phase(f"loading the model {name}"):
         base = Path(base_of(name))
-        while (base / "summary.json").exists():  # of a run that trained all weights
-            base = Path(base_of(json.loads((base / "summary.json").read_text())["model"]))
+        if (base / "summary.json").exists():  # of a run that trained all weights
+            base = Path(find(json.loads((base / "summary.json").read_text()).get("model", name)))
         return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
 
 
@@ -275,7 +281,7 @@ def causal_lm(model):
 
 @torch.no_grad()
 def check_forward(model, task: str):
-    """Refuses broken weights, and logits that are capped or scaled after `hidden @ head.T`."""
+    """Refuses broken weights, and logits that are capped or scaled after the head."""
     causal = causal_lm(model).eval()
     input_ids = torch.arange(4, device=causal.device)[None]
     hidden = causal.base_model(input_ids=input_ids).last_hidden_state
@@ -283,7 +289,7 @@ def check_forward(model, task: str):
         raise ValueError("its outputs are not finite numbers")
     if task == "CAUSAL_LM":
         logits = causal(input_ids=input_ids).logits.float()
-        ours = (hidden @ causal.get_output_embeddings().weight.T).float()
+        ours = causal.get_output_embeddings()(hidden).float()
         if (logits - ours).abs().max() > 0.01 * logits.abs().max():
             raise ValueError(f"{type(causal).__name__} changes its logits after the head")
 
@@ -334,10 +340,10 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
     score = torch.zeros(1, causal_lm(model).config.hidden_size)
     if name:
         config = reward_config(name, own.base_model_name_or_path)
-    with phase(f"loading the reward model {name}"):
-        if name:
+        with phase(f"loading the reward model {name}"):
             weights = peft.load_peft_weights(find(name), device="cpu")
             score = weights.pop("base_model.model.score.weight")
+    with phase(f"adding the {role}"):
         config.task_type = "CAUSAL_LM"
         config.modules_to_save = None
         model.add_adapter(role, config)
@@ -523,7 +529,7 @@ def encode_chat(tokenizer, chat: list, turns: list[int], tools) -> list[tuple[li
     for turn in turns:
         asked = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
         answered = render(tokenizer, chat[:turn + 1], tools)
-        after = to_ids(tokenizer, answered)
+        after = to_ids(tokenizer, answered) if turn + 1 < len(chat) else ids
         # before a token that spans the header's and the answer's newlines
         start = shared_length(to_ids(tokenizer, asked), after)
         stops = [i for i in range(start, len(after)) if after[i] in ends]
@@ -547,7 +553,8 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
     if not all(answers) or answers[0] == answers[1]:
         raise ValueError("chosen and rejected must be two different answers")
     if isinstance(answers[0], list):
-        prompt = prompt or answers[0][:shared_length(*answers)]
+        if not prompt or isinstance(prompt, str):  # UltraFeedback repeats it as a text
+            prompt = answers[0][:shared_length(*answers)]
         length = len(prompt)
         answers = [answer[length:] if answer[:length] == prompt else answer for answer in answers]
     sides = [encode(tokenizer, prompt, answer, row.get("tools")) for answer in answers]

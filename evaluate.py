@@ -1,11 +1,10 @@
 """The yardstick for all methods: any number of checkpoints answer the same prompts, one table.
 
     python evaluate.py                            # the tiny model and every run on it in runs/
-    python evaluate.py Qwen/Qwen2.5-0.5B runs/dpo --dataset openai/gsm8k:main --output table.json
+    python evaluate.py Qwen/Qwen2.5-0.5B runs/dpo --dataset openai/gsm8k:main --max-new-tokens 512
     python evaluate.py runs/sft runs/ppo --reward examples/rewards.py:shortness
 
-A checkpoint is a saved run, a local folder or a Hub name. A dataset has the columns `prompt` (or
-`question`) and `answer`.
+A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt` and `answer`.
 
     sampled   share of right answers at --temperature, with a 95% interval
     greedy    share of right answers of the likeliest token every time, with the same interval
@@ -180,14 +179,14 @@ def wilson(share, count, z=1.96):
     """The 95% interval of a share of `count` prompts, whose samples are alike (Wilson 1927)."""
     center = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+    low, high = ((center + side) / (1 + z * z / count) for side in (-spread, spread))
+    return max(0.0, low), min(1.0, high)
 
 
 @torch.no_grad()
 def measure(name, tokenizer, examples, reward, first, args):
     """One line of the table, and the model with its tokenizer; `first` is that of the first."""
-    model = common.load_model(name, args.load_in_4bit, trainable=False)
+    model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False)
     same_tokens = first and first[1].get_vocab() == tokenizer.get_vocab()
     greedy = argparse.Namespace(**vars(args) | {"temperature": 1e-6})  # the likeliest always wins
     figures = {"sampled": [], "greedy": [], "reward": [], "kl": [], "length": [], "stopped": []}
@@ -220,7 +219,7 @@ def measure(name, tokenizer, examples, reward, first, args):
     line["pass@k"] = sum(passed) / len(passed)
     for column in "sampled", "greedy":
         line[f"{column}_interval"] = wilson(line[column], len(examples))
-    return line, (model, tokenizer)
+    return line, first or (model, tokenizer)
 
 
 def tiny_runs():
@@ -268,8 +267,7 @@ def main(args):
             common.fail(f"{name} can use other rows of {args.dataset} than {names[0]}")
     lines, first = [], None
     for name in names:
-        line, loaded = measure(name, tokenizers[name], examples[name], reward, first, args)
-        first = first or loaded
+        line, first = measure(name, tokenizers[name], examples[name], reward, first, args)
         lines.append(line)
     if args.output:
         Path(args.output).write_text(json.dumps(lines, indent=2))

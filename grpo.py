@@ -32,8 +32,7 @@ length grow slowly. The loss says nothing: with one update per rollout all ρ ar
 of a group add up to 0, and that of grpo and gspo is β k3. If zero_spread is high, the prompts are
 too easy or too hard; if the entropy collapses while the reward stalls, lower --learning-rate.
 
-Shapes: P prompts with G completions each are B sequences of T tokens, N of them the completions';
-D is the width of the model, V the size of its vocabulary.
+Shapes: P prompts x G completions = B rows of T tokens, N of completions; width D, vocabulary V.
 """
 import argparse
 import fcntl
@@ -91,7 +90,7 @@ add("--save-every", type=common.count, default=20, help="rollouts between saving
 add("--seed", type=common.natural, default=0)
 add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
 add("--output-dir", default="runs/grpo", help="the same command again goes on where it stopped")
-# what the papers of the relatives set otherwise, and what the tiny model needs otherwise
+# what papers set otherwise (cispo: 2510.13786), and what the tiny model needs otherwise
 BY_LOSS = {"dr_grpo": dict(beta=0.0), "dapo": dict(beta=0.0, epsilon_high=0.28),
            "gspo": dict(epsilon=3e-4, epsilon_high=4e-4), "cispo": dict(beta=0.0, epsilon_high=5.0)}
 TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prompt_heldout.jsonl",
@@ -175,7 +174,7 @@ def token_losses(logps, old_logps, advantages, mask, loss, epsilon, epsilon_high
     # With one update per rollout π is π_old and all ratios are 1, but the gradient is not 0: that
     # of ρ is that of log π, and each token is pushed by its advantage, as in REINFORCE
     ratio = log_ratio.exp()
-    if loss == "cispo":  # its eqs. 4 and 5: the weight is bounded, no token loses its gradient
+    if loss == "cispo":  # its eqs. 4 and 5; the bound, there 1 + ε_high, is on a weight only
         weight = ratio.clamp(max=epsilon_high).detach()
         return -weight * advantages * logps, ratio > epsilon_high
     free = ratio * advantages
@@ -302,13 +301,13 @@ def score_answers(reward, name, model, batch, examples, texts, args):
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = [float(number) for number in reward(**columns)]
+        scores = torch.tensor([float(number) for number in reward(**columns)])
         if len(scores) != len(rows):
             raise ValueError(f"{len(scores)} scores for {len(rows)} answers")
-        for number, text, row in zip(scores, texts, rows, strict=True):
+        for number, text, row in zip(scores.tolist(), texts, rows, strict=True):
             if not math.isfinite(number):
                 raise ValueError(f"{number} for the answer {text!r:.100} to {str(row):.200}")
-    return torch.tensor(scores, device=model.device)
+    return scores.to(model.device)
 
 
 def sequence_rewards(model, batch, head):
@@ -476,7 +475,7 @@ def train(args):
             metrics[f"reward_{name}"] = mean(scores)
         metrics |= {"group_std": mean(grouped.std(1)), "zero_spread": 1 - mean(spread)}
         metrics |= {**updated, "seconds": time.time() - began}
-        progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"])
+        progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step in (1, args.max_steps):
             show_samples(tokenizer, mine[:1] * args.group_size, answers, batch["rewards"])
@@ -521,22 +520,23 @@ def update(optimizer, scaler, rate):
 
 def open_run(args, examples):
     """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
-    folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    text = json.dumps(vars(args) | {"data": data}, indent=2)
     if common.RANK > 0:
         return
+    folder = Path(args.output_dir)
+    file = folder / "args.json"
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if not list(folder.glob("*.json*")):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags or data: name another one")
     if args.track:
         with common.phase(f"--track {args.track}"):
             tracker = importlib.import_module(args.track)
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
-    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
-        folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-        if all(path.suffix == ".new" for path in folder.iterdir()):
-            write(file, text)
-        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or other flags or data: name another one")
 
 
 def write(file, text):

@@ -34,6 +34,10 @@ def read_metrics(run):
     return steps
 
 
+def x_unit(steps):
+    return "rollout" if "rollout_seconds" in steps[0] else "optimizer step"
+
+
 def draw(runs, output):
     """Writes a picture with a panel for every number that any of the runs logged."""
     logged = {run: read_metrics(run) for run in runs}
@@ -50,7 +54,7 @@ def draw(runs, output):
             x, y = zip(*points, strict=True) if points else ((), ())
             axis.plot(x, y, label=run, marker=marker, linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel("rollout" if "rollout_seconds" in names else "optimizer step")
+        axis.set_xlabel(" or ".join(sorted({x_unit(steps) for steps in logged.values()})))
         axis.set_ylabel(UNITS.get(name.removeprefix("eval_"), name.replace("_", " ")))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names):]:

@@ -9,8 +9,8 @@ critic (with LoRA matrices that are trained), reward model (its own) and referen
     policy loss = −E min[ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t]                        PPO, eq. 7
     critic loss = ½ E max[(V_t − R_t)², (clip(V_t, V_old − ε, V_old + ε) − R_t)²]
 
-V_t expects the sum of rewards from y_t on; V_old did when π_old sampled, and so in GAE (generalized
-advantage estimation, 1506.02438: λ = 1 trusts the rewards, λ = 0 the critic's next value). A_t is
+V_t expects the sum of rewards from y_t on; V_old is the V of sampling time, which GAE (generalized
+advantage estimation, 1506.02438) uses: λ = 1 trusts the rewards, λ = 0 the next value. A_t is
 the advantage, R_t the return, ρ_t = π(y_t) / π_old(y_t). The critic tells good tokens from bad, the
 clip makes several updates on the same samples safe. What makes it work on language models:
 
@@ -25,7 +25,7 @@ clip makes several updates on the same samples safe. What makes it work on langu
     [9] sampling and scoring use the same temperature and no dropout, so that ρ starts at 1
 
     python ppo.py                                              # the tiny model, three minutes
-    python ppo.py --model runs/sft --reward runs/reward_model  # your own, on one base
+    python ppo.py --model runs/sft --reward runs/sft-reward    # both on one base
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct           # GSM8K, scored by the last number
 
 What to watch: reward up, kl (nats per answer, to the reference) up slowly and below ten, explained
@@ -294,13 +294,13 @@ def score_answers(reward, name, model, batch, examples, texts, args):
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = [float(number) for number in reward(**columns)]
+        scores = torch.tensor([float(number) for number in reward(**columns)])
         if len(scores) != len(rows):
             raise ValueError(f"{len(scores)} scores for {len(rows)} answers")
-        for number, text, row in zip(scores, texts, rows, strict=True):
+        for number, text, row in zip(scores.tolist(), texts, rows, strict=True):
             if not math.isfinite(number):
                 raise ValueError(f"{number} for the answer {text!r:.100} to {str(row):.200}")
-    return torch.tensor(scores, device=model.device)
+    return scores.to(model.device)
 
 
 def sequence_rewards(model, batch, head):
@@ -400,13 +400,12 @@ def train(args):
     wanted = args.max_steps * args.batch_size
     examples, held_out = common.load_examples(args, encode, tokenizer, wanted)
 
-    # 2. One base and four roles: policy, reference, reward (a function or an adapter), critic
+    # 2. One base, four roles: policy, reference, critic [4], reward (a function or an adapter)
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
-    critic_start = None if reward else args.reward  # [4]
+    critic_head = common.add_role(model, None if reward else args.reward, "critic", trainable=True)
     reward = reward or common.add_role(model, args.reward, "reward")
-    critic_head = common.add_role(model, critic_start, "critic", trainable=True)
     roles = model, reward, critic_head
     weights = [p for p in model.parameters() if p.requires_grad] + [critic_head.weight]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
@@ -461,7 +460,7 @@ def train(args):
         metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
         metrics |= {"explained_variance": 1 - unexplained, "updates": len(figures), **updated}
         metrics["seconds"] = time.time() - began
-        progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"])
+        progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step in (1, args.max_steps):
             show_samples(tokenizer, mine, answers, batch["scores"])
@@ -506,22 +505,23 @@ def update(optimizer, scaler, rate):
 
 def open_run(args, examples):
     """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
-    folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    text = json.dumps(vars(args) | {"data": data}, indent=2)
     if common.RANK > 0:
         return
+    folder = Path(args.output_dir)
+    file = folder / "args.json"
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if not list(folder.glob("*.json*")):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags or data: name another one")
     if args.track:
         with common.phase(f"--track {args.track}"):
             tracker = importlib.import_module(args.track)
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
-    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
-        folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-        if all(path.suffix == ".new" for path in folder.iterdir()):
-            write(file, text)
-        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or other flags or data: name another one")
 
 
 def write(file, text):

@@ -18,8 +18,8 @@ A dataset has the columns `messages` (and `tools`), or `prompt` and `completion`
 messages), or `instruction`, `input` and `output`, or `text`.
 
 What to watch: the loss falls steeply for a few dozen steps, while the model learns the form, then
-slowly. The held-out loss (--eval-every) falls with it; where it rises again, the model learns the
-rows by heart. `stopped`, the share of sampled answers that end by themselves, gets near 1.
+slowly. Where the held-out loss (--eval-every) rises again, it learns the rows by heart. `stopped`,
+the share of sampled answers that end by themselves, gets near 1.
 
 Shapes: B conversations of T tokens, of which N are trained; D is the width of the model, V the size
 of its vocabulary.
@@ -210,12 +210,13 @@ def evaluate(model, examples, args, pad_id):
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
-    """An answer to each prompt, of up to `length` tokens, from exactly the model's distribution."""
+    """An answer of up to `length` tokens to each prompt, sampled at temperature 1."""
+    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # or there is no room
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
     with common.autocast(model):
-        ids = model.generate(  # every field is set, or the model's own generation config counts
+        ids = model.generate(  # what is not set here, the model's own generation config sets
             **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             min_p=0.0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0,
             max_new_tokens=length, pad_token_id=tokenizer.pad_token_id,
@@ -345,22 +346,23 @@ def update(optimizer, scaler, rate):
 
 def open_run(args, examples):
     """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
-    folder, file = Path(args.output_dir), Path(args.output_dir, "args.json")
-    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    text = json.dumps(vars(args) | {"data": data}, indent=2)
     if common.RANK > 0:
         return
+    folder = Path(args.output_dir)
+    file = folder / "args.json"
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if not list(folder.glob("*.json*")):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags or data: name another one")
     if args.track:
         with common.phase(f"--track {args.track}"):
             tracker = importlib.import_module(args.track)
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
-    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
-        folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-        if all(path.suffix == ".new" for path in folder.iterdir()):
-            write(file, text)
-        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or other flags or data: name another one")
 
 
 def write(file, text):

@@ -1,0 +1,675 @@
+"""Deliberate mistakes, each with the tests that must catch it: whether the tests can fail.
+
+    python tests/mutants.py            # all of them
+    python tests/mutants.py 3 17       # some of them, by number
+
+They are such as a competent engineer makes: a proven function is handed the wrong tensor, a mean
+is over the wrong thing, an adapter, a detach or a lock is forgotten. The program copies the project
+to a temporary folder, puts one mistake at a time there and runs the tests named beside it, in a
+process forked from one that has imported the libraries. A line of the table is
+
+    what is wrong, "FILE: EXPRESSION" for pytest -k in tests/test_FILE.py, old text, new text
+
+where the old text stands exactly once in the script. It ends with exit code 1 if a mistake
+survives that is not in EQUIVALENT, or no longer applies.
+"""
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import bitsandbytes  # noqa: E402, F401  what takes long to import is imported once, before forking
+import datasets  # noqa: E402, F401
+import hypothesis  # noqa: E402, F401
+import peft  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import (  # noqa: E402, F401
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen2ForCausalLM,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 400  # seconds; a mistake that makes its tests hang is caught too
+
+BY_HAND = {"sft": "sft_reward_loop: loop_equals and [3-sft]",
+           "reward_model": "sft_reward_loop: loop_equals and [3-reward_model]",
+           "dpo": "dpo: loop_does and hinge",
+           "ppo": "ppo_run: two_steps and not sample and not checkpointing",
+           "grpo": "grpo_run: equals_plain and [grpo-3]"}
+
+COMMON = [
+    ("a T4, which torch says supports bf16, gets it", "common: dtype_goes_by",
+     "capability >= (8, 0)", "torch.cuda.is_bf16_supported()"),
+    ("forward passes on a CPU are in bf16", "common: scaled_in_fp16_only",
+     'torch.autocast(kind, choose_dtype(model.device), enabled=kind == "cuda")',
+     "torch.autocast(kind, torch.bfloat16)"),
+    ("gradients are scaled in every number format", "common: scaled_in_fp16_only",
+     "enabled=fp16)", "enabled=True)"),
+    ("bf16 GPUs, not fp16 ones, get repeated keys", "common: attention_below_ampere",
+     "if choose_dtype(device) == torch.float16:", "if choose_dtype(device) == torch.bfloat16:"),
+    ("all weights are trained in 4 bits", "common: full_training",
+     'quantise = load_in_4bit == "on" and not full', 'quantise = load_in_4bit == "on"'),
+    ("the constants of NF4 are not quantised", "common: four_bit_is_the_model",
+     "bnb_4bit_use_double_quant=True", "bnb_4bit_use_double_quant=False"),
+    ("a model that is only used asks for gradients", "common: full_training",
+     "model.requires_grad_(full)", "model.requires_grad_(True)"),
+    ("no copy of the first adapter is kept", "common: adapters_off",
+     'model.load_adapter(find(name), "reference", is_trainable=False)', "pass"),
+    ("the dropout of a loaded adapter stays", "common: no_dropout", "module.p = 0.0", "pass"),
+    ("the scalar head is trained in 16 bits",
+     "sft_reward_loop: agrees_with_one_in_32 and dtype1-reward_model",
+     "parameter.data = parameter.data.float()", "pass"),
+    ("checkpoints are reentrant, which needs inputs with gradients",
+     "common: checkpointing_gives_the_same", '"use_reentrant": False', '"use_reentrant": True'),
+    ("broken weights are not noticed", "common: a_broken_model and nan",
+     "if not hidden.isfinite().all():", "if hidden.isinf().all():"),
+    ("capped logits are not noticed", "common: change_their_logits",
+     "> 0.01 * logits.abs().max()", "> 10 * logits.abs().max()"),
+    ("what is trained is not put back after another role", "common: roles_share",
+     "        for p, flag in flags:\n            p.requires_grad_(flag)\n", ""),
+    ("the reference of an adapter is the bare base", "common: reference_is_the_start and adapter",
+     '"reference" if "reference" in model.peft_config else None', "None"),
+    ("the reference of a new adapter is the policy", "common: reference_is_the_start and [base]",
+     '"reference" if "reference" in model.peft_config else None',
+     '"reference" if "reference" in model.peft_config else "default"'),
+    ("a reward model on another base is taken", "ppo: a_wrong_reward",
+     "if Path(base).resolve() != Path(wanted).resolve():", "if not base or not wanted:"),
+    ("a new role freezes the policy", "common: roles_share",
+     "p.requires_grad_(flags.get(key, trainable))", "p.requires_grad_(trainable)"),
+    ("a role's matrices overwrite the policy's", "common: roles_share",
+     "weights, adapter_name=role)", 'weights, adapter_name="default")'),
+    ("a role's head stays as torch drew it", "common: roles_share",
+     "head.weight.data.copy_(score)", "pass"),
+    ("the frozen reward head asks for gradients", "common: roles_share",
+     "return head.requires_grad_(trainable)", "return head"),
+    ("all adapters are saved", "common: one_adapter_is_saved and roles",
+     '"selected_adapters": ["default"], ', ""),
+    ("the adapter loaded last is saved", "common: one_adapter_is_saved and [adapter]",
+     '"selected_adapters": ["default"]', '"selected_adapters": list(model.peft_config)[-1:]'),
+    ("a reward model started from an adapter has other matrices", "common: takes_over",
+     "config = adapter_config(adapter_name) if adapter_name else new", "config = new"),
+    ("a new pad token is beyond the embeddings", "common_rows: pad_that_is_eos",
+     "tokenizer.pad_token = tokenizer.eos_token  #",
+     'tokenizer.add_special_tokens({"pad_token": "[P]"})  #'),
+    ("an added token beyond the embeddings is not noticed", "common_rows: ids_beyond",
+     "max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, *spoken)", "tokenizer.vocab_size - 1"),
+    ("ids change with the calendar", "templates: calendar",
+     "tokenizer.chat_template = date + tokenizer.chat_template", "pass"),
+    ("a base model keeps an end of turn it never learned", "common_rows: a_base_model_ends",
+     "generation_config, template=False)", "generation_config)"),
+    ("in a base model's template users' turns end in eos, too", "common_rows: a_base_model_ends",
+     "{tokenizer.eos_token!r}, 1)", "{tokenizer.eos_token!r})"),
+    ("the template's end of turn does not stop an answer", "common_rows: stop_tokens_come",
+     "ids.add(end_of_turn_id(tokenizer))", "pass"),
+    ("the model's own stop tokens do not stop an answer", "common_rows: stop_tokens_come",
+     "*(own if isinstance(own, list) else [own])}", "}"),
+    ("special tokens that data spells are special", "templates: no_data_becomes",
+     "x[0][0] + QUOTE + x[0][1:]", "x[0]"),
+    ("tools do not reach the template", "sft: tools_are_read", " tools=tools,\n", "\n"),
+    ("the header of an answer is trained", "sft: only_what_the_model",
+     "add_generation_prompt=add_generation_prompt, tokenize=False)", "tokenize=False)"),
+    ("answers within the prompt are trained", "common_rows: only_turns",
+     "range(first, len(chat))", "range(len(chat))"),
+    ("a row that a template divides keeps its last answer only", "sft: rewrites_turns",
+     "[turn], tools) for turn in turns]", "[turn], tools) for turn in turns[-1:]]"),
+    ("prompt and answer are tokenised apart", "common_rows: text_is_tokenised_as_one",
+     'ids = tokenizer(prompt + answer)["input_ids"]',
+     'ids = tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]'),
+    ("an answer that ends in eos gets another", "common_rows: eos_once",
+     "    if ids[-1] != tokenizer.eos_token_id:\n        ids.append", "    if ids:\n        ids.append"),
+    ("the newline behind an end of turn is trained", "reward_model: sequences_end",
+     "stop = stops[0] + 1 if stops else len(after)", "stop = len(after)"),
+    ("the end of turn is not trained", "sft: only_what_the_model",
+     "stop = stops[0] + 1 if stops", "stop = stops[0] if stops"),
+    ("the first answer is there twice", "common_rows: only_turns",
+     "        done = stop\n", "        done = start\n"),
+    ("texts without a prompt share no tokens", "common_rows: texts_share",
+     "if not prompt and isinstance(answers[0], str):", "if prompt and not answers:"),
+    ("empty values are dropped like absent ones", "common_rows: without_nones",
+     "if item is not None", "if item"),
+    ("a Hub dataset is always shuffled alike", "common_rows: hub_rows",
+     ".shuffle(seed=seed)", ".shuffle(seed=0)"),
+    ("examples may be longer than the model can read", "common_rows: as_long_as",
+     "    max_length = min(max_length, tokenizer.model_max_length)\n", ""),
+    ("held-out rows are read from the training file", "common_rows: come_from",
+     "load_rows(args.eval_dataset,", "load_rows(args.dataset,"),
+    ("a held-out file is read whole", "common_rows: come_from",
+     "args.eval_size, args.seed)[:args.eval_size]", "args.eval_size, args.seed)"),
+    ("another answer to a held-out prompt is trained on", "common_rows: no_prompt_is_both",
+     'if tuple(example["prompt"]) not in prompts]', "if example not in held_out]"),
+    ("what is held out does not follow from the seed", "common_rows: no_prompt_is_both",
+     "generator=torch.Generator().manual_seed(seed)", "generator=torch.Generator().manual_seed(0)"),
+    ("a reward that calls sys.exit ends the run in silence", "common: a_phase_turns",
+     "except (Exception, SystemExit) as error:", "except Exception as error:"),
+    ("out of memory is taken for a user's mistake", "common: a_user_can_mend",
+     "    except torch.OutOfMemoryError:\n        raise\n", ""),
+    ("the first process waits for the others to speak", "common: the_first_speaks",
+     "if RANK > 0:\n        time.sleep(3)", "if RANK == 0:\n        time.sleep(3)"),
+    ("the tiny model's held-out rows go with any data", "common: defaults_go_by",
+     "flags.set_defaults(eval_dataset=None)", "pass"),
+]
+
+SFT = [
+    ("the loss is a mean over the micro-batch", BY_HAND["sft"],
+     "sft_loss(logps, loss_mask, count_trained(batch))",
+     "sft_loss(logps, loss_mask, loss_mask.sum())"),
+    ("the loss is a mean over the share of the process", "sft_reward_loop: two_proc and [sft]",
+     "count_trained(batch))\n", "count_trained(mine))\n"),
+    ("the logged loss is that of the first process", "sft_reward_loop: two_proc and [sft]",
+     "        sum_over_processes([loss])\n        metrics", "        metrics"),
+    ("all epochs have one order", "sft_reward_loop: an_epoch_is and [sft]",
+     "for epoch in range(args.epochs)]", "for epoch in range(1)] * args.epochs"),
+    ("the noise of a step does not follow from the seed", "runs: goes_on_wherever and [sft]",
+     "        torch.manual_seed(args.seed + step * common.WORLD + common.RANK)  # of NEFTune's noise\n",
+     ""),
+    ("evaluation leaves the model in evaluation mode", "sft_reward_loop: change_nothing and [sft]",
+     "    sum_over_processes([loss])\n    model.train()\n", "    sum_over_processes([loss])\n"),
+    ("the held-out loss is a sum of means", "sft_reward_loop: peft_alone and [sft]",
+     "count_trained(examples))", "loss_mask.sum())"),
+    ("after training, training rows are evaluated", "sft_reward_loop: peft_alone and [sft]",
+     "after = evaluate(model, held_out, args", "after = evaluate(model, examples, args"),
+    ("samples end at eos alone", "sft: only_adds_stop_tokens",
+     "eos_token_id=common.stop_token_ids(tokenizer, model.generation_config))",
+     "eos_token_id=tokenizer.eos_token_id)"),
+    ("samples are cut by the model's own top-k", "sft: only_adds_stop_tokens", "top_k=0, ", ""),
+    ("prompts are padded on the right to sample", "sft: prompts_beside_it",
+     'padding_side="left"', 'padding_side="right"'),
+    ("an answer that others outlast has not stopped", "sft: at_the_limit",
+     "not stop_ids.isdisjoint(ids)", "ids[-1] in stop_ids"),
+    ("NEFTune's noise is there in evaluation, too", "sft: neftune_noise",
+     "bound = base.training * alpha", "bound = alpha"),
+    ("the length in NEFTune's bound counts padding", "sft: neftune_noise",
+     'kwargs["attention_mask"].sum(-1)[:, None, None]',
+     'torch.ones_like(kwargs["attention_mask"]).sum(-1)[:, None, None]'),
+    ("the softmax is in 16 bits", "sft: confident_tokens and dtype1",
+     "head(hidden).float() / temperature", "head(hidden) / temperature"),
+    ("the mask is shifted by one", "sft: log_probs_and_gradients and 1000",
+     'scored = batch["loss_mask"][:, 1:].bool()', 'scored = batch["loss_mask"][:, :-1].bool()'),
+    ("a long example loses its answer first", "sft: shortening_keeps",
+     "min(length - max_length, start - max_length // 2)", "0"),
+]
+
+REWARD_MODEL = [
+    ("the reward is read at the padding", "reward_model: padding_changes",
+     'last = batch["attention_mask"].sum(-1) - 1',
+     'last = torch.ones_like(batch["attention_mask"]).sum(-1) - 1'),
+    ("the reward is read before the last token", "reward_model: only_the_last",
+     'batch["attention_mask"].sum(-1) - 1', 'batch["attention_mask"].sum(-1) - 2'),
+    ("autocast rounds the rewards", "reward_model: under_autocast",
+     "(hidden.float() * head.weight.float()).sum(-1)", "(hidden @ head.weight.T)[:, 0]"),
+    ("a margin asks for less distance", "reward_model: a_margin_asks",
+     "chosen - rejected - margin)", "chosen - rejected + margin)"),
+    ("the margin of the data is not used", BY_HAND["reward_model"],
+     'torch.tensor([pair["margin"] for pair in pairs]', "torch.tensor([0.0 for pair in pairs]"),
+    ("centering pulls rewards together, not to 0", "reward_model: a_shift",
+     "centering * (chosen + rejected) ** 2", "centering * (chosen - rejected) ** 2"),
+    ("--centering is not used", BY_HAND["reward_model"], "margin, args.centering)", "margin, 0.01)"),
+    ("pairs are laid out one way and read another", BY_HAND["reward_model"],
+     '[pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]',
+     '[pair[side] for pair in pairs for side in ("chosen", "rejected")]'),
+    ("the loss is a mean over the micro-batch", BY_HAND["reward_model"],
+     "scored[0].sum() / len(batch)", "scored[0].mean()"),
+    ("the scores of a micro-batch overwrite the last one's", BY_HAND["reward_model"],
+     "scores[:, part] = scored.detach()", "scores[:, :len(part)] = scored.detach()"),
+    ("the logged scores are those of the first process",
+     "sft_reward_loop: two_proc and [reward_model]",
+     "        sum_over_processes([scores])\n        metrics", "        metrics"),
+    ("a tie counts as right", "reward_model: a_tie_is",
+     "(chosen > rejected) + 0.5 * (chosen == rejected)", "(chosen >= rejected).float()"),
+    ("the spread is that of the margins", "reward_model: a_tie_is",
+     "rewards.std(correction=0)", "(chosen - rejected).std(correction=0)"),
+    ("evaluation leaves the model in evaluation mode",
+     "sft_reward_loop: change_nothing and [reward_model]",
+     "    sum_over_processes([scores])\n    model.train()\n", "    sum_over_processes([scores])\n"),
+    ("the saved pad token ends answers", "reward_model: saved_pad_token",
+     "if tokenizer.pad_token_id in ends and others:", "if tokenizer.pad_token_id is None:"),
+    ("the best pair is shown as the worst", "reward_model: the_pair_shown", "argmin()", "argmax()"),
+    ("a pair of exactly --max-length is dropped", "reward_model: overlong_pairs",
+     "if len(ids) > max_length:", "if len(ids) >= max_length:"),
+    ("chosen and rejected are exchanged", "reward_model: sequences_end",
+     '("chosen", chosen), ("rejected", rejected)', '("rejected", chosen), ("chosen", rejected)'),
+    ("what a run was before it is measured again as it goes on",
+     "sft_reward_loop: an_overflow and [reward_model]", 'if "before" not in state:', "if state:"),
+]
+
+DPO = [
+    ("the loss is a mean over the micro-batch", BY_HAND["dpo"],
+     "losses.sum() / len(batch)", "losses.mean()"),
+    ("a short last batch is divided by --batch-size", BY_HAND["dpo"],
+     "losses.sum() / len(batch)", "losses.sum() / args.batch_size"),
+    ("the reference of an adapter is the bare base", "dpo: starts_at_log_2",
+     "common.reference(model):", "model.disable_adapter():"),
+    ("gradients flow into the reference", "dpo: losses_with_a_reference and [dpo]",
+     "with torch.no_grad(), common.reference(model):", "with common.reference(model):"),
+    ("label smoothing has the wrong sign", "dpo: each_loss and [dpo]",
+     "F.logsigmoid(margin) - ε * F.logsigmoid(-margin)",
+     "F.logsigmoid(margin) + ε * F.logsigmoid(-margin)"),
+    ("--label-smoothing is not handed on", "dpo: loop_does and not loss and not adapter",
+     "args.label_smoothing, args.gamma)", "0.0, args.gamma)"),
+    ("--gamma is not handed on", "dpo: loop_does and simpo",
+     "args.label_smoothing, args.gamma)", "args.label_smoothing)"),
+    ("ORPO takes sums instead of means", "dpo: each_loss and [orpo]",
+     'if loss in ("simpo", "orpo"):  # means', 'if loss == "simpo":  # means'),
+    ("the length of an answer counts its prompt", "dpo: loop_does and simpo",
+     'lengths = batch["loss_mask"]', 'lengths = batch["attention_mask"]'),
+    ("IPO's margin is scaled by β", "dpo: each_loss and [ipo]",
+     "(margin / beta - 1 / (2 * beta))", "(margin - 1 / (2 * beta))"),
+    ("ORPO's odds of a certain answer are infinite", "dpo: orpo_stays",
+     "log_p = logps.clamp(max=-1e-6)", "log_p = logps"),
+    ("CPO reads a reference", "dpo: losses_with_a_reference and [cpo]",
+     'not in ("simpo", "orpo", "cpo")', 'not in ("simpo", "orpo")'),
+    ("accuracy and margin are those of log-probs", "dpo: starts_at_log_2",
+     "chosen, rejected = rewards.chunk(2)\n    right", "chosen, rejected = logps.chunk(2)\n    right"),
+    ("a tie counts as wrong", "dpo: starts_at_log_2",
+     "(chosen > rejected) + 0.5 * (chosen == rejected)", "(chosen > rejected).float()"),
+    ("an answer's log-prob is a mean over the row", BY_HAND["dpo"],
+     "logps = token_logps(model, batch).sum(-1)  # [2P]", "logps = token_logps(model, batch).mean(-1)"),
+    ("evaluation leaves the model in evaluation mode", "dpo: evaluating_and_sampling",
+     "    sum_over_processes([sums])\n    model.train()\n", "    sum_over_processes([sums])\n"),
+    ("samples are cut by the model's own top-p", "dpo: answers_are_sampled", "top_p=1.0,", ""),
+    ("samples end at eos alone", "dpo: answers_are_sampled",
+     "eos_token_id=common.stop_token_ids(tokenizer, model.generation_config))",
+     "eos_token_id=tokenizer.eos_token_id)"),
+    ("answers after training have another seed", "dpo: order_of_the_same_data",
+     "    answers = sample_answers(model, tokenizer, prompts, 64, args.seed)",
+     "    answers = sample_answers(model, tokenizer, prompts, 64, args.seed + 1)"),
+    ("answers are sampled to training prompts", "dpo: order_of_the_same_data",
+     "for pair in held_out[:3]]", "for pair in pairs[:3]]"),
+    ("the order of the data does not follow from the seed", "dpo: order_of_the_same_data",
+     "generator = torch.Generator().manual_seed(args.seed)",
+     "generator = torch.Generator().manual_seed(0)"),
+    ("all epochs have one order", "dpo: order_covers",
+     "for epoch in range(args.epochs)]", "for epoch in range(1)] * args.epochs"),
+    ("after training, training pairs are evaluated", BY_HAND["dpo"],
+     "after = evaluate(model, held_out", "after = evaluate(model, pairs"),
+    ("each side of a pair loses another part of its prompt", "dpo: truncation_keeps",
+     "pair[side] = shorten(example, longest,",
+     'pair[side] = shorten(example, len(example["input_ids"]),'),
+    ("a prompt gives way down to its last token", "dpo: truncation_keeps",
+     "min(length - max_length, start - max_length // 2)", "min(length - max_length, start - 1)"),
+    ("masks are padded with the pad id", "dpo: collate_masks",
+     'padding = pad_id if name == "input_ids" else 0', "padding = pad_id"),
+    ("the rate falls over --max-steps, though there are fewer", BY_HAND["dpo"],
+     "learning_rate(step, len(batches),", "learning_rate(step, args.max_steps,"),
+    ("the softmax is in 16 bits", "dpo: confident_tokens",
+     "head(hidden).float() / temperature", "head(hidden) / temperature"),
+    ("the last steps are not saved", "runs: goes_on_wherever and [dpo]",
+     "if step % args.save_every == 0 or step == len(batches):", "if step % args.save_every == 0:"),
+]
+
+PPO = [
+    ("the old values are the reward model's", BY_HAND["ppo"],
+     'with common.using(model, "critic"):\n        batch["values"]',
+     'with common.using(model, "reward"):\n        batch["values"]'),
+    ("the policy is scored at temperature 1", "ppo_run: ratio_is_1",
+     "logps = token_logps(model, micro, args.temperature)", "logps = token_logps(model, micro)"),
+    ("the reference is scored at temperature 1", BY_HAND["ppo"],
+     'batch["ref_logps"] = in_parts(token_logps, model, batch, args.temperature, args)',
+     'batch["ref_logps"] = in_parts(token_logps, model, batch, 1.0, args)'),
+    ("γ and λ are exchanged", BY_HAND["ppo"], "mask, args.gamma, args.lam)",
+     "mask, args.lam, args.gamma)"),
+    ("the critic learns whitened advantages", BY_HAND["ppo"], '"returns": returns}',
+     '"returns": whiten(advantages, mask) + batch["values"]}'),
+    ("the value clip is around the new values", BY_HAND["ppo"],
+     'value_loss(values, micro["values"],', "value_loss(values, values.detach(),"),
+    ("minibatches count alike, however many tokens they have", BY_HAND["ppo"],
+     'tokens = batch["loss_mask"][rows].sum()',
+     'tokens = batch["loss_mask"].sum() // args.minibatches'),
+    ("the policy loss is a mean over the micro-batch", "ppo_run: two_steps and sample",
+     "(policy * mask).sum() / tokens).backward()", "(policy * mask).sum() / mask.sum()).backward()"),
+    ("the KL to the sampler is that of the other direction", BY_HAND["ppo"],
+     "k3 = log_ratio.exp() - 1 - log_ratio", "k3 = (-log_ratio).exp() - 1 + log_ratio"),
+    ("the critic does not start as the reward model", BY_HAND["ppo"],
+     "critic_start = None if reward else args.reward", "critic_start = None"),
+    ("answers that stop are penalised", BY_HAND["ppo"],
+     '* ~batch["stopped"]', '* batch["stopped"]'),
+    ("explained variance is that of whitened advantages", BY_HAND["ppo"],
+     "moments(advantages, mask)[1]", "moments(whiten(advantages, mask), mask)[1]"),
+    ("epochs end by the KL of all of them", "ppo_run: target_kl",
+     "figures[-args.minibatches:]", "figures"),
+    ("all steps sample with one seed", "ppo_run: ratio_is_1",
+     "10**6 * (step * common.WORLD + common.RANK)", "10**6 * (common.WORLD + common.RANK)"),
+    ("all parts of a rollout sample with one seed", "ppo_run: ratio_is_1",
+     "part, 1, args, seed + i)", "part, 1, args, seed)"),
+    ("all epochs have the same minibatches", "ppo_run: a_telling_one",
+     "args.seed + step * args.epochs + epoch)", "args.seed + step * args.epochs)"),
+    ("the critic's head is not trained", "ppo_run: leaves_the_critic_new",
+     " + [critic_head.weight]\n", "\n"),
+    ("the KL is per token", BY_HAND["ppo"],
+     '(batch["logps"] - batch["ref_logps"]).sum(1)', '(batch["logps"] - batch["ref_logps"]).mean(1)'),
+    ("a value has read the token it is to foretell", "ppo: values_are_read",
+     "hidden[:, :-1].float() * head.weight", "hidden[:, 1:].float() * head.weight"),
+    ("an answer's last value is followed by that of padding", "ppo: double_sum",
+     "next_value = values[:, t] * mask[:, t]", "next_value = values[:, t]"),
+    ("the clip takes the larger gain", "ppo: clip_cells",
+     "-torch.min(free, bound)", "-torch.max(free, bound)"),
+    ("the value loss takes the smaller error", "ppo: value_clip",
+     "0.5 * torch.max(", "0.5 * torch.min("),
+    ("the score comes as many tokens in as the answer is long", "ppo: each_token_pays",
+     "last = mask.shape[1] - 1 - mask.flip(1).argmax(1)", "last = mask.sum(1) - 1"),
+    ("being far from the reference pays", "ppo: each_token_pays",
+     "rewards = -beta * (logps - ref_logps)", "rewards = beta * (logps - ref_logps)"),
+    ("every step has the prompts of the first", "ppo_run: a_telling_one",
+     "order[(step - 1) * args.batch_size:step * args.batch_size]", "order[:args.batch_size]"),
+    ("held-out answers after training have another seed", "ppo_run: ratio_is_1",
+     "after = describe(rollout(roles, held_out, tokenizer, args, args.seed)",
+     "after = describe(rollout(roles, held_out, tokenizer, args, args.seed + 1)"),
+    ("weights decay as torch's AdamW has it", BY_HAND["ppo"], "(weights, weight_decay=0.0)",
+     "(weights)"),
+    ("the critic is read with the policy's adapter", BY_HAND["ppo"],
+     'with common.using(model, "critic"):  # also', 'with common.using(model, "default"):  # also'),
+    ("backward computes the critic's activations again with the policy",
+     "ppo_run: two_steps and checkpointing",
+     "            scaler.scale(args.value_weight", "        scaler.scale(args.value_weight"),
+    ("--value-weight is not used", BY_HAND["ppo"], "args.value_weight * (value", "0.5 * (value"),
+    ("the reward head reads the policy's hidden states", BY_HAND["ppo"],
+     'with common.using(model, "reward"):', 'with common.using(model, "default"):'),
+    ("the first token of an answer is not trained", BY_HAND["ppo"],
+     "(columns >= starts)", "(columns > starts)"),
+    ("the ratio is to the policy itself", "ppo_run: ratio_is_1",
+     'policy_loss(logps, micro["logps"],', "policy_loss(logps, logps.detach(),"),
+    ("moments are in fp32", "ppo: whitening_keeps", "    x = x.double()\n", ""),
+    ("the policy's loss is not scaled", "ppo_run: the_loss_scale",
+     "scaler.scale((policy * mask).sum() / tokens).backward()",
+     "((policy * mask).sum() / tokens).backward()"),
+    ("advantages are white for each process alone", "runs: two_processes_equal_one and [ppo]",
+     "    sum_over_processes([sums])\n    count", "    count"),
+]
+
+GRPO = [
+    ("the spread of a group is divided by G", "grpo: advantages_against",
+     "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
+    ("the leave-one-out mean counts the completion itself", "grpo: advantages_against",
+     "return above * rewards.shape[1] / (rewards.shape[1] - 1)", "return above"),
+    ("groups of equal rewards get rounding for advantages", "grpo: equal_rewards",
+     " * has_spread(rewards)[:, None]", ""),
+    ("Dr. GRPO divides by the spread", "grpo_run: equals_plain and dr_grpo",
+     'scale=args.loss != "dr_grpo"', "scale=True"),
+    ("groups mix prompts", BY_HAND["grpo"], 'batch["rewards"].view(-1, args.group_size)',
+     'batch["rewards"].view(args.group_size, -1).T.contiguous()'),
+    ("all processes sample with one seed", "grpo_run: prompts_cover",
+     "10**6 * (step * common.WORLD + common.RANK)", "10**6 * step"),
+    ("all parts of a rollout sample with one seed", "grpo_run: prompts_cover",
+     "copies, args, seed + i)", "copies, args, seed)"),
+    ("prompts are not shuffled", "grpo_run: prompts_cover",
+     "torch.randperm(len(examples), generator=generator) for", "torch.arange(len(examples)) for"),
+    ("all processes answer the same prompts", "grpo_run: prompts_cover",
+     "picked[common.RANK::common.WORLD]", "picked"),
+    ("before training, training prompts are evaluated", "grpo_run: prompts_cover",
+     'state["before"] = evaluate(model, scorers, held_out',
+     'state["before"] = evaluate(model, scorers, examples'),
+    ("after training, training prompts are evaluated", BY_HAND["grpo"],
+     "after = evaluate(model, scorers, held_out", "after = evaluate(model, scorers, examples"),
+    ("all ratios are 1", "grpo_run: ratio_is_1 and [3]",
+     'micro.get("logps", logps.detach())', "logps.detach()"),
+    ("the old policy is the reference", "grpo_run: ratio_is_1 and [3]",
+     'batch["logps"] = in_parts(token_logps, model, batch, args.temperature, args)',
+     'batch["logps"] = batch["ref_logps"]'),
+    ("the old policy is that of the last update", "grpo_run: ratio_is_1 and [3]",
+     "            figures.append(group_gradients(",
+     '            batch["logps"] = in_parts(token_logps, model, batch, args.temperature, args)\n'
+     "            figures.append(group_gradients("),
+    ("the reference of an adapter is the bare base", "grpo_run: what_is_saved",
+     'with common.reference(model):\n        batch["ref_logps"]',
+     'with common.using(model, None):\n        batch["ref_logps"]'),
+    ("the reference is scored at temperature 1", BY_HAND["grpo"],
+     'batch["ref_logps"] = in_parts(token_logps, model, batch, args.temperature, args)',
+     'batch["ref_logps"] = in_parts(token_logps, model, batch, 1.0, args)'),
+    ("the held-out KL is at temperature 1", BY_HAND["grpo"],
+     "    logps = in_parts(token_logps, model, batch, args.temperature, args)",
+     "    logps = in_parts(token_logps, model, batch, 1.0, args)"),
+    ("the logged KL is that of the last update", BY_HAND["grpo"],
+     "figures[0][FIGURES", "figures[-1][FIGURES"),
+    ("the logged figures are those of the last update", BY_HAND["grpo"],
+     "torch.stack(figures).mean(0)", "figures[-1]"),
+    ("the entropy is per completion", BY_HAND["grpo"],
+     "-logps.sum() / tokens", "-logps.sum() / sequences"),
+    ("the clip fraction counts the padding", BY_HAND["grpo"],
+     "(clipped * mask).sum() / tokens", "clipped.double().mean()"),
+    ("zero_spread is the share of groups with spread", BY_HAND["grpo"],
+     '"zero_spread": 1 - mean(spread)', '"zero_spread": mean(spread)'),
+    ("group_std is that of all groups together", BY_HAND["grpo"],
+     "mean(grouped.std(1))", "grouped.std().item()"),
+    ("the loss is a mean over the micro-batch", BY_HAND["grpo"],
+     "token_weights(mask, args.loss, sequences,", "token_weights(mask, args.loss, len(mask),"),
+    ("DAPO's mean counts completions that are left out", "grpo_run: equals_plain and dapo",
+     "sequences, used_tokens, args.max", "sequences, tokens, args.max"),
+    ("Dr. GRPO's constant is --max-length", "grpo_run: equals_plain and dr_grpo",
+     "used_tokens, args.max_new_tokens)", "used_tokens, args.max_length)"),
+    ("DAPO leaves out completions of the wrong groups", "grpo_run: equals_plain and dapo",
+     "spread.repeat_interleave(args.group_size)", "spread.repeat(args.group_size)"),
+    ("DAPO learns from truncated completions", "grpo_run: equals_plain and dapo",
+     'batch["used"] = batch["stopped"] & spread', 'batch["used"] = spread'),
+    ("no loss learns from truncated completions", BY_HAND["grpo"],
+     'torch.ones_like(batch["stopped"])', 'batch["stopped"].clone()'),
+    ("the two clips are exchanged", BY_HAND["grpo"],
+     "args.epsilon, args.epsilon_high)", "args.epsilon_high, args.epsilon)"),
+    ("CISPO's bound is 1 + ε", "grpo: cispo_bounds", "ratio.clamp(max=epsilon_high)",
+     "ratio.clamp(max=1 + epsilon_high)"),
+    ("CISPO's weight has a gradient", "grpo: cispo_bounds",
+     "ratio.clamp(max=epsilon_high).detach()", "ratio.clamp(max=epsilon_high)"),
+    ("GSPO's ratio is the product", "grpo: gspo_has_one",
+     "log_ratio.sum(1, keepdim=True) / lengths(mask) * mask",
+     "log_ratio.sum(1, keepdim=True) * mask"),
+    ("the clip takes away the way back", "grpo: the_clip_stops",
+     "-torch.min(free, bound), bound < free", "-bound, bound < free"),
+    ("k3 is that of the other direction", "grpo: k3", "log_q.exp() - log_q - 1",
+     "(-log_q).exp() + log_q - 1"),
+    ("--beta is not used", BY_HAND["grpo"], "losses + args.beta * token_kl(", "losses + token_kl("),
+    ("several rewards count alike", "grpo_run: rewards_get",
+     'batch["scores"] @ torch.tensor(args.reward_weights, device=model.device)',
+     'batch["scores"].sum(1)'),
+    ("completions are scored with the rows of others", "grpo_run: rewards_get",
+     "[example for example in examples for _ in range(copies)]", "examples * copies"),
+    ("the reward head reads the policy's hidden states", "grpo_run: a_reward_model_on",
+     'with common.using(model, "reward"):', 'with common.using(model, "default"):'),
+    ("the loss is not scaled", "grpo_run: with_a_loss_scale", "scaler.scale(loss).backward()",
+     "loss.backward()"),
+    ("each process has a mean of its own", "grpo_run: two_processes",
+     "    sum_over_processes([tokens, used_tokens])\n", ""),
+    ("samples are drawn at temperature 1", "sampling: what_is_scored and 1.5 and qwen2",
+     "(logits[:, -1].float() / args.temperature)", "logits[:, -1].float()"),
+    ("positions count the padding", "sampling: what_is_scored and 1.5 and gpt2",
+     "positions = (mask.cumsum(1) - 1).clamp(min=0)",
+     "positions = torch.arange(mask.shape[1]).expand_as(mask)"),
+    ("samples end at eos alone", "sampling: each_stop_token",
+     "stops = torch.tensor(stop_ids,", "stops = torch.tensor([tokenizer.eos_token_id],"),
+    ("sampling uses up the random numbers of the run", "sampling: a_sample_leaves and [True]",
+     ", generator=generator)  # [alive, 1]", ")"),
+    ("sampling leaves the model in training mode", "sampling: a_sample_leaves and [False]",
+     "model.train(was_training)", "model.train()"),
+    ("an answer has not stopped if it has the longest length", "sampling: of_the_longest_length",
+     "[ids[-1] in stop_ids for ids in answers]",
+     "[ids[-1] in stop_ids and len(ids) < max(map(len, answers)) for ids in answers]"),
+    ("the mask begins with the last token of the prompt", "sampling: of_the_longest_length",
+     "(columns >= starts)", "(columns >= starts - 1)"),
+]
+
+EVALUATE = [
+    ("pass@k is the biased estimate", "evaluate: pass_at_k",
+     "1 - math.comb(count - right, k) / math.comb(count, k)", "1 - (1 - right / count) ** k"),
+    ("groups mix prompts", "evaluate: ", ".view(-1, args.samples_per_prompt).sum(1)",
+     ".view(args.samples_per_prompt, -1).sum(0)"),
+    ("the interval takes samples of a prompt for independent", "evaluate: ",
+     "wilson(line[column], len(examples))", "wilson(line[column], len(figures[column]))"),
+    ("greedy answers are sampled", "evaluate: ", "prompts, 1, greedy, args.seed)",
+     "prompts, 1, args, args.seed)"),
+    ("the KL has the wrong sign", "evaluate: ",
+     "log_ratio - token_logps(first[0], batch, args.temperature)",
+     "token_logps(first[0], batch, args.temperature) - log_ratio"),
+    ("the KL is at temperature 1", "evaluate: ",
+     "log_ratio = token_logps(model, batch, args.temperature)  #",
+     "log_ratio = token_logps(model, batch)  #"),
+    ("all parts are sampled with one seed", "evaluate: ",
+     "args.samples_per_prompt, args, args.seed + i)", "args.samples_per_prompt, args, args.seed)"),
+]
+
+# the same in all five scripts, put into one of them
+HOUSEKEEPING = [
+    ("dpo", "gradients are clipped before they are unscaled", "dpo: with_a_loss_scale",
+     "    scaler.unscale_(optimizer)\n", ""),
+    ("sft", "gradients add up over the steps", BY_HAND["sft"], "    optimizer.zero_grad()\n", ""),
+    ("sft", "a step has the rate of the one before", BY_HAND["sft"],
+     '    optimizer.param_groups[0]["lr"] = rate\n    scaler.step(optimizer)\n',
+     '    scaler.step(optimizer)\n    optimizer.param_groups[0]["lr"] = rate\n'),
+    ("dpo", "gradients are hardly clipped", BY_HAND["dpo"],
+     "clip_grad_norm_(weights, 1.0)", "clip_grad_norm_(weights, 10.0)"),
+    ("reward_model", "each process follows its own gradient",
+     "sft_reward_loop: two_proc and [reward_model]",
+     "    sum_over_processes([weight.grad for weight in weights])\n", ""),
+    ("sft", "the last step is at rate 0", BY_HAND["sft"],
+     "math.cos(math.pi * (step - 1) / steps)",
+     "math.cos(math.pi * (step - 1) / max(1, steps - 1))"),
+    ("dpo", "an overflow ends a run that has a loss scale", "dpo: an_overflow_skips",
+     "if not math.isfinite(norm) and scaler.get_scale() <= 1:", "if not math.isfinite(norm):"),
+    ("reward_model", "a gradient that is not finite is no error",
+     "sft_reward_loop: without_a_scale and [reward_model]",
+     "if not math.isfinite(norm) and scaler.get_scale() <= 1:", "if norm < 0:"),
+    ("dpo", "the loss scale is not saved", "dpo: an_overflow_skips",
+     '"optimizer": optimizer, "scaler": scaler}', '"optimizer": optimizer}'),
+    ("dpo", "the optimizer is not saved", "dpo: an_overflow_skips",
+     '"optimizer": optimizer, "scaler": scaler}', '"scaler": scaler}'),
+    ("dpo", "two commands may share a folder", "runs: a_folder_of_another and [dpo]",
+     "        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)", "        "),
+    ("reward_model", "a finished run is run again", "runs: a_folder_of_another and [reward_model]",
+     '(folder / "summary.json").exists() or ', ""),
+    ("sft", "a run goes on with other data", "runs: a_folder_of_another and [sft]",
+     "json.dumps(examples, default=str)", "json.dumps([len(part) for part in examples])"),
+    ("dpo", "a killed run leaves half a file", "runs: goes_on_wherever and [dpo]",
+     '    file.with_suffix(".new").write_text(text)\n    file.with_suffix(".new").replace(file)\n',
+     "    file.write_text(text)\n"),
+    ("reward_model", "a killed run leaves half a state", "runs: goes_on_wherever and [reward_model]",
+     'torch.save(state | states, Path(args.output_dir, "resume.new"))\n'
+     '        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))',
+     'torch.save(state | states, Path(args.output_dir, "resume.pt"))'),
+    ("dpo", "a finished run keeps its state", "runs: leaves_one_adapter and [dpo]",
+     '        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)\n', ""),
+    ("sft", "all processes write the metrics", "runs: two_processes_equal_one and [sft]",
+     '    if common.RANK == 0:\n        lines', '    if common.RANK >= 0:\n        lines'),
+    ("dpo", "the weights of the first process are not sent", "runs: two_processes_equal_one and [dpo]",
+     "        dist.broadcast(weight.data, 0)\n", "        pass\n"),
+]
+
+OTHERS = [
+    ("plot.py", "a gap is drawn as a point", "form: plot_draws",
+     "if step.get(name) is not None]", "if name in step]"),
+    ("plot.py", "a picture is overwritten", "form: plot_overwrites",
+     "if output.exists():", "if not output.name:"),
+    ("plot.py", "a unit is missing", "form: plot_draws",
+     'UNITS.get(name.removeprefix("eval_"), name', "UNITS.get(name + name, name"),
+    ("examples/rewards.py", "a long text pays a penalty without end", "form: shortness_falls",
+     "1 - min(1.0, len(text) / 1000)", "1 - len(text) / 1000"),
+    ("examples/rewards.py", "a classifier does not see the prompt", "form: a_foreign_classifier",
+     'chat = [*prompt, {"role": "assistant", "content": text}]',
+     'chat = [{"role": "assistant", "content": text}]'),
+]
+
+# what no test can catch, and why that is no loss
+EQUIVALENT = {
+    "the weights of the first process are not sent":
+        "the seed and the saved state are the same for all processes, so that their weights are; "
+        "sending them guards against machines that draw other numbers"}
+
+MISTAKES = [(file, *mistake) for file, table in (
+    ("common.py", COMMON), ("sft.py", SFT), ("reward_model.py", REWARD_MODEL), ("dpo.py", DPO),
+    ("ppo.py", PPO), ("grpo.py", GRPO), ("evaluate.py", EVALUATE)) for mistake in table]
+MISTAKES += [(f"{script}.py", *mistake) for script, *mistake in HOUSEKEEPING]
+MISTAKES += OTHERS
+
+
+def run_tests(folder, name, expression, limit=LIMIT):
+    """Runs tests of the copy in a process of their own: "passed", "failed" or what else it was."""
+    log = folder / "log.txt"
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        signal.alarm(limit)
+        os.chdir(folder)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.dont_write_bytecode = True
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
+        flags = ["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=short"]
+        os._exit(pytest.main([*flags, "-k", expression, f"tests/test_{name}.py"]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os.killpg(child, signal.SIGKILL)  # what the tests left running
+    except ProcessLookupError:
+        pass
+    if code == -signal.SIGALRM:
+        return "hangs"
+    if code == 0 and " passed" not in log.read_text(errors="replace"):
+        return "skipped"
+    return {0: "passed", 1: "failed"}.get(code, f"no such tests, exit code {code}")
+
+
+def check_unchanged(folder, mistakes):
+    """The tests named must pass without any mistake, or that they fail with one says nothing."""
+    expressions = {}
+    for _, _, tests, _, _ in mistakes:
+        name, _, expression = tests.partition(": ")
+        expressions.setdefault(name, {})[f"({expression})" if expression else ""] = None
+    good = True
+    for name, parts in expressions.items():
+        began = time.time()
+        expression = "" if "" in parts else " or ".join(parts)
+        result = run_tests(folder, name, expression, 3600)
+        print(f"unchanged  tests/test_{name}.py {result}, {time.time() - began:.0f} s", flush=True)
+        if result != "passed":
+            good = False
+            print((folder / "log.txt").read_text(errors="replace")[-1500:])
+    return good
+
+
+def applies(file, old, new):
+    return old != new and (ROOT / file).read_text().count(old) == 1
+
+
+def main():
+    torch.set_num_threads(1)
+    numbers = [int(text) for text in sys.argv[1:]] or range(1, len(MISTAKES) + 1)
+    chosen = [(number, MISTAKES[number - 1]) for number in numbers]
+    survivors = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "copy")
+        folder.mkdir()
+        for path in [*ROOT.glob("*.py"), ROOT / "pytest.ini"]:
+            shutil.copy(path, folder)
+        for part in "tests", "tiny", "examples":
+            shutil.copytree(ROOT / part, folder / part,
+                            ignore=shutil.ignore_patterns("__pycache__"))
+        good = check_unchanged(folder, [mistake for _, mistake in chosen])
+        for number, (file, words, tests, old, new) in chosen:
+            began = time.time()
+            result = "DOES NOT APPLY"
+            if applies(file, old, new):
+                (folder / file).write_text((ROOT / file).read_text().replace(old, new))
+                name, _, expression = tests.partition(": ")
+                result = run_tests(folder, name, expression)
+                result = {"failed": "killed", "passed": "SURVIVED"}.get(result, result)
+                shutil.copy(ROOT / file, folder / file)
+            if result not in ("killed", "hangs"):
+                survivors.append((number, words, result))
+            seconds = time.time() - began
+            print(f"{number:>3}  {file:<20} {result:<9} {seconds:4.0f} s  {words}", flush=True)
+    unexplained = [words for _, words, _ in survivors if words not in EQUIVALENT]
+    for number, words, result in survivors:
+        print(f"\n{number}, {words}: {result}\n    {EQUIVALENT.get(words, 'UNEXPLAINED')}")
+    print(f"\n{len(chosen)} mistakes, {len(chosen) - len(survivors)} caught, "
+          f"{len(survivors)} not, of them {len(unexplained)} without a reason")
+    sys.exit(1 if unexplained or not good else 0)
+
+
+if __name__ == "__main__":
+    main()
