@@ -70,10 +70,12 @@ def phase(doing: str):
     except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:
+        while error.__cause__:  # datasets says only that "an error occurred"
+            error = error.__cause__
         fail(f"{doing}: {type(error).__name__}: {str(error) or 'no reason given'}")
 
 
-GOES_ON = "an unfinished run goes on by the same command"
+GOES_ON = "the same command goes on with an unfinished run"
 ADVICE = {"KeyboardInterrupt": f"interrupted; {GOES_ON}",
           "BrokenPipe": f"nobody reads the output any more; {GOES_ON}",
           "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {}",
@@ -244,6 +246,8 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
                 parameter.data = parameter.data.float()  # the GradScaler refuses fp16 gradients
         if gradient_checkpointing == "on":
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if adapter:
+            check_adapter(model, name)
         check_forward(model, task)
     return model.train(trainable)
 
@@ -279,14 +283,25 @@ def causal_lm(model):
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
+def check_adapter(model, name: str, role: str = "default"):
+    """Refuses an adapter whose file lacks weights, of which peft only warns, or has broken ones."""
+    weights = peft.load_peft_weights(find(name), device="cpu")
+    wanted = peft.get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
+    if not all(key in weights or ".score." in key for key in wanted):
+        raise ValueError("its file does not hold the weights that its config names")
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ValueError("its weights are not finite numbers")
+
+
 @torch.no_grad()
 def check_forward(model, task: str):
     """Refuses broken weights, and logits that are capped or scaled after the head."""
     causal = causal_lm(model).eval()
     input_ids = torch.arange(4, device=causal.device)[None]
     hidden = causal.base_model(input_ids=input_ids).last_hidden_state
-    if not hidden.isfinite().all():
-        raise ValueError("its outputs are not finite numbers")
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    if not all(p.isfinite().all() for p in (hidden, *floats)):
+        raise ValueError("its weights or outputs are not finite numbers")
     if task == "CAUSAL_LM":
         logits = causal(input_ids=input_ids).logits.float()
         ours = causal.get_output_embeddings()(hidden).float()
@@ -343,12 +358,13 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
         with phase(f"loading the reward model {name}"):
             weights = peft.load_peft_weights(find(name), device="cpu")
             score = weights.pop("base_model.model.score.weight")
-    with phase(f"adding the {role}"):
+    with phase(f"loading the reward model {name} for the {role}"):
         config.task_type = "CAUSAL_LM"
         config.modules_to_save = None
         model.add_adapter(role, config)
         if weights:
             peft.set_peft_model_state_dict(model, weights, adapter_name=role)
+            check_adapter(model, name, role)
     for key, p in model.named_parameters():
         p.requires_grad_(flags.get(key, trainable))
         p.data = p.data.float() if p.requires_grad else p.data
@@ -446,7 +462,7 @@ def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -
     if not tokenizer.chat_template:
         raise ValueError("messages need a chat template, which this model does not have")
     for message in messages:
-        if not message.get("role") or not ("content" in message or message.get("tool_calls")):
+        if not message.get("role") or not {"content", "tool_calls"} & message.keys():
             raise ValueError(f"a message needs a role, and content or tool_calls, not {message}")
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
@@ -491,6 +507,8 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise ValueError("prompt and answer must both be texts or both lists of messages")
     chat, first = prompt + answer, len(prompt)
+    if not all(isinstance(message, dict) and message.get("role") for message in chat):
+        raise ValueError("a message must be an object with role and content")
     turns = [i for i in range(first, len(chat)) if chat[i].get("role") == "assistant"]
     if not turns:
         raise ValueError("there is no answer of the assistant")
@@ -588,7 +606,7 @@ def load_rows(source: str, split: str, limit: int, seed: int) -> list[dict]:
     A Hub name may carry a configuration behind a colon: openai/gsm8k:main.
     """
     with phase(f"reading {source}"):
-        if file_type := FORMATS.get(Path(source).suffix):
+        if file_type := FORMATS.get(Path(source).suffix.lower()):
             rows = datasets.load_dataset(file_type, data_files=find(source), split="train")
         else:
             name, _, config = source.partition(":")
@@ -629,7 +647,7 @@ def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: in
 
 def load_examples(args, encode, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out examples, the latter from --eval-dataset or kept out of --dataset."""
-    if args.eval_dataset == args.dataset:
+    if args.eval_dataset and Path(args.eval_dataset).resolve() == Path(args.dataset).resolve():
         fail(f"--eval-dataset {args.dataset} is what is trained on: without it, some is held out")
     rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed)
     examples = encode_rows(args.dataset, rows, encode, tokenizer, args.max_length)

@@ -341,17 +341,17 @@ def open_run(args, examples):
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
     text = json.dumps(vars(args) | {"data": data}, indent=2)
-    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
-        folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-        if not list(folder.glob("*.json*")):
-            write(file, text)
-        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or other flags or data: name another one")
     if args.track:
         with common.phase(f"--track {args.track}"):
             tracker = importlib.import_module(args.track)
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if all(path.suffix in (".new", ".log", ".txt", ".out") for path in folder.iterdir()):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags, data or files: name another")
 
 
 def write(file, text):

@@ -179,8 +179,7 @@ def wilson(share, count, z=1.96):
     """The 95% interval of a share of `count` prompts, whose samples are alike (Wilson 1927)."""
     center = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    low, high = ((center + side) / (1 + z * z / count) for side in (-spread, spread))
-    return max(0.0, low), min(1.0, high)
+    return tuple(min(1, max(0, (center + x) / (1 + z * z / count))) for x in (-spread, spread))
 
 
 @torch.no_grad()
@@ -237,7 +236,8 @@ def show_table(lines, args):
     width = max(len(line["checkpoint"]) for line in lines)
     others = ["pass@k", "reward", "kl", "length", "stopped"]
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}\n")
-    print(f"{'':<{width}}{'sampled':>21}{'greedy':>21}", *(f"{name:>8}" for name in others))
+    titles = "".join(f"{name:>9}" for name in others).replace("@k", f"@{args.k}")
+    print(f"{'':<{width}}{'sampled':>21}{'greedy':>21}{titles}")
     for line in lines:
         row = f"{line['checkpoint']:<{width}}"
         for column in "sampled", "greedy":

@@ -31,6 +31,7 @@ import hashlib
 import importlib
 import json
 import math
+import operator
 import os
 import time
 from pathlib import Path
@@ -85,7 +86,8 @@ def encode_conversation(row, tokenizer, max_length):
         # the prompt to sample from; plain text has none (start is 1): its first quarter serves
         start = example["loss_mask"].index(1)
         shown = start if start > 1 else len(example["input_ids"]) // 4 + 1
-        examples.append({"tokens": example, "prompt": example["input_ids"][:shown]})
+        examples.append({"tokens": example, "prompt": example["input_ids"][:shown],
+                         "length": len(example["input_ids"])})
     return examples
 
 
@@ -184,10 +186,6 @@ def score_rows(model, examples, pad_id):
         return token_logps(model, batch), batch["loss_mask"]
 
 
-def row_length(x):
-    return len(x["tokens"]["input_ids"])
-
-
 def count_trained(examples):
     return sum(sum(x["tokens"]["loss_mask"]) for x in examples)
 
@@ -199,10 +197,10 @@ def evaluate(model, examples, args, pad_id):
     """The mean loss per trained token of held-out rows, which the processes share between them."""
     model.eval()
     mine = examples[common.RANK::common.WORLD]
+    tokens = count_trained(examples)
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
     for i in range(0, len(mine), args.micro_batch_size):
-        logps, loss_mask = score_rows(model, mine[i:i + args.micro_batch_size], pad_id)
-        loss += sft_loss(logps, loss_mask, count_trained(examples))
+        loss += sft_loss(*score_rows(model, mine[i:i + args.micro_batch_size], pad_id), tokens)
     sum_over_processes([loss])
     model.train()
     return {"loss": loss.item(), "perplexity": math.exp(min(loss.item(), 99))}
@@ -279,12 +277,12 @@ def train(args):
         #    divide by the trained tokens of the whole batch. Rows of similar length share a pass.
         began = time.time()
         torch.manual_seed(args.seed + step * common.WORLD + common.RANK)  # of NEFTune's noise
-        batch = sorted([examples[i] for i in batches[step - 1]], key=row_length)
+        batch = sorted([examples[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
+        tokens = count_trained(batch)
         mine = batch[common.RANK::common.WORLD]
         loss = torch.zeros((), dtype=torch.float64, device=model.device)
         for i in range(0, len(mine), args.micro_batch_size):
-            logps, loss_mask = score_rows(model, mine[i:i + args.micro_batch_size], pad_id)
-            part = sft_loss(logps, loss_mask, count_trained(batch))
+            part = sft_loss(*score_rows(model, mine[i:i + args.micro_batch_size], pad_id), tokens)
             scaler.scale(part).backward()
             loss += part.detach()
 
@@ -294,7 +292,7 @@ def train(args):
 
         # 6. Log, and save what is needed to go on.
         sum_over_processes([loss])
-        metrics = {"step": step, "loss": loss.item(), "trained_tokens": count_trained(batch)}
+        metrics = {"step": step, "loss": loss.item(), "trained_tokens": tokens}
         metrics |= {**updated, "seconds": time.time() - began}
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if args.eval_every and step % args.eval_every == 0:
@@ -352,17 +350,17 @@ def open_run(args, examples):
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
     text = json.dumps(vars(args) | {"data": data}, indent=2)
-    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
-        folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-        if not list(folder.glob("*.json*")):
-            write(file, text)
-        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or other flags or data: name another one")
     if args.track:
         with common.phase(f"--track {args.track}"):
             tracker = importlib.import_module(args.track)
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if all(path.suffix in (".new", ".log", ".txt", ".out") for path in folder.iterdir()):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags, data or files: name another")
 
 
 def write(file, text):

@@ -13,6 +13,7 @@ process forked from one that has imported the libraries. A line of the table is
 where the old text stands exactly once in the script. It ends with exit code 1 if a mistake
 survives that is not in EQUIVALENT, or no longer applies.
 """
+import logging
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in common.py
 
 import bitsandbytes  # noqa: E402, F401  what takes long to import is imported once, before forking
 import datasets  # noqa: E402, F401
@@ -125,7 +127,7 @@ COMMON = [
      'ids = tokenizer(prompt + answer)["input_ids"]',
      'ids = tokenizer(prompt)["input_ids"] + tokenizer(answer)["input_ids"]'),
     ("an answer that ends in eos gets another", "common_rows: eos_once",
-     "    if ids[-1] != tokenizer.eos_token_id:\n        ids.append", "    if ids:\n        ids.append"),
+     "    if ids[-1] != tokenizer.eos_token_id:\n", "    if ids:\n"),
     ("the newline behind an end of turn is trained", "reward_model: sequences_end",
      "stop = stops[0] + 1 if stops else len(after)", "stop = len(after)"),
     ("the end of turn is not trained", "sft: only_what_the_model",
@@ -160,21 +162,22 @@ COMMON = [
 
 SFT = [
     ("the loss is a mean over the micro-batch", BY_HAND["sft"],
-     "sft_loss(logps, loss_mask, count_trained(batch))",
-     "sft_loss(logps, loss_mask, loss_mask.sum())"),
+     "pad_id), tokens)\n            scaler",
+     "pad_id), count_trained(mine[i:i + args.micro_batch_size]))\n            scaler"),
     ("the loss is a mean over the share of the process", "sft_reward_loop: two_proc and [sft]",
-     "count_trained(batch))\n", "count_trained(mine))\n"),
+     "tokens = count_trained(batch)",
+     "tokens = count_trained(batch[common.RANK::common.WORLD])"),
     ("the logged loss is that of the first process", "sft_reward_loop: two_proc and [sft]",
      "        sum_over_processes([loss])\n        metrics", "        metrics"),
     ("all epochs have one order", "sft_reward_loop: an_epoch_is and [sft]",
      "for epoch in range(args.epochs)]", "for epoch in range(1)] * args.epochs"),
     ("the noise of a step does not follow from the seed", "runs: goes_on_wherever and [sft]",
-     "        torch.manual_seed(args.seed + step * common.WORLD + common.RANK)  # of NEFTune's noise\n",
-     ""),
+     "torch.manual_seed(args.seed + step * common.WORLD + common.RANK)", "pass"),
     ("evaluation leaves the model in evaluation mode", "sft_reward_loop: change_nothing and [sft]",
      "    sum_over_processes([loss])\n    model.train()\n", "    sum_over_processes([loss])\n"),
     ("the held-out loss is a sum of means", "sft_reward_loop: peft_alone and [sft]",
-     "count_trained(examples))", "loss_mask.sum())"),
+     "pad_id), tokens)\n    sum_over",
+     "pad_id), count_trained(mine[i:i + args.micro_batch_size]))\n    sum_over"),
     ("after training, training rows are evaluated", "sft_reward_loop: peft_alone and [sft]",
      "after = evaluate(model, held_out, args", "after = evaluate(model, examples, args"),
     ("samples end at eos alone", "sft: only_adds_stop_tokens",
@@ -186,7 +189,7 @@ SFT = [
     ("an answer that others outlast has not stopped", "sft: at_the_limit",
      "not stop_ids.isdisjoint(ids)", "ids[-1] in stop_ids"),
     ("NEFTune's noise is there in evaluation, too", "sft: neftune_noise",
-     "bound = base.training * alpha", "bound = alpha"),
+     "if not base.training:", "if base is None:"),
     ("the length in NEFTune's bound counts padding", "sft: neftune_noise",
      'kwargs["attention_mask"].sum(-1)[:, None, None]',
      'torch.ones_like(kwargs["attention_mask"]).sum(-1)[:, None, None]'),
@@ -212,7 +215,8 @@ REWARD_MODEL = [
      'torch.tensor([pair["margin"] for pair in pairs]', "torch.tensor([0.0 for pair in pairs]"),
     ("centering pulls rewards together, not to 0", "reward_model: a_shift",
      "centering * (chosen + rejected) ** 2", "centering * (chosen - rejected) ** 2"),
-    ("--centering is not used", BY_HAND["reward_model"], "margin, args.centering)", "margin, 0.01)"),
+    ("--centering is not used", BY_HAND["reward_model"],
+     "margin, args.centering)", "margin, 0.01)"),
     ("pairs are laid out one way and read another", BY_HAND["reward_model"],
      '[pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]',
      '[pair[side] for pair in pairs for side in ("chosen", "rejected")]'),
@@ -268,11 +272,11 @@ DPO = [
     ("CPO reads a reference", "dpo: losses_with_a_reference and [cpo]",
      'not in ("simpo", "orpo", "cpo")', 'not in ("simpo", "orpo")'),
     ("accuracy and margin are those of log-probs", "dpo: starts_at_log_2",
-     "chosen, rejected = rewards.chunk(2)\n    right", "chosen, rejected = logps.chunk(2)\n    right"),
+     "rewards.chunk(2)\n    right", "logps.chunk(2)\n    right"),
     ("a tie counts as wrong", "dpo: starts_at_log_2",
      "(chosen > rejected) + 0.5 * (chosen == rejected)", "(chosen > rejected).float()"),
     ("an answer's log-prob is a mean over the row", BY_HAND["dpo"],
-     "logps = token_logps(model, batch).sum(-1)  # [2P]", "logps = token_logps(model, batch).mean(-1)"),
+     "token_logps(model, batch).sum(-1)  # [2P]", "token_logps(model, batch).mean(-1)"),
     ("evaluation leaves the model in evaluation mode", "dpo: evaluating_and_sampling",
      "    sum_over_processes([sums])\n    model.train()\n", "    sum_over_processes([sums])\n"),
     ("samples are cut by the model's own top-p", "dpo: answers_are_sampled", "top_p=1.0,", ""),
@@ -325,11 +329,11 @@ PPO = [
      'tokens = batch["loss_mask"][rows].sum()',
      'tokens = batch["loss_mask"].sum() // args.minibatches'),
     ("the policy loss is a mean over the micro-batch", "ppo_run: two_steps and sample",
-     "(policy * mask).sum() / tokens).backward()", "(policy * mask).sum() / mask.sum()).backward()"),
+     "(policy * mask).sum() / tokens)", "(policy * mask).sum() / mask.sum())"),
     ("the KL to the sampler is that of the other direction", BY_HAND["ppo"],
      "k3 = log_ratio.exp() - 1 - log_ratio", "k3 = (-log_ratio).exp() - 1 + log_ratio"),
     ("the critic does not start as the reward model", BY_HAND["ppo"],
-     "critic_start = None if reward else args.reward", "critic_start = None"),
+     'None if reward else args.reward, "critic"', 'None, "critic"'),
     ("answers that stop are penalised", BY_HAND["ppo"],
      '* ~batch["stopped"]', '* batch["stopped"]'),
     ("explained variance is that of whitened advantages", BY_HAND["ppo"],
@@ -345,7 +349,7 @@ PPO = [
     ("the critic's head is not trained", "ppo_run: leaves_the_critic_new",
      " + [critic_head.weight]\n", "\n"),
     ("the KL is per token", BY_HAND["ppo"],
-     '(batch["logps"] - batch["ref_logps"]).sum(1)', '(batch["logps"] - batch["ref_logps"]).mean(1)'),
+     'batch["ref_logps"]).sum(1)', 'batch["ref_logps"]).mean(1)'),
     ("a value has read the token it is to foretell", "ppo: values_are_read",
      "hidden[:, :-1].float() * head.weight", "hidden[:, 1:].float() * head.weight"),
     ("an answer's last value is followed by that of padding", "ppo: double_sum",
@@ -495,7 +499,7 @@ GRPO = [
 ]
 
 EVALUATE = [
-    ("pass@k is the biased estimate", "evaluate: pass_at_k",
+    ("pass@k is the biased estimate", "evaluate: ",
      "1 - math.comb(count - right, k) / math.comb(count, k)", "1 - (1 - right / count) ** k"),
     ("groups mix prompts", "evaluate: ", ".view(-1, args.samples_per_prompt).sum(1)",
      ".view(args.samples_per_prompt, -1).sum(0)"),
@@ -539,15 +543,17 @@ HOUSEKEEPING = [
     ("dpo", "the optimizer is not saved", "dpo: an_overflow_skips",
      '"optimizer": optimizer, "scaler": scaler}', '"scaler": scaler}'),
     ("dpo", "two commands may share a folder", "runs: a_folder_of_another and [dpo]",
-     "        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)", "        "),
-    ("reward_model", "a finished run is run again", "runs: a_folder_of_another and [reward_model]",
-     '(folder / "summary.json").exists() or ', ""),
+     "fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    ("reward_model", "a run goes on with other flags",
+     "runs: a_folder_of_another and [reward_model]",
+     "or file.read_text() != text:", "or not file.read_text():"),
     ("sft", "a run goes on with other data", "runs: a_folder_of_another and [sft]",
      "json.dumps(examples, default=str)", "json.dumps([len(part) for part in examples])"),
     ("dpo", "a killed run leaves half a file", "runs: goes_on_wherever and [dpo]",
      '    file.with_suffix(".new").write_text(text)\n    file.with_suffix(".new").replace(file)\n',
      "    file.write_text(text)\n"),
-    ("reward_model", "a killed run leaves half a state", "runs: goes_on_wherever and [reward_model]",
+    ("reward_model", "a killed run leaves half a state",
+     "runs: goes_on_wherever and [reward_model]",
      'torch.save(state | states, Path(args.output_dir, "resume.new"))\n'
      '        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))',
      'torch.save(state | states, Path(args.output_dir, "resume.pt"))'),
@@ -555,7 +561,8 @@ HOUSEKEEPING = [
      '        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)\n', ""),
     ("sft", "all processes write the metrics", "runs: two_processes_equal_one and [sft]",
      '    if common.RANK == 0:\n        lines', '    if common.RANK >= 0:\n        lines'),
-    ("dpo", "the weights of the first process are not sent", "runs: two_processes_equal_one and [dpo]",
+    ("dpo", "the weights of the first process are not sent",
+     "runs: two_processes_equal_one and [dpo]",
      "        dist.broadcast(weight.data, 0)\n", "        pass\n"),
 ]
 
@@ -632,10 +639,6 @@ def check_unchanged(folder, mistakes):
     return good
 
 
-def applies(file, old, new):
-    return old != new and (ROOT / file).read_text().count(old) == 1
-
-
 def main():
     torch.set_num_threads(1)
     numbers = [int(text) for text in sys.argv[1:]] or range(1, len(MISTAKES) + 1)
@@ -653,12 +656,13 @@ def main():
         for number, (file, words, tests, old, new) in chosen:
             began = time.time()
             result = "DOES NOT APPLY"
-            if applies(file, old, new):
-                (folder / file).write_text((ROOT / file).read_text().replace(old, new))
+            text = (folder / file).read_text()
+            if text.count(old) == 1 and text.replace(old, new) != text:
+                (folder / file).write_text(text.replace(old, new))
                 name, _, expression = tests.partition(": ")
                 result = run_tests(folder, name, expression)
                 result = {"failed": "killed", "passed": "SURVIVED"}.get(result, result)
-                shutil.copy(ROOT / file, folder / file)
+                (folder / file).write_text(text)
             if result not in ("killed", "hangs"):
                 survivors.append((number, words, result))
             seconds = time.time() - began

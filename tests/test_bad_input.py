@@ -390,8 +390,7 @@ def test_a_tracker_that_is_not_installed_is_named(name, ends, monkeypatch):
     ("grpo", {"reward_weights": [1, 2]}, "--reward-weights"),
     ("grpo", {"loss": "dapo", "baseline": "none"}, "--baseline"),
     ("grpo", {"reward": ["correct_answer"] * 2, "reward_weights": [1, 1]}, "--reward"),
-    ("ppo", {"batch_size": 2, "minibatches": 3}, "--minibatches"),
-    ("sft", {"lora_rank": 0, "load_in_4bit": "on"}, "--lora-rank 0")])
+    ("ppo", {"batch_size": 2, "minibatches": 3}, "--minibatches")])
 def test_flags_that_contradict_each_other_are_refused(name, flags, words, ends):
     assert words in ends(name, **flags)
 

@@ -206,13 +206,13 @@ def test_no_dropout_is_left(adapter, tmp_path):
 
 def test_is_tiny(adapter, tmp_path, monkeypatch):
     """The embedded models and what was trained from them, from any folder; nothing else is."""
-    for name, start in (("full", TINY), ("again", "full"), ("other", "Qwen/Qwen2.5-0.5B")):
+    for name, start in (("full", TINY), ("other", "Qwen/Qwen2.5-0.5B")):
         shutil.copytree(TINY, tmp_path / name)
         (tmp_path / name / "summary.json").write_text(json.dumps({"model": start}))
     shutil.copytree(TINY, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in ("tiny/chat", "tiny/base", "tiny/reward", TINY, adapter.path, "full", "again"):
+    for name in ("tiny/chat", "tiny/base", "tiny/reward", TINY, adapter.path, "full"):
         assert common.is_tiny(name), name
     for name in ("other", "copy", str(tmp_path), "no/such", "Qwen/Qwen2.5-0.5B", "tiny/none"):
         assert not common.is_tiny(name), name
@@ -525,6 +525,7 @@ def test_flags_are_refused_out_of_their_range(kind, good, bad, monkeypatch, refu
         flags.add_argument("--model", default=TINY)
         flags.add_argument("--dataset", default="some/data")
         flags.add_argument("--size", type=kind)
+        flags.add_argument("--output-dir", default="none")
         monkeypatch.setattr(sys, "argv", ["x.py", f"--size={text}"])
         if text in good:
             assert common.parse(flags, {"dataset": "tiny/x"}).size == float(text)
@@ -546,7 +547,8 @@ def test_defaults_go_by_model_and_loss(argv, expected, monkeypatch):
     """Flags, then the tiny model's needs, then those of the loss, then the general default."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     flags = argparse.ArgumentParser()
-    for name, default in (("model", TINY), ("dataset", "some/data"), ("eval-dataset", None)):
+    for name, default in (("model", TINY), ("dataset", "some/data"), ("eval-dataset", None),
+                          ("output-dir", "none")):
         flags.add_argument("--" + name, default=default)
     flags.add_argument("--loss", choices=["a", "b"], default="a")
     flags.add_argument("--beta", type=float, default=0.1)

@@ -181,7 +181,7 @@ def test_plot_draws_a_panel_per_metric_and_all_runs(tmp_path, monkeypatch):
     axes = [axis for axis in figures[0][1].flat if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == ["loss", "kl", "rollout seconds"]
     assert [axis.get_ylabel() for axis in axes] == ["loss", "nats per answer", "s"]
-    assert {axis.get_xlabel() for axis in axes} == {"rollout"}
+    assert {axis.get_xlabel() for axis in axes} == {"optimizer step or rollout"}
     assert [line.get_label() for line in axes[0].lines] == [a, b]
     assert [list(line.get_ydata()) for line in axes[0].lines] == [[2], [1]]
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"

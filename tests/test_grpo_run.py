@@ -433,7 +433,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(run, reward_file, monkeypatch)
     ({"learning_rate": math.nan}, "--learning-rate"), ({"max_new_tokens": 0}, "--max-new-tokens"),
     ({"batch_size": 0}, "--batch-size"), ({"micro_batch_size": 0}, "--micro-batch-size"),
     ({"reward_weights": math.nan}, "--reward-weights"), ({"loss": "ppo"}, "--loss"),
-    ({"reward_weights": [1, 2]}, "--reward-weights needs one number for each --reward"),
+    ({"reward_weights": [1, 2]}, "with a --reward-weights for each"),
     ({"loss": "dapo", "baseline": "none"}, "it needs a --baseline"),
     ({"reward": "shortness"}, "the reward model shortness"), ({"reward": "no.py:f"}, "no.py:f"),
     ({"reward": "tiny/chat"}, "not saved by reward_model.py"),

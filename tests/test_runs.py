@@ -95,7 +95,7 @@ SPACE = "disk is full|No space left"
 MOMENTS = [
     (Path, "write_text", 1, "args.new", FULL, SPACE, 0),
     (Path, "replace", 1, "args.new", Killed(), None, 0),
-    ("script", "update", 2, "", KeyboardInterrupt(), "interrupted.* same command goes on", 0),
+    ("script", "update", 2, "", KeyboardInterrupt(), "interrupted.*same command", 0),
     (Path, "write_text", 1, "metrics.new", FULL, SPACE, 0),
     (torch, "save", 1, "", TORN, SPACE, 0),
     (Path, "replace", 1, "resume.new", Killed(), None, 0),
@@ -187,7 +187,8 @@ def test_a_process_that_is_killed_goes_on_in_another(data, tmp_path):
     for name, value in vars(args).items():
         if value is not None:
             argv += ["--" + name.replace("_", "-"), str(value)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    threads = str(torch.get_num_threads())
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     child = subprocess.run([sys.executable, "-c", CHILD, *argv], env=env, stderr=subprocess.PIPE)
     assert child.returncode == -9, child.stderr
     assert torch.load(tmp_path / "killed/resume.pt", weights_only=True)["step"] == 2
@@ -218,7 +219,10 @@ def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(
     capsys.readouterr()
     same = STEPS | EXTRA[name]
     before = contents(finished)
-    assert "finished" in refused(command, name, small_args(name, data, finished, **same))
+    args = small_args(name, data, finished.parent / "other", **same)
+    args.output_dir = str(finished)  # as if it had ended since the command line was read
+    assert "finished" in refused(command, name, args)
+    assert "finished" in refused(small_args, name, data, finished, **same)
     assert contents(finished) == before
 
     folder = started(name)
@@ -243,15 +247,26 @@ def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(
     command(name, small_args(name, data, folder, **same))  # none of it hindered the run itself
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_folder_with_other_things_in_it_is_refused(name, data, tmp_path, refused):
-    """A user's own files, or a file where the folder should be."""
+@pytest.mark.parametrize("file", [
+    "notes.json", "README.md", "adapter_model.safetensors", "resume.pt", "log.txt"])
+def test_what_is_in_a_folder_stays_as_it_is(file, data, tmp_path):
+    """A folder with a user's own files is refused, unless a run has none of that name: a log."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("keep")
-    for place in "mine", "mine/notes.txt", "mine/notes.txt/run":
+    (tmp_path / "mine" / file).write_text("keep")
+    try:
+        command("sft", small_args("sft", data, tmp_path / "mine", max_steps=1))
+    except SystemExit:
+        assert file != "log.txt"
+    assert (tmp_path / "mine" / file).read_text() == "keep"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_file_where_the_folder_should_be_is_refused(name, data, tmp_path, refused):
+    """And keeps what it holds."""
+    (tmp_path / "notes.txt").write_text("keep")
+    for place in "notes.txt", "notes.txt/run":
         assert place in refused(command, name, small_args(name, data, tmp_path / place))
-    assert list(contents(tmp_path / "mine")) == [str(tmp_path / "mine/notes.txt")]
-    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+    assert (tmp_path / "notes.txt").read_text() == "keep"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -280,8 +295,8 @@ def test_a_run_leaves_one_adapter_its_settings_and_its_figures(name, data, whole
         "README.md", "adapter_config.json", "adapter_model.safetensors", "args.json",
         "chat_template.jinja", "metrics.jsonl", "summary.json", "tokenizer.json",
         "tokenizer_config.json"}
-    flags = vars(small_args(name, data, folder, **STEPS, **EXTRA[name]))
-    flags = json.loads(json.dumps(flags))  # as a file has them
+    flags = vars(small_args(name, data, folder.parent / "other", **STEPS, **EXTRA[name]))
+    flags = json.loads(json.dumps(flags | {"output_dir": str(folder)}))  # as a file has them
     saved, summary = (json.loads((folder / x).read_text()) for x in ("args.json", "summary.json"))
     assert saved == flags | {"data": saved["data"]}
     chosen = {"load_in_4bit": False, "gradient_checkpointing": False}

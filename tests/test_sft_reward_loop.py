@@ -351,7 +351,7 @@ def test_peft_alone_loads_one_adapter_that_gives_the_figures_of_the_summary(runs
     for name, weight in run.saved.items():
         assert weight.dtype == torch.float32
         assert "lora_" in name or script is reward_model and name.endswith("score.weight")
-    args = run_args(script, **{"output_dir": run.folder})
+    args = run_args(script)
     args.centering = 0.05
     held_out = list({json.dumps(x): x for x in run.evaluated}.values())
     assert len(held_out) == 4
