@@ -462,7 +462,8 @@ def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -
     if not tokenizer.chat_template:
         raise ValueError("messages need a chat template, which this model does not have")
     for message in messages:
-        if not message.get("role") or not {"content", "tool_calls"} & message.keys():
+        keys = message.keys() if isinstance(message, dict) else set()
+        if "role" not in keys or not {"content", "tool_calls"} & keys:
             raise ValueError(f"a message needs a role, and content or tool_calls, not {message}")
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
@@ -507,9 +508,8 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
     if not isinstance(prompt, list) or not isinstance(answer, list):
         raise ValueError("prompt and answer must both be texts or both lists of messages")
     chat, first = prompt + answer, len(prompt)
-    if not all(isinstance(message, dict) and message.get("role") for message in chat):
-        raise ValueError("a message must be an object with role and content")
-    turns = [i for i in range(first, len(chat)) if chat[i].get("role") == "assistant"]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in chat]
+    turns = [i for i in range(first, len(chat)) if roles[i] == "assistant"]
     if not turns:
         raise ValueError("there is no answer of the assistant")
     try:
