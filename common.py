@@ -47,6 +47,7 @@ warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 
 # ---- errors and flags ----------------------------------------------------------------------------
+
 def visible(text: str) -> str:
     """Text from data with its control characters spelled out: it cannot move the cursor."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -139,6 +140,7 @@ def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = Non
 
 
 # ---- models --------------------------------------------------------------------------------------
+
 def choose_device() -> torch.device:
     """The GPU of this process (torchrun sets LOCAL_RANK), or the CPU."""
     if not torch.cuda.is_available():
@@ -391,6 +393,7 @@ def describe(model) -> dict:
 
 
 # ---- tokens --------------------------------------------------------------------------------------
+
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a pad token and an end of turn that the model can say.
 
@@ -600,6 +603,7 @@ def show(tokenizer, input_ids: list[int], loss_mask: list[int]):
 
 
 # ---- rows ----------------------------------------------------------------------------------------
+
 def load_rows(source: str, split: str, limit: int, seed: int) -> list[dict]:
     """The rows of a local file, or up to `limit` random ones of a Hub dataset.
 
