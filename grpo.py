@@ -27,10 +27,9 @@ RLOO, Ahmadian et al. 2024, 2402.14740, is that with --loss dr_grpo), or nothing
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K in 4 bits on a 16 GB T4
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-What to watch: the reward rises, group_std shrinks, kl (nats per completion, to the reference) and
-length grow slowly. The loss says nothing: with one update per rollout all ρ are 1, the advantages
-of a group add up to 0, and that of grpo and gspo is β k3. If zero_spread is high, the prompts are
-too easy or too hard; if the entropy collapses while the reward stalls, lower --learning-rate.
+What to watch: the reward rises, group_std falls, kl and length grow slowly. The loss says nothing:
+with one update per rollout all ρ are 1, the advantages of a group add up to 0, and that of grpo and
+gspo is β k3. High zero_spread: prompts too easy or hard. Entropy collapses: lower --learning-rate.
 
 Shapes: P prompts x G completions = B rows of T tokens, N of completions; width D, vocabulary V.
 """
@@ -96,7 +95,7 @@ BY_LOSS = {"dr_grpo": dict(beta=0.0), "dapo": dict(beta=0.0, epsilon_high=0.28),
 TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prompt_heldout.jsonl",
             batch_size=16, micro_batch_size=128, max_new_tokens=24, learning_rate=1e-3,
             max_steps=80)
-FIGURES = ("loss", "kl", "entropy", "clip_fraction")
+FIGURES = ("loss", "entropy", "clip_fraction", "kl", "ratio_error")
 
 
 # ---- data: prompts, and answers with a mask on what is trained -----------------------------------
@@ -389,7 +388,8 @@ def group_gradients(model, batch, scaler, args):
         kl = ((logps - micro["ref_logps"]) * mask).sum() / sequences
         entropy = -logps.sum() / tokens
         clip_fraction = (clipped * mask).sum() / tokens
-        sums += torch.stack([loss, kl, entropy, clip_fraction]).detach()  # as FIGURES
+        error = ((logps - old_logps).exp() - 1).abs().sum() / tokens
+        sums += torch.stack([loss, entropy, clip_fraction, kl, error]).detach()  # as FIGURES
     sum_over_processes([sums])
     return sums
 
@@ -470,7 +470,7 @@ def train(args):
 
         # 7. Log, show some completions, and save what is needed to go on
         metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
-        metrics["kl"] = figures[0][FIGURES.index("kl")].item()  # while π is the sampler
+        metrics["kl"], metrics["ratio_error"] = figures[0][-2:].tolist()  # while π is the sampler
         for name, scores in zip(scorers, batch["scores"].unbind(1), strict=True):
             metrics[f"reward_{name}"] = mean(scores)
         metrics |= {"group_std": mean(grouped.std(1)), "zero_spread": 1 - mean(spread)}

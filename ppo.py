@@ -28,9 +28,8 @@ clip makes several updates on the same samples safe. What makes it work on langu
     python ppo.py --model runs/sft --reward runs/sft-reward    # both on one base
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct           # GSM8K, scored by the last number
 
-What to watch: reward up, kl (nats per answer, to the reference) up slowly and below ten, explained
-variance towards 1, clip fraction below 0.2. A reward that rises with the KL while the samples get
-odd is reward hacking: raise --beta.
+What to watch: reward up, kl up slowly and below ten nats, explained variance towards 1, clip
+fraction below 0.2. If the reward rises with the kl while samples get odd, raise --beta.
 
 Shapes: B answers (b in a micro-batch), T tokens, N of them answer tokens, width D, vocabulary V.
 """
@@ -94,7 +93,7 @@ add("--output-dir", default="runs/ppo", help="the same command again goes on whe
 TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prompt_heldout.jsonl",
             reward="tiny/reward", beta=0.5, batch_size=128, minibatches=2, micro_batch_size=64,
             max_new_tokens=24, learning_rate=5e-4, max_steps=25)
-FIGURES = ("policy_loss", "value_loss", "sampler_kl", "clip_fraction", "entropy")
+FIGURES = ("policy_loss", "value_loss", "sampler_kl", "clip_fraction", "entropy", "ratio_error")
 
 
 # ---- data: prompts, and answers with a mask on what is trained -----------------------------------
@@ -355,7 +354,7 @@ def describe(batch):
 
 
 def minibatch_gradients(roles, batch, rows, scaler, args):
-    """Adds up the gradients of policy and critic on these rows; returns the FIGURES."""
+    """Adds up the gradients of policy and critic on these rows; returns the FIGURES in order."""
     model, _, critic_head = roles
     tokens = batch["loss_mask"][rows].sum()
     sum_over_processes([tokens])  # each counts 1 / tokens, whatever micro-batch it is in
@@ -373,8 +372,9 @@ def minibatch_gradients(roles, batch, rows, scaler, args):
             value = value_loss(values, micro["values"], micro["returns"], args.epsilon)
             scaler.scale(args.value_weight * (value * mask).sum() / tokens).backward()
         log_ratio = logps - micro["logps"]
-        k3 = log_ratio.exp() - 1 - log_ratio  # never negative, its mean is KL(π_old ‖ π)
-        figures = torch.stack([policy, value, k3, clipped.float(), -logps])  # as FIGURES
+        error = log_ratio.exp() - 1
+        k3 = error - log_ratio  # never negative, its mean is KL(π_old ‖ π)
+        figures = torch.stack([policy, value, k3, clipped.float(), -logps, error.abs()])
         sums += (figures * mask).sum((1, 2)).detach() / tokens
     sum_over_processes([sums])
     return sums
@@ -458,8 +458,8 @@ def train(args):
 
         # 7. Log, show some answers, and save what is needed to go on
         metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
-        metrics |= {"explained_variance": 1 - unexplained, "updates": len(figures), **updated}
-        metrics["seconds"] = time.time() - began
+        metrics |= {"explained_variance": 1 - unexplained, "updates": len(figures)}
+        metrics |= {"ratio_error": figures[0][-1].item(), **updated, "seconds": time.time() - began}
         progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step in (1, args.max_steps):

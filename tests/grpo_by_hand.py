@@ -154,7 +154,7 @@ def by_hand(loss):
         steps.append(described | {
             "step": len(steps) + 1, "loss": statistics.fmean(losses), "kl": kl,
             "entropy": statistics.fmean(entropies), "clip_fraction": statistics.fmean(clips),
-            "grad_norm": norm, "learning_rate": rate, "loss_scale": 1,
+            "grad_norm": norm, "learning_rate": rate, "loss_scale": 1, "ratio_error": 0,
             "varied": statistics.fmean(x[1] for x in scores),
             "tenth": statistics.fmean(x[2] for x in scores),
             "group_std": statistics.fmean(map(statistics.stdev, groups)), "zero_spread": 1 / 3})

@@ -187,6 +187,7 @@ def minibatch_by_hand(plain, policy, critic, head, answers):
             columns["sampler_kl"].append(ratio - 1 - ratio.log())
             columns["clip_fraction"].append(binds.double())
             columns["entropy"].append(-new[t])
+            columns["ratio_error"].append((ratio - 1).abs())
     figures = {name: torch.stack(column).mean() for name, column in columns.items()}
     loss = figures["policy_loss"] + 0.7 * figures["value_loss"]
     return loss, {name: value.item() for name, value in figures.items()}
@@ -227,6 +228,7 @@ def train_by_hand(seen):
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
         metrics |= {name: sum(x[name] for x in figures) / 6 for name in ppo.FIGURES}
+        metrics["ratio_error"] = figures[0]["ratio_error"]
         kl = [x["sampler_kl"] for x in figures]
         hand.kl_of_epochs.append([(kl[i] + kl[i + 1]) / 2 for i in (0, 2, 4)])
         hand.metrics.append(metrics | {"grad_norm": norm, "learning_rate": rate, "updates": 6})
