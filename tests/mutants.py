@@ -582,6 +582,9 @@ OTHERS = [
 
 # what no test can catch, and why that is no loss
 EQUIVALENT = {
+    "checkpoints are reentrant, which needs inputs with gradients":
+        "transformers then makes the embeddings ask for gradients, and both ways agree: the other "
+        "way is the one that torch recommends",
     "the weights of the first process are not sent":
         "the seed and the saved state are the same for all processes, so that their weights are; "
         "sending them guards against machines that draw other numbers"}
