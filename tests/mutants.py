@@ -331,7 +331,7 @@ PPO = [
     ("the policy loss is a mean over the micro-batch", "ppo_run: two_steps and sample",
      "(policy * mask).sum() / tokens)", "(policy * mask).sum() / mask.sum())"),
     ("the KL to the sampler is that of the other direction", BY_HAND["ppo"],
-     "k3 = log_ratio.exp() - 1 - log_ratio", "k3 = (-log_ratio).exp() - 1 + log_ratio"),
+     "k3 = error - log_ratio", "k3 = (-log_ratio).exp() - 1 + log_ratio"),
     ("the critic does not start as the reward model", BY_HAND["ppo"],
      'None if reward else args.reward, "critic"', 'None, "critic"'),
     ("answers that stop are penalised", BY_HAND["ppo"],
