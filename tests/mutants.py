@@ -432,7 +432,7 @@ GRPO = [
      "    logps = in_parts(token_logps, model, batch, args.temperature, args)",
      "    logps = in_parts(token_logps, model, batch, 1.0, args)"),
     ("the logged KL is that of the last update", BY_HAND["grpo"],
-     "figures[0][FIGURES", "figures[-1][FIGURES"),
+     "figures[0][-2:]", "figures[-1][-2:]"),
     ("the logged figures are those of the last update", BY_HAND["grpo"],
      "torch.stack(figures).mean(0)", "figures[-1]"),
     ("the entropy is per completion", BY_HAND["grpo"],
