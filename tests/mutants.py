@@ -472,7 +472,7 @@ GRPO = [
     ("several rewards count alike", "grpo_run: rewards_get",
      'batch["scores"] @ torch.tensor(args.reward_weights, device=model.device)',
      'batch["scores"].sum(1)'),
-    ("completions are scored with the rows of others", "grpo_run: rewards_get",
+    ("completions are scored with the rows of others", BY_HAND["grpo"],
      "[example for example in examples for _ in range(copies)]", "examples * copies"),
     ("the reward head reads the policy's hidden states", "grpo_run: a_reward_model_on",
      'with common.using(model, "reward"):', 'with common.using(model, "default"):'),
