@@ -146,8 +146,8 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
     head = causal.get_output_embeddings()
-    # 2**25 logits at a time (128 MiB), computed again for backward: all [N, V] would fill a T4
-    chunk = max(1, 2**25 // head.weight.shape[0])
+    # 2**24 logits at a time (64 MiB), computed again for backward: all [N, V] would fill a T4
+    chunk = max(1, 2**24 // head.weight.shape[0])
     logps = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
         logps.append(checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False))
@@ -155,7 +155,7 @@ def token_logps(model, batch, temperature=1.0):
 
 
 def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float() / temperature  # [C, V]; a softmax in 16 bits is too coarse
+    logits = head(hidden).float().div_(temperature)  # [C, V]; 16 bits are too coarse
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 

@@ -81,7 +81,7 @@ class Wide(nn.Module):
     def __init__(self, head, chunk):
         super().__init__()
         self.head, self.sizes = head, []
-        self.register_buffer("weight", torch.empty(2**25 // chunk, 0))
+        self.register_buffer("weight", torch.empty(2**24 // chunk, 0))
 
     def forward(self, hidden):
         self.sizes.append(len(hidden))
