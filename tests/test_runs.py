@@ -167,12 +167,11 @@ def test_the_same_command_goes_on_wherever_it_ended(name, data, whole, tmp_path,
 CHILD = """
 import os, signal, sys
 sys.argv = sys.argv[1:]
-import common, dpo, torch
-torch.set_num_threads(1)  # as in this process: sums depend on how many add them up
+import common, dpo
 calls = []
 def update(*args):
     calls.append(args)
-    if len(calls) == 4:
+    if len(calls) == int(os.environ["KILL"]):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args)
 original, dpo.update = dpo.update, update
@@ -183,17 +182,19 @@ with common.running(""):
 
 def test_a_process_that_is_killed_goes_on_in_another(data, tmp_path):
     """kill -9 in step 4, once saved at 2: the numbers of a run in one go, without a loss scale."""
-    args = small_args("dpo", data, tmp_path / "killed", **STEPS, epochs=2)
-    argv = ["dpo.py"]
-    for name, value in vars(args).items():
-        if value is not None:
-            argv += ["--" + name.replace("_", "-"), str(value)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.run([sys.executable, "-c", CHILD, *argv], env=env, stderr=subprocess.PIPE)
-    assert child.returncode == -9, child.stderr
+    def child(folder, kill):
+        argv = ["dpo.py"]
+        for name, value in vars(small_args("dpo", data, folder, **STEPS, epochs=2)).items():
+            if value is not None:
+                argv += ["--" + name.replace("_", "-"), str(value)]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KILL": str(kill)}
+        run = subprocess.run([sys.executable, "-c", CHILD, *argv], env=env, capture_output=True)
+        assert run.returncode == (-9 if kill else 0), run.stderr
+
+    child(tmp_path / "killed", 4)
     assert torch.load(tmp_path / "killed/resume.pt", weights_only=True)["step"] == 2
-    command("dpo", args)
-    command("dpo", small_args("dpo", data, tmp_path / "whole", **STEPS, epochs=2))
+    child(tmp_path / "killed", 0)
+    child(tmp_path / "whole", 0)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
