@@ -1,14 +1,12 @@
 """What every script shares: loading models and rows, and turning rows into token ids.
 
-A model is a Hub name, a local folder or a saved LoRA adapter. Its frozen base can be quantised to
-4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); LoRA matrices (Hu et al. 2021,
-arXiv:2106.09685) go on all its linear layers. A row becomes pieces, (ids, is_answer): what is done
-with the answers is the business of the scripts. A row that cannot be used raises ValueError.
+A model is a Hub name, a folder or a LoRA adapter (Hu et al. 2021, arXiv:2106.09685) on a frozen
+base, in 4 bits on a GPU (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A row becomes pieces,
+(ids, is_answer), of which the scripts make examples. One that is of no use raises ValueError.
 """
 # ruff: noqa: E402
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import logging
@@ -19,11 +17,11 @@ import time
 import warnings
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advertises a CPU kernel
+for chatty in "bitsandbytes", "huggingface_hub":  # advertises a kernel; reports every retry
+    logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 import bitsandbytes
 import datasets
-import huggingface_hub
 import peft
 import torch
 import torch.distributed as dist
@@ -32,6 +30,7 @@ from tqdm import tqdm
 from transformers.integrations import sdpa_attention
 
 HERE = Path(__file__).resolve().parent
+SCORE = "base_model.model.score.weight"  # a reward model's head in the file of its adapter
 QUOTE = "\ufdd0"  # a code point that no text has
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
@@ -40,9 +39,10 @@ ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available()
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-huggingface_hub.utils.logging.set_verbosity_error()  # without a network it reports every retry
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
 datasets.disable_progress_bars()
+# with AVX512-BF16 an eval forward repacks 4-bit weights, and the next training step fails
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 
@@ -153,8 +153,7 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     """fp32 on a CPU, bf16 from compute capability 8.0 on: older GPUs like the T4 emulate it."""
     if device.type == "cpu":
         return torch.float32
-    capability = torch.cuda.get_device_capability(device)
-    return torch.bfloat16 if capability >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def autocast(model):
@@ -178,12 +177,8 @@ def find(name: str) -> str:
 
 def adapter_config(name: str) -> peft.PeftConfig | None:
     """The config of a LoRA adapter, or None for a full model."""
-    if Path(find(name)).is_dir() and not Path(find(name), "adapter_config.json").exists():
-        return None
-    try:
-        return peft.PeftConfig.from_pretrained(find(name))
-    except ValueError:  # peft's answer if the Hub has no adapter_config.json there
-        return None
+    is_adapter = transformers.utils.peft_utils.find_adapter_config_file(find(name))
+    return peft.PeftConfig.from_pretrained(find(name)) if is_adapter else None
 
 
 def base_of(name: str) -> str:
@@ -206,18 +201,21 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
                task: str = "CAUSAL_LM"):
     """Loads a model with a LoRA adapter "default" to train, in fp32; all else is frozen.
 
-    If `name` is an adapter, its base is loaded below it, training goes on with its matrices, and a
-    frozen copy of them stays as "reference". `lora_rank` 0 trains all weights, and never in 4 bits.
-    `trainable=False` loads the model as it is. The task SEQ_CLS gives a reward model: a scalar head
-    `score`, trained and saved with the adapter.
+    If `name` is an adapter, training goes on with its matrices, and a frozen copy of them stays as
+    "reference". `lora_rank` 0 trains all weights, never in 4 bits; `trainable=False` none. The task
+    SEQ_CLS gives a reward model: a scalar head `score`, trained and saved with the adapter.
     """
     device = choose_device()
     full = trainable and lora_rank == 0
-    # in 16 bits, most of Adam's small steps would round to nothing
-    dtype = torch.float32 if full else choose_dtype(device)
+    dtype = torch.float32 if full else choose_dtype(device)  # Adam's steps would round to nothing
     quantise = load_in_4bit == "on" and not full
-    prepare_machine(name, device)
+    if is_tiny(name):
+        torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
+    if choose_dtype(device) == torch.float16:
+        # before Ampere, SDPA runs enable_gqa in its slow math kernel: let transformers repeat keys
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
     with phase(f"loading the model {name}"):
+        warnings.filterwarnings("error", "Found missing adapter keys")  # or they would be random
         adapter = adapter_config(name)
         if full and adapter:
             raise ValueError("--lora-rank 0 cannot go on from an adapter")
@@ -248,21 +246,8 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
                 parameter.data = parameter.data.float()  # the GradScaler refuses fp16 gradients
         if gradient_checkpointing == "on":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if adapter:
-            check_adapter(model, name)
         check_forward(model, task)
     return model.train(trainable)
-
-
-def prepare_machine(name: str, device: torch.device):
-    """Three traps of three machines."""
-    if is_tiny(name):
-        torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
-    # with AVX512-BF16 an eval forward repacks 4-bit weights, and the next training step fails
-    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-    if choose_dtype(device) == torch.float16:
-        # before Ampere, SDPA runs enable_gqa in its slow math kernel: let transformers repeat keys
-        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
 def add_lora(model, adapter_name: str | None, rank: int, task: str):
@@ -274,10 +259,19 @@ def add_lora(model, adapter_name: str | None, rank: int, task: str):
     config.modules_to_save = ["score"] if task == "SEQ_CLS" else None
     model = peft.get_peft_model(model, config)
     if adapter_name:
-        weights = peft.load_peft_weights(find(adapter_name), device="cpu")
         score = model.get_base_model().score.modules_to_save["default"].weight
-        peft.set_peft_model_state_dict(model, weights | {"base_model.model.score.weight": score})
+        load_weights(model, adapter_name, "default", {SCORE: score})
     return model
+
+
+def load_weights(model, name: str, role: str, head: dict | None = None) -> dict:
+    """Fills the adapter `role` from the file of `name`; what the file lacks peft leaves random."""
+    weights = peft.load_peft_weights(find(name), device="cpu") | (head or {})
+    missing = peft.set_peft_model_state_dict(model, weights, adapter_name=role).missing_keys
+    if any(f".{role}." in key for key in missing):
+        raise ValueError("its file does not hold the weights that its config names")
+    check_weights(model)
+    return weights
 
 
 def causal_lm(model):
@@ -285,26 +279,20 @@ def causal_lm(model):
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def check_adapter(model, name: str, role: str = "default"):
-    """Refuses an adapter whose file lacks weights, of which peft only warns, or has broken ones."""
-    weights = peft.load_peft_weights(find(name), device="cpu")
-    wanted = peft.get_peft_model_state_dict(model, adapter_name=role, save_embedding_layers=False)
-    if not all(key in weights or ".score." in key for key in wanted):
-        raise ValueError("its file does not hold the weights that its config names")
-    if not all(weight.isfinite().all() for weight in weights.values()):
+def check_weights(model):
+    """Refuses weights that are no finite numbers: a sum is finite where all are, with no copy."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    if not all(p.sum(dtype=torch.float32).isfinite() for p in weights):
         raise ValueError("its weights are not finite numbers")
 
 
 @torch.no_grad()
 def check_forward(model, task: str):
     """Refuses broken weights, and logits that are capped or scaled after the head."""
+    check_weights(model)
     causal = causal_lm(model).eval()
     input_ids = torch.arange(4, device=causal.device)[None]
     hidden = causal.base_model(input_ids=input_ids).last_hidden_state
-    floats = [p for p in model.parameters() if p.is_floating_point()]
-    # a sum is finite where all are, and needs no copy of them
-    if not all(p.sum(dtype=torch.float32).isfinite() for p in (hidden, *floats)):
-        raise ValueError("its weights or outputs are not finite numbers")
     if task == "CAUSAL_LM":
         logits = causal(input_ids=input_ids).logits.float()
         ours = causal.get_output_embeddings()(hidden).float()
@@ -317,15 +305,13 @@ def using(model, role: str | None):
     """Inside, `model` wears the adapter `role`, or with None it is the bare base."""
     outer = model.active_adapter
     flags = [(p, p.requires_grad) for p in model.parameters()]  # peft changes them on the way
-    try:
-        with contextlib.nullcontext() if role else model.disable_adapter():
-            if role:
-                model.set_adapter(role)
-            yield
-    finally:
-        model.set_adapter(outer)
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    with contextlib.nullcontext() if role else model.disable_adapter():
+        if role:
+            model.set_adapter(role)
+        yield
+    model.set_adapter(outer)
+    for p, flag in flags:
+        p.requires_grad_(flag)
 
 
 def reference(model):
@@ -342,35 +328,25 @@ def reward_config(name: str, policy: str) -> peft.PeftConfig:
         base, wanted = base_of(name), base_of(policy)
         if Path(base).resolve() != Path(wanted).resolve():
             raise ValueError(f"one base has to carry both: its is {base}, the policy's {wanted}")
+        config.task_type = "CAUSAL_LM"  # its head is no part of the model that carries it
+        config.modules_to_save = None
     return config
 
 
 def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:
-    """Puts one more adapter on `model` and returns the scalar head that goes with it.
-
-    Both come from `name`, which reward_model.py saved on the same base; None gives a new adapter
-    that changes nothing yet, and a head of zeros.
-    """
+    """Puts on `model` the adapter of the reward model `name`, or a new one; returns its head."""
     own = model.peft_config["default"]
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
     config = peft.LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
-    weights = {}
     score = torch.zeros(1, causal_lm(model).config.hidden_size)
     if name:
         config = reward_config(name, own.base_model_name_or_path)
-        with phase(f"loading the reward model {name}"):
-            weights = peft.load_peft_weights(find(name), device="cpu")
-            score = weights.pop("base_model.model.score.weight")
     with phase(f"loading the reward model {name} for the {role}"):
-        config.task_type = "CAUSAL_LM"
-        config.modules_to_save = None
         model.add_adapter(role, config)
-        if weights:
-            peft.set_peft_model_state_dict(model, weights, adapter_name=role)
-            check_adapter(model, name, role)
+        if name:
+            score = load_weights(model, name, role)[SCORE]
     for key, p in model.named_parameters():
         p.requires_grad_(flags.get(key, trainable))
-        p.data = p.data.float() if p.requires_grad else p.data
     head = torch.nn.Linear(score.shape[1], 1, bias=False, device=model.device)
     head.weight.data.copy_(score)
     return head.requires_grad_(trainable)
@@ -383,13 +359,10 @@ def save_model(model, tokenizer, folder: Path):
     tokenizer.save_pretrained(folder)
 
 
-def describe(model) -> dict:
+def settings(model) -> dict:
     """What was chosen for this model on this machine."""
-    on_gpu = model.device.type == "cuda"
-    return {"device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
-            "dtype": str(choose_dtype(model.device)).removeprefix("torch."),
+    return {"device": str(model.device), "dtype": str(choose_dtype(model.device)),
             "load_in_4bit": bool(getattr(causal_lm(model), "is_loaded_in_4bit", False)),
-            "gradient_checkpointing": causal_lm(model).is_gradient_checkpointing,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
@@ -438,10 +411,8 @@ def end_answers_with_eos(tokenizer, end_token: str):
         f"{{%- set chat %}}{tokenizer.chat_template}{{%- endset %}}{{%- set header = {header!r} %}}"
         "{%- for part in chat.split(header) %}{{ part if loop.first else header + "
         f"part.replace({end_token!r}, {tokenizer.eos_token!r}, 1) }}}}{{%- endfor %}}")
-    end_of_turn_id.cache_clear()
 
 
-@functools.lru_cache
 def end_of_turn_id(tokenizer) -> int | None:
     """The special token with which the chat template closes an assistant turn, if it has one."""
     if not tokenizer.chat_template:
@@ -455,16 +426,12 @@ def end_of_turn_id(tokenizer) -> int | None:
 def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[int]:
     """Every token that ends an answer: eos, the model's own ones, the template's end of turn."""
     own = generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    if template:
-        ids.add(end_of_turn_id(tokenizer))
-    return sorted(ids - {None})
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({*ids, end_of_turn_id(tokenizer) if template else None} - {None})
 
 
 def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> str:
     """A conversation as text. A special token that messages or tools spell is broken by QUOTE."""
-    if not tokenizer.chat_template:
-        raise ValueError("messages need a chat template, which this model does not have")
     for message in messages:
         keys = message.keys() if isinstance(message, dict) else set()
         if "role" not in keys or not {"content", "tool_calls"} & keys:
@@ -525,13 +492,10 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
 
 
 def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bool]]:
-    """Prompt and answer, with eos at its end, once.
-
-    Tokenised as one text, because many tokenizers treat the start of a text specially, and divided
-    where the prompt's own ids end, before a token that spans the border.
-    """
+    """Prompt and answer, with eos at its end, once."""
     if not answer:
         raise ValueError("the answer is empty")
+    # one text, as tokenizers may treat its start specially; a token may span the border
     ids = tokenizer(prompt + answer)["input_ids"]
     if ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
@@ -540,11 +504,7 @@ def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bo
 
 
 def encode_chat(tokenizer, chat: list, turns: list[int], tools) -> list[tuple[list[int], bool]]:
-    """A conversation up to the last of the `turns`, which are the answers.
-
-    A turn reaches from the generation prompt through its end-of-turn token. Few templates mark it,
-    so it is found by rendering the conversation up to it.
-    """
+    """A conversation up to the last of the `turns`, each from its header through its end token."""
     ids = to_ids(tokenizer, render(tokenizer, chat, tools))
     ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
     pieces, done = [], 0
@@ -567,10 +527,7 @@ def encode_chat(tokenizer, chat: list, turns: list[int], tools) -> list[tuple[li
 
 
 def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
-    """Chosen and rejected answer of a row, each as pieces, of which the first is the prompt.
-
-    Texts or messages; the prompt is a column of its own, or what both begin with.
-    """
+    """Chosen and rejected, each as pieces: the prompt (a column, or how both begin), the answer."""
     prompt, answers = row.get("prompt", ""), [row.get("chosen"), row.get("rejected")]
     if not all(answers) or answers[0] == answers[1]:
         raise ValueError("chosen and rejected must be two different answers")
@@ -606,10 +563,7 @@ def show(tokenizer, input_ids: list[int], loss_mask: list[int]):
 # ---- rows ----------------------------------------------------------------------------------------
 
 def load_rows(source: str, split: str, limit: int, seed: int) -> list[dict]:
-    """The rows of a local file, or up to `limit` random ones of a Hub dataset.
-
-    A Hub name may carry a configuration behind a colon: openai/gsm8k:main.
-    """
+    """The rows of a file, or up to `limit` random ones of a Hub dataset, NAME or NAME:CONFIG."""
     with phase(f"reading {source}"):
         if file_type := FORMATS.get(Path(source).suffix.lower()):
             rows = datasets.load_dataset(file_type, data_files=find(source), split="train")
@@ -629,18 +583,16 @@ def without_nones(value):
 
 def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: int) -> list[dict]:
     """What `encode` makes of the rows: an example each, or a list of them. It may refuse a row."""
-    max_length = min(max_length, tokenizer.model_max_length)
-    examples, refused, divided = [], [], 0
+    encoded, refused = [], []
     for number, row in enumerate(rows, 1):
         try:
-            encoded = encode(row, tokenizer, max_length)
+            made = encode(row, tokenizer, min(max_length, tokenizer.model_max_length))
+            encoded.append(made if isinstance(made, list) else [made])
         except Exception as error:  # templates and tokenizers raise types of their own
             refused.append(f"row {number}: {error}")
-            continue
-        examples += encoded if isinstance(encoded, list) else [encoded]
-        divided += isinstance(encoded, list) and len(encoded) > 1
+    examples = list(itertools.chain(*encoded))
     report = f"{source}: {len(rows)} rows, {len(examples)} examples"
-    if divided:
+    if divided := sum(len(several) > 1 for several in encoded):
         report += f"; {divided} rows became one per answer, as the template rewrites earlier turns"
     if refused:
         report += f"; {len(refused)} rows cannot be used, the first is {refused[0]}"
@@ -651,21 +603,16 @@ def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: in
 
 
 def load_examples(args, encode, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples, the latter from --eval-dataset or kept out of --dataset."""
+    """Training and held-out examples; without --eval-dataset, at most a fifth is kept out."""
     if args.eval_dataset and Path(args.eval_dataset).resolve() == Path(args.dataset).resolve():
         fail(f"--eval-dataset {args.dataset} is what is trained on: without it, some is held out")
     rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed)
     examples = encode_rows(args.dataset, rows, encode, tokenizer, args.max_length)
-    if not args.eval_dataset:
-        return hold_out(examples, args.eval_size, args.seed)
-    rows = load_rows(args.eval_dataset, args.split, args.eval_size, args.seed)[:args.eval_size]
-    return examples, encode_rows(args.eval_dataset, rows, encode, tokenizer, args.max_length)
-
-
-def hold_out(examples: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples, at most a fifth of all; no prompt is in both."""
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = [examples[i] for i in order[:min(size, len(examples) // 5)]]
+    if args.eval_dataset:
+        rows = load_rows(args.eval_dataset, args.split, args.eval_size, args.seed)[:args.eval_size]
+        return examples, encode_rows(args.eval_dataset, rows, encode, tokenizer, args.max_length)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed))
+    held_out = [examples[i] for i in order[:min(args.eval_size, len(examples) // 5)]]
     prompts = {tuple(example["prompt"]) for example in held_out}
     training = [example for example in examples if tuple(example["prompt"]) not in prompts]
     if not training or not held_out:

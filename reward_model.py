@@ -193,7 +193,7 @@ def train(args):
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.describe(model))
+    print(common.settings(model))
 
     # 3. Where the run stands: at its start, or where it was interrupted.
     open_run(args, [pairs, held_out])
@@ -340,7 +340,7 @@ def finish(args, state, model, tokenizer, after):
     """Saves the adapter and the summary; only then is anything printed that could fail."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
-        summary = {"method": Path(__file__).stem} | vars(args) | common.describe(model)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {"step": state["step"], "before": state["before"], "after": after}
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))

@@ -253,7 +253,7 @@ def train(args):
     if args.neftune_alpha:
         noise = functools.partial(add_noise, args.neftune_alpha)
         common.causal_lm(model).base_model.register_forward_pre_hook(noise, with_kwargs=True)
-    print(common.describe(model))
+    print(common.settings(model))
 
     # 3. Where the run stands: at its start, or where it was interrupted.
     open_run(args, [examples, held_out])
@@ -406,7 +406,7 @@ def finish(args, state, model, tokenizer, after):
     """Saves the adapter and the summary; only then is anything printed that could fail."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
-        summary = {"method": Path(__file__).stem} | vars(args) | common.describe(model)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {"step": state["step"], "before": state["before"], "after": after}
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))

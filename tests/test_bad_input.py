@@ -35,7 +35,7 @@ def ends(data, tmp_path, refused, monkeypatch):
         if "model" in flags and KIND[name] == "prompt":
             flags["reward"] = "correct_answer"  # a reward model sits on its own base
         flags = {"max_steps": 1} | flags  # a run that is not refused ends soon
-        line = refused(command, name, small_args(name, data, tmp_path / "run", **flags))
+        line = refused(lambda: command(name, small_args(name, data, tmp_path / "run", **flags)))
         assert not (tmp_path / "run").exists()
         return line
     return run

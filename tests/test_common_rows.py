@@ -124,7 +124,7 @@ def test_only_turns_of_the_answer_are_trained(chat):
 def test_messages_need_a_template(llama):
     """Messages for a model without a chat template are refused, texts are not."""
     for call in (common.encode_prompt, lambda *args: common.encode(*args, [says("2")])):
-        with pytest.raises(ValueError, match="need a chat template"):
+        with pytest.raises(ValueError, match="chat_template is not set"):
             call(llama, CHAT)
     assert common.end_of_turn_id(llama) is None
     for prompt in ("", [], None, 3, {"role": "user"}):
@@ -389,26 +389,37 @@ def test_an_example_is_shown_with_what_is_trained_in_green(chat, capsys):
 
 # ---- held out ------------------------------------------------------------------------------------
 
-def test_no_prompt_is_both_trained_on_and_held_out():
+@pytest.fixture
+def hold_out(monkeypatch, chat):
+    """What load_examples makes of given examples without an --eval-dataset."""
+    def divide(examples, size, seed):
+        monkeypatch.setattr(common, "load_rows", lambda *_: examples)
+        args = run_args(dpo, dataset="x", eval_size=size, seed=seed)
+        return common.load_examples(args, lambda row, *_: row, chat, 10**6)
+
+    return divide
+
+
+def test_no_prompt_is_both_trained_on_and_held_out(hold_out):
     """For 30 seeds: parts are disjoint in prompts, at most a fifth, as large as asked, random."""
     examples = [{"prompt": [n // 3], "n": n} for n in range(60)]
     seen = set()
     for seed in range(30):
-        training, held_out = common.hold_out(examples, 7, seed)
+        training, held_out = hold_out(examples, 7, seed)
         prompts = {example["prompt"][0] for example in held_out}
         assert len(held_out) == 7
         assert training == [example for example in examples if example["n"] // 3 not in prompts]
-        assert common.hold_out(examples, 7, seed) == (training, held_out)
+        assert hold_out(examples, 7, seed) == (training, held_out)
         seen |= {example["n"] for example in held_out}
-        assert len(common.hold_out(examples, 999, seed)[1]) == 12
+        assert len(hold_out(examples, 999, seed)[1]) == 12
     assert len(seen) > 50
 
 
 @pytest.mark.parametrize("prompts", [[1], [1, 2, 3, 4], [1] * 20])
-def test_too_few_prompts_to_hold_some_out(prompts, refused):
+def test_too_few_prompts_to_hold_some_out(prompts, refused, hold_out):
     """Both parts need a row."""
     examples = [{"prompt": [prompt]} for prompt in prompts]
-    assert "--eval-dataset" in refused(common.hold_out, examples, 5, 0)
+    assert "--eval-dataset" in refused(hold_out, examples, 5, 0)
 
 
 def test_training_and_held_out_rows_come_from_where_they_should(write_jsonl, chat, refused):

@@ -665,7 +665,7 @@ def test_what_a_run_saves(run, adapter, tokenizer, monkeypatch):
             fresh, seen.start, expected_examples(tokenizer, HELD_OUT), seen.args)
     for name, value in seen.summary["after"].items():
         assert value == pytest.approx(hand[name].item(), abs=1e-4), name
-    expected = {"method": "dpo", "label_smoothing": 0.1, "dtype": "float32", "step": 3}
+    expected = {"method": "dpo", "label_smoothing": 0.1, "dtype": "torch.float32", "step": 3}
     assert expected.items() <= seen.summary.items()
     assert json.loads((seen.folder / "args.json").read_text())["label_smoothing"] == 0.1
 

@@ -456,7 +456,7 @@ def test_an_overflow_skips_one_step_and_halves_the_scale(data, tmp_path, monkeyp
     assert [x.moved for x in seen.steps] == [False, True]
     assert [x["loss_scale"] for x in metrics] == [32.0, 32.0]
     assert metrics[0]["grad_norm"] is None and 0 < metrics[1]["grad_norm"] < 100
-    assert summary["dtype"] == "float16" and metrics[1]["kl"] == 0
+    assert summary["dtype"] == "torch.float16" and metrics[1]["kl"] == 0
     trained = [p for p in seen.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32} == {seen.heads["critic"].weight.dtype}
     file = load_file(tmp_path / "run/adapter_model.safetensors")
