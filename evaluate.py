@@ -3,16 +3,20 @@
     python evaluate.py                            # the tiny model and every run on it in runs/
     python evaluate.py Qwen/Qwen2.5-0.5B runs/dpo --dataset openai/gsm8k:main --max-new-tokens 512
     python evaluate.py runs/sft runs/ppo --reward examples/rewards.py:shortness
+    python evaluate.py tiny/chat --best-of 8 --reward tiny/reward
 
 A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt` and `answer`.
 
     sampled   share of right answers at --temperature, with a 95% interval
     greedy    share of right answers of the likeliest token every time, with the same interval
     pass@k    chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)
-    reward    mean score of the sampled answers by --reward, a function as grpo.py takes it
+    reward    mean score of the sampled answers by --reward; prm.py's is that of the worst line
     kl        KL from the first checkpoint, in nats per sampled answer
     length    tokens of a sampled answer
     stopped   share of the sampled answers that end by themselves, before --max-new-tokens
+
+With --best-of N, shares of right answers when one of N samples is picked: the first; one with the
+number that most of them end in; the best by --reward; and, as if one knew, a right one (oracle).
 """
 import argparse
 import functools
@@ -31,6 +35,7 @@ from transformers import DynamicCache
 
 import common
 
+PICKS = ("first", "majority", "best", "oracle")
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
 add("checkpoints", nargs="*", help="without any: tiny/chat and the runs on it in runs/")
@@ -39,7 +44,8 @@ add("--split", default="test", help="of a Hub dataset")
 add("--size", type=common.count, default=300, help="prompts at most")
 add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
 add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
-add("--reward", default="correct_answer", help="that, or FILE.py:function")
+add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
+add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
 add("--max-new-tokens", type=common.count, default=64, help="longest answer; GSM8K needs 512")
 add("--micro-batch-size", type=common.count, default=128, help="answers at a time")
@@ -168,6 +174,85 @@ def call_reward(name, reward, examples, texts):
     return scores.tolist()
 
 
+def load_scorer(name, args):
+    """What --reward names, as a function: a user's own, or one that asks a trained head."""
+    if name == "correct_answer":
+        return correct_answer
+    file, _, function = name.rpartition(":")
+    with common.phase(f"loading the reward {name}"):
+        if file.endswith(".py"):
+            return runpy.run_path(common.find(file))[function]
+        config = common.adapter_config(name)
+        if not config or config.task_type != "SEQ_CLS":
+            raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
+        summary = Path(common.find(name), "summary.json")  # tiny/reward has none
+        by_steps = summary.exists() and json.loads(summary.read_text())["method"] == "prm"
+    tokenizer = common.load_tokenizer(name)
+    model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False, task="SEQ_CLS")
+    return functools.partial(model_scores, model, tokenizer, by_steps)
+
+
+@torch.no_grad()
+def model_scores(model, tokenizer, by_steps, prompts, completions, tools=None, **columns):
+    """r(x, y) at the last token of answers, or by steps the smallest chance of a right one.
+
+    The texts are encoded anew, by the scorer's own tokenizer, like the rows it was trained on.
+    """
+    scores = []
+    tools = tools or [None] * len(prompts)
+    for prompt, text, tool in zip(prompts, completions, tools, strict=True):
+        said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
+        if text.strip():  # an empty answer is the token that ends it
+            (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
+        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
+        ends = step_ends(tokenizer, answer, steps) or [len(answer) - 1]
+        batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
+        batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
+        with common.autocast(model):
+            logits = step_logits(model, batch.to(model.device), common.causal_lm(model).score)
+        scores.append((logits.sigmoid() if by_steps else logits).min().item())
+    return scores
+
+
+def step_ends(tokenizer, ids, steps):
+    """Where each step ends: the index in `ids`, an answer, of the token with its last character.
+
+    Tokens may hold parts of characters, so it is decoded prefixes that tell what has been said. A
+    binary search over them finds the first that says all of a step.
+    """
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(ids, **plain)
+    ends, low, done = [], 0, 0
+    for step in steps:
+        start = text.find(step, done)
+        if start < 0:
+            raise ValueError(f"its tokens do not spell the step {step!r:.80}")
+        done, high = start + len(step), len(ids) - 1
+        while low < high:
+            last = middle = (low + high) // 2
+            # a prefix that ends within a character is spelled wrong: then a shorter one counts
+            while not text.startswith(said := tokenizer.decode(ids[:last + 1], **plain)):
+                last -= 1
+            if len(said) >= done:
+                high = last
+            else:
+                low = middle + 1
+        ends.append(low)
+    return ends
+
+
+def step_logits(model, batch, head):
+    """The logit of each step, [B, S], read at its last token; rows with fewer steps are padded."""
+    causal = common.causal_lm(model)
+    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
+                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    rows = torch.arange(len(hidden))[:, None]  # [B, 1]
+    hidden = hidden[rows.to(hidden.device), batch["step_ends"]]  # [B, S, D]
+    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 def pass_at_k(right, count, k):
@@ -182,6 +267,15 @@ def wilson(share, count, z=1.96):
     return tuple(min(1, max(0, (center + x) / (1 + z * z / count))) for x in (-spread, spread))
 
 
+def pick(texts, scores, right):
+    """Whether what is picked among the samples of a prompt is right, in each of the ways PICKS."""
+    numbers = [last_number(text) for text in texts]
+    said = [number for number in numbers if number is not None] or [None]
+    voted = numbers.index(max(said, key=said.count))  # of equals the one that was said first
+    picked = (right[0], right[voted], right[scores.index(max(scores))], max(right))
+    return dict(zip(PICKS, picked, strict=True))
+
+
 @torch.no_grad()
 def measure(name, tokenizer, examples, reward, first, args):
     """One line of the table, and the model with its tokenizer; `first` is that of the first."""
@@ -189,6 +283,7 @@ def measure(name, tokenizer, examples, reward, first, args):
     same_tokens = first and first[1].get_vocab() == tokenizer.get_vocab()
     greedy = argparse.Namespace(**vars(args) | {"temperature": 1e-6})  # the likeliest always wins
     figures = {"sampled": [], "greedy": [], "reward": [], "kl": [], "length": [], "stopped": []}
+    figures |= {name: [] for name in PICKS if args.best_of}
     size = max(1, args.micro_batch_size // args.samples_per_prompt)
     for i in tqdm(range(0, len(examples), size), desc=name, leave=False):
         part = examples[i:i + size]
@@ -201,8 +296,14 @@ def measure(name, tokenizer, examples, reward, first, args):
         figures["greedy"] += call_reward("correct_answer", correct_answer, part, texts)
         part = [example for example in part for _ in range(args.samples_per_prompt)]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        figures["sampled"] += call_reward("correct_answer", correct_answer, part, texts)
-        figures["reward"] += call_reward(args.reward, reward, part, texts)
+        right = call_reward("correct_answer", correct_answer, part, texts)
+        scores = call_reward(args.reward, reward, part, texts)
+        figures["sampled"] += right
+        figures["reward"] += scores
+        for j in range(0, len(texts) if args.best_of else 0, args.samples_per_prompt):
+            some = slice(j, j + args.best_of)
+            for way, is_right in pick(texts[some], scores[some], right[some]).items():
+                figures[way].append(is_right)
         batch = join_answers([example["prompt"] for example in part], answers, tokenizer, model)
         figures["length"] += [len(answer) for answer in answers]
         figures["stopped"] += batch["stopped"].tolist()
@@ -216,7 +317,7 @@ def measure(name, tokenizer, examples, reward, first, args):
     groups = torch.tensor(figures["sampled"]).view(-1, args.samples_per_prompt).sum(1).tolist()
     passed = [pass_at_k(int(right), args.samples_per_prompt, args.k) for right in groups]
     line["pass@k"] = sum(passed) / len(passed)
-    for column in "sampled", "greedy":
+    for column in [name for name in ("sampled", "greedy", *PICKS) if name in line]:
         line[f"{column}_interval"] = wilson(line[column], len(examples))
     return line, first or (model, tokenizer)
 
@@ -227,36 +328,31 @@ def tiny_runs():
     for file in sorted(Path("runs").glob("*/summary.json")):
         with common.phase(f"reading {file}"):
             method = json.loads(file.read_text())["method"]
-        if method != "reward_model" and common.is_tiny(str(file.parent)):
+        if method not in ("reward_model", "prm") and common.is_tiny(str(file.parent)):
             names.append(str(file.parent))
     return names
 
 
-def show_table(lines, args):
+def show_table(lines, shares, others, args):
     width = max(len(line["checkpoint"]) for line in lines)
-    others = ["pass@k", "reward", "kl", "length", "stopped"]
-    print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}\n")
-    titles = "".join(f"{name:>9}" for name in others).replace("@k", f"@{args.k}")
-    print(f"{'':<{width}}{'sampled':>21}{'greedy':>21}{titles}")
+    titles = "".join(f"{name:>21}" for name in shares) + "".join(f"{name:>9}" for name in others)
+    print(f"\n{'':<{width}}{titles.replace('@k', f'@{args.k}')}")
     for line in lines:
         row = f"{line['checkpoint']:<{width}}"
-        for column in "sampled", "greedy":
+        for column in shares:
             low, high = line[f"{column}_interval"]
             row += f"  {line[column]:.3f} ({low:.3f}–{high:.3f})"
         print(row, *("       -" if line[x] is None else f"{line[x]:8.3f}" for x in others))
 
 
 def main(args):
+    args.samples_per_prompt = max(args.samples_per_prompt, args.best_of)
     if args.k > args.samples_per_prompt:
         common.fail(f"--k {args.k} needs at least as many --samples-per-prompt")
     if args.output and (Path(args.output).exists() or not Path(args.output).parent.is_dir()):
         common.fail(f"--output {args.output} is there already, or its folder is not")
     names = args.checkpoints or ["tiny/chat", *tiny_runs()]
-    reward = correct_answer
-    if args.reward != "correct_answer":
-        file, _, function = args.reward.rpartition(":")
-        with common.phase(f"loading the reward {args.reward}"):
-            reward = runpy.run_path(common.find(file))[function]
+    reward = load_scorer(args.reward, args)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens, needs_answer=True)
     tokenizers, examples = {}, {}
@@ -271,7 +367,11 @@ def main(args):
         lines.append(line)
     if args.output:
         Path(args.output).write_text(json.dumps(lines, indent=2))
-    show_table(lines, args)
+    print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}")
+    show_table(lines, ["sampled", "greedy"], ["pass@k", "reward", "kl", "length", "stopped"], args)
+    if args.best_of:
+        print(f"\none of {args.best_of} samples, the best by {args.reward}")
+        show_table(lines, PICKS, [], args)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ flags.add_argument("runs", nargs="+", help="folders of runs")
 flags.add_argument("--output", help="a new picture; without it, curves.png in the first folder")
 UNITS = {"kl": "nats per answer", "sampler_kl": "nats per token", "entropy": "nats per token",
          "chosen_logp": "nats per answer", "rejected_logp": "nats per answer",
-         "length": "tokens", "trained_tokens": "tokens", "peak_memory_gib": "GiB",
-         "seconds": "s", "rollout_seconds": "s"}
+         "z": "nats per answer", "length": "tokens", "trained_tokens": "tokens",
+         "peak_memory_gib": "GiB", "seconds": "s", "rollout_seconds": "s"}
 
 
 def read_metrics(run):

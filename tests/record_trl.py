@@ -25,6 +25,7 @@ PREFERENCES = {  # name: (loss of dpo.py, TRL's name, beta, what else)
     "smoothed": ("dpo", "aot", 0.2, {"label_smoothing": 0.15}),
     "simpo": ("simpo", "simpo", 2.0, {"gamma": 0.7}),
     "cpo": ("cpo", "sigmoid", 0.3, {}), "orpo": ("orpo", "orpo", 0.4, {})}
+KTO = {"plain": (0.1, 1.0, 1.0), "weighted": (0.7, 1.4, 0.6)}  # name: (beta, λ_D, λ_U)
 GROUP_LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo")
 BETAS = (0.0, 0.3)
 DRIFTS = (0.0, 0.05, 0.5)  # how far log-probs are from those of the sampler: the ratios
@@ -52,6 +53,15 @@ def sequences(seed):
         ref_logps=-4 - 9 * torch.rand(6, generator=generator))
 
 
+def unpaired(seed):
+    """Six labelled answers; and what stands in for them behind the prompts of other ones."""
+    x = sequences(seed)
+    x.labels = torch.tensor([True, False, False, True, False, False])
+    x.mismatched_logps = -20 + normal(seed + 5, 6)
+    x.mismatched_ref_logps = x.mismatched_logps - 1 - normal(seed + 6, 6)
+    return x
+
+
 def completions(seed, drift):
     """Log-probs [6, 9] of completions, of their sampler and reference, advantages and mask."""
     mask = (torch.arange(9) < torch.tensor([[9], [3], [6], [1], [8], [5]])).long()
@@ -69,6 +79,13 @@ def comparisons(seed):
 
 def grouped_rewards(seed):
     return normal(seed, 4, 5)
+
+
+def pair_scores(seed, tie):
+    """Scores [6] of three first and three second answers; a tie is that of the first pair."""
+    scores = normal(seed, 6)
+    scores[3] = scores[0] if tie else scores[3]
+    return scores
 
 
 def rollout(seed, lengths):
@@ -219,6 +236,37 @@ def preferences():
     return record
 
 
+def kto():
+    """One batch, and its halves as micro-batches, with a z each; whose completion is read for z."""
+    from trl import KTOTrainer
+    from trl.trainer import kto_trainer
+    record = {}
+    for name, (beta, desirable_weight, undesirable_weight) in KTO.items():
+        x = unpaired(80)
+        losses, points = [], []
+        for rows in slice(0, 6), slice(0, 3), slice(3, 6):
+            trainer = stand_in(
+                calculate_KL=True, precompute_ref_logps=True, loss_type="kto", beta=beta,
+                desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+            trainer._compute_kl_logps = lambda *args, rows=rows, x=x: x.mismatched_logps[rows]
+            part = SimpleNamespace(hidden=x.hidden[rows], head=x.head,
+                                   input_ids=x.input_ids[rows], loss_mask=x.loss_mask[rows])
+            inputs = {"input_ids": part.input_ids, "attention_mask": x.attention_mask[rows],
+                      "completion_mask": part.loss_mask, "label": x.labels[rows],
+                      "ref_logps": x.ref_logps[rows],
+                      "ref_KL_logps": x.mismatched_ref_logps[rows]}
+            losses.append(KTOTrainer._compute_loss(
+                trainer, lambda part=part, **kwargs: outputs_of(part), inputs, False))
+            points.append(trainer._metrics["train"]["kl"][0])
+        whole, *halves = losses
+        record[name] = {"z": points[0], "whole": loss_and_norm(whole, x.hidden),
+                        "halves": loss_and_norm(sum(halves) / 2, x.hidden)}
+    names = {"examples": {"completion_ids": list(range(6))}}
+    line = 'examples["KL_completion_ids"] ='
+    run_lines(inspect.getfile(kto_trainer), line, line, names)
+    return record | {"order": names["examples"]["KL_completion_ids"]}
+
+
 def group_losses():
     from trl import GRPOConfig, GRPOTrainer
     default = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
@@ -284,6 +332,25 @@ def rloo():
     return record
 
 
+def online_dpo():
+    """Lines of the trainer's step: which answer is chosen, and the loss of the pairs."""
+    from trl.experimental.online_dpo import online_dpo_trainer
+    record = {}
+    for loss, theirs in ("dpo", "sigmoid"), ("ipo", "ipo"):
+        for tie in (False, True):
+            x = completions(80, 0.0)
+            trainer = stand_in(beta=0.2)
+            trainer.args.loss_type = theirs
+            names = vars(online_dpo_trainer) | {
+                "self": trainer, "rewards": pair_scores(81, tie), "batch_size": 3,
+                "device": torch.device("cpu"), "completion_mask": x.mask, "logprobs": x.logps,
+                "ref_logprobs": x.ref_logps}
+            run_lines(inspect.getfile(online_dpo_trainer), "first_half, second_half =",
+                      "loss = losses.mean()", names)
+            record[f"{loss} tie {tie}"] = loss_and_norm(names["loss"], x.logps)
+    return record
+
+
 def ppo(file):
     """Advantages and losses, line by line from the training loop of TRL 1.12.0."""
     record = {}
@@ -325,8 +392,9 @@ def main():
     record = {"versions": {"trl": trl.__version__, "torch": torch.__version__,
                            "transformers": transformers.__version__},
               "command": "python tests/record_trl.py ppo_trainer.py", "sft": sft(),
-              "reward_model": reward_model(), "preferences": preferences(),
-              "group_losses": group_losses(), "advantages": advantages(), "rloo": rloo()}
+              "reward_model": reward_model(), "preferences": preferences(), "kto": kto(),
+              "group_losses": group_losses(), "advantages": advantages(), "rloo": rloo(),
+              "online_dpo": online_dpo()}
     if len(sys.argv) > 1:
         record["versions"]["trl for ppo"] = "1.12.0"
         record["ppo"] = ppo(sys.argv[1])

@@ -23,12 +23,15 @@ from tqdm import tqdm
 import common
 
 KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt",
-        "grpo": "prompt"}
+        "grpo": "prompt", "kto": "preference", "online_dpo": "prompt", "prm": "steps"}
 SCRIPTS = {name: importlib.import_module(name) for name in KIND}
 SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes need
     "sft": dict(batch_size=5, micro_batch_size=2, max_new_tokens=4),
     "reward_model": dict(batch_size=5, micro_batch_size=2),
+    "prm": dict(batch_size=5, micro_batch_size=2),
     "dpo": dict(batch_size=5, micro_batch_size=2),
+    "kto": dict(batch_size=5, micro_batch_size=2),  # always 5, of 22: a pair is two answers
+    "online_dpo": dict(batch_size=5, micro_batch_size=2, max_new_tokens=8, loss="xpo"),
     "ppo": dict(batch_size=5, micro_batch_size=3, epochs=2, max_new_tokens=8, beta=0.5),
     "grpo": dict(batch_size=3, micro_batch_size=4, group_size=2, updates=2, max_new_tokens=8)}
 
@@ -99,6 +102,12 @@ def answers_by_prompt(model, tokenizer, prompts, copies, args, seed):
     return answers
 
 
+def draws_by_prompt(model, tokenizer, prompts, m, args, seed):
+    """In place of sample_mixture: the two draws for a prompt have an even and an odd seed."""
+    each = [answers_by_prompt(model, tokenizer, [prompt], 2, args, seed) for prompt in prompts]
+    return [answers[seed % 2] for answers in each]
+
+
 def refuse(*args, **kwargs):
     raise AssertionError("a process other than the first writes")
 
@@ -113,7 +122,7 @@ def two_processes(folder):
     if common.RANK == 1:
         Path.write_text = torch.save = common.save_model = refuse
     for name, module in SCRIPTS.items():
-        module.sample = answers_by_prompt
+        module.sample, module.sample_mixture = answers_by_prompt, draws_by_prompt
         module.train(small_args(name, folder, folder / "two" / name, max_steps=3))
     os.chdir(folder)
     if common.RANK == 1:

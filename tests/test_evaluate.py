@@ -163,6 +163,82 @@ def test_rewards_get_prompts_completions_and_columns(table, tmp_path):
     assert line["reward"] == 3.5
 
 
+# ---- best of N -----------------------------------------------------------------------------------
+
+def test_each_way_to_pick_is_what_a_search_finds():
+    """First; the number said most often, of equals the first said; the first best score; any."""
+    draw = random.Random(0)
+    for _ in range(300):
+        texts = [draw.choice(["7", "so 7", "7.0", "8", "9", "none"]) for _ in range(5)]
+        right = [float(evaluate.last_number(text) == 8) for text in texts]
+        scores = [draw.choice([0.0, 0.5, 1.0]) for _ in range(5)]
+        numbers = [None if text == "none" else float(text.split()[-1]) for text in texts]
+        votes = [sum(x == y for y in numbers) if x is not None else 0 for x in numbers]
+        leaders = [x for x, count in zip(numbers, votes, strict=True) if count == max(votes)]
+        top = [x for x, score in zip(right, scores, strict=True) if score == max(scores)]
+        assert evaluate.pick(texts, scores, right) == {
+            "first": right[0], "majority": leaders[0] == 8, "best": top[0],
+            "oracle": any(x == 8 for x in numbers)}
+
+
+def test_best_of_n_reads_the_first_n_samples_of_each_prompt(table, monkeypatch, tmp_path):
+    """The shares, by hand, with their intervals over prompts; the other figures are of all."""
+    answers = {"1 + 1": (["2"], ["9", "8", "2", "8", "2"]),  # 8 and 9 lead, 9 came first
+               "2 + 1": (["3"], ["3", "4", "4", "4", "4"]),
+               "3 + 1": (["4"], ["7", "4 ", "4", "7", "9"])}
+    sample, calls = scripted(answers)
+    monkeypatch.setattr(evaluate, "sample", sample)
+    (tmp_path / "mine.py").write_text(
+        "def size(prompts, completions, **columns):\n"
+        "    return [len(text) + (text == '3') for text in completions]\n")
+    flags = {"reward": f"{tmp_path}/mine.py:size", "micro_batch_size": 10, "rows": PROMPTS[:3]}
+    (line,), printed = table("tiny/chat", best_of=3, samples_per_prompt=5, **flags)
+    assert {call["copies"] for call in calls} == {1, 5}
+    expected = {"first": 1 / 3, "majority": 1 / 3, "best": 2 / 3, "oracle": 1.0}
+    for name, share in expected.items():
+        assert line[name] == pytest.approx(share)
+        assert line[f"{name}_interval"] == pytest.approx(evaluate.wilson(share, 3))
+    assert line["sampled"] == pytest.approx(5 / 15)
+    assert all(name in printed for name in evaluate.PICKS) and "one of 3 samples" in printed
+    (tmp_path / "table.json").unlink()
+    table("tiny/chat", best_of=5, **flags)  # as many samples as there are to pick from
+    assert {call["copies"] for call in calls} == {1, 5}
+    (tmp_path / "table.json").unlink()
+    (line,), printed = table("tiny/chat", **flags)
+    assert not set(evaluate.PICKS) & line.keys() and "oracle" not in printed
+
+
+def test_picking_changes_no_other_figure(table, tmp_path):
+    """Of two checkpoints, as the second is compared with the first."""
+    plain, _ = table("tiny/chat", "tiny/chat", rows=PROMPTS[:2])
+    (tmp_path / "table.json").unlink()
+    picked, _ = table("tiny/chat", "tiny/chat", rows=PROMPTS[:2], best_of=4)
+    for before, after in zip(plain, picked, strict=True):
+        added = {f"{name}{end}" for name in evaluate.PICKS for end in ("", "_interval")}
+        assert after.keys() - before.keys() == added
+        assert {name: after[name] for name in before} == before
+    assert plain[1]["kl"] == 0
+
+
+@pytest.mark.parametrize("method", ["reward_model", "prm"])
+def test_a_trained_head_is_a_reward(method, table, tmp_path, monkeypatch):
+    """A run of reward_model.py or prm.py scores what was sampled, whatever is sampled."""
+    for file in (ROOT / "tiny/reward").iterdir():
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "run/summary.json").write_text(json.dumps({"method": method}))
+    sample, _ = scripted({"1 + 1": (["2"], ["1 + 1 = 2", "1 + 1 = 30", "", "1 + 1..."])})
+    monkeypatch.setattr(evaluate, "sample", sample)
+    run = str(tmp_path / "run")
+    (line,), _ = table("tiny/chat", rows=PROMPTS[:1], best_of=4, reward=run)
+    scorer = evaluate.load_scorer(run, evaluate.flags.parse_args([]))
+    texts = ["1 + 1 = 2", "1 + 1 = 30", "", "1 + 1"]
+    scores = scorer([PROMPTS[0]["prompt"]] * 4, [*texts[:3], "1 + 1..."])
+    assert line["reward"] == pytest.approx(sum(scores) / 4, abs=1e-5)
+    assert line["best"] == float(scores.index(max(scores)) == 0)
+    assert (min(scores) < 0) == (method == "reward_model")
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 def refusal(refused, *argv):
@@ -217,7 +293,8 @@ def test_checkpoints_that_can_read_other_rows_are_not_compared(tmp_path, table, 
 def test_tiny_runs_are_found_and_others_left_out(tmp_path, monkeypatch, adapter, refused):
     """Finished runs on the tiny model; no reward models, no runs on other models."""
     monkeypatch.chdir(tmp_path)
-    for name, method in (("b", "dpo"), ("a", "sft"), ("r", "reward_model")):
+    for name, method in (("b", "dpo"), ("a", "sft"), ("r", "reward_model"),
+                         ("p", "prm")):
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "summary.json").write_text(json.dumps({"method": method}))
         config = Path(adapter, "adapter_config.json").read_text()

@@ -13,9 +13,9 @@ import common
 import plot
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ["sft", "reward_model", "dpo", "ppo", "grpo"]
+METHODS = ["sft", "reward_model", "prm", "dpo", "kto", "online_dpo", "ppo", "grpo"]
 ROOM = {"common": 620, "sft": 425, "reward_model": 365, "dpo": 415, "ppo": 585, "grpo": 600,
-        "evaluate": 280, "plot": 80}  # lines
+        "prm": 450, "kto": 450, "online_dpo": 450, "pairs": 450, "evaluate": 380, "plot": 80}
 SCRIPTS = [ROOT / f"{name}.py" for name in ROOM]  # a reader may put files of his own beside them
 # what each script has in a form of its own: the loop, and what scores a batch
 OWN = {"main", "train", "evaluate", "describe", "rollout"}
@@ -71,7 +71,7 @@ def test_train_is_short_and_flat(name):
     """85 lines, 110 where there is sampling; numbered steps; nothing defined, no deep nesting."""
     path = ROOT / f"{name}.py"
     train = functions(path)["train"]
-    assert train.end_lineno - train.lineno < (110 if name in ("ppo", "grpo") else 85)
+    assert train.end_lineno - train.lineno < (110 if name in ("ppo", "grpo", "online_dpo") else 85)
     nested = ast.FunctionDef | ast.Lambda | ast.ClassDef
     assert not any(isinstance(node, nested) for node in ast.walk(train) if node is not train)
     assert depth(train) <= 4
@@ -146,6 +146,57 @@ def test_tiny_answers_are_right_and_rejected_ones_wrong():
     for row in rows("prompt_heldout.jsonl") + rows("prompt_train.jsonl"):
         small, large, plus = asked(row)
         assert int(row["answer"]) == (small + large if plus else large - small)
+
+
+STEPS = ["steps_train", "steps_sft_train", "steps_heldout", "steps_sft_heldout",
+         "steps_prompt_heldout"]
+
+
+def addends(row):
+    """The numbers of a long sum, in the order of the question."""
+    text = row.get("prompt", row.get("messages"))[0]["content"]
+    assert re.fullmatch(r"What is \d+( \+ \d+)+\?|Add \d+(, \d+)+ and \d+\.", text), text
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def test_a_step_is_right_if_it_and_all_before_it_are_partial_sums():
+    """After a wrong one none is right, whatever it says; both labels are there in plenty."""
+    seen = []
+    for row in rows("steps_train.jsonl") + rows("steps_heldout.jsonl"):
+        numbers = addends(row)
+        assert len(row["completions"]) == len(row["labels"])
+        right = [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[:i + 1])}"
+                 for i in range(1, len(numbers))]
+        said = row["completions"]
+        assert row["labels"] == [said[:i + 1] == right[:i + 1] for i in range(len(said))]
+        seen += row["labels"]
+    assert 0.5 < sum(seen) / len(seen) < 0.8
+
+
+def test_solutions_for_sft_are_right_and_prompts_have_their_sums():
+    for row in rows("steps_sft_train.jsonl") + rows("steps_sft_heldout.jsonl"):
+        numbers = addends(row)
+        assert row["messages"][1]["content"].split("\n") == [
+            f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[:i + 1])}"
+            for i in range(1, len(numbers))]
+    for row in rows("steps_prompt_heldout.jsonl"):
+        assert int(row["answer"]) == sum(addends(row))
+
+
+def test_held_out_long_sums_are_in_no_training_file_in_any_order():
+    """Nor are the sums of two numbers that the other files hold out, as a step of a solution."""
+    asked_in = {name: {tuple(sorted(addends(row))) for row in rows(f"{name}.jsonl")}
+                for name in STEPS}
+    trained = asked_in["steps_train"] | asked_in["steps_sft_train"]
+    for name in STEPS:
+        assert len(asked_in[name]) > (2000 if "train" in name else 250)
+        assert "train" in name or not asked_in[name] & trained
+    held_out = {asked(row) for row in rows("prompt_heldout.jsonl")}
+    for row in rows("steps_train.jsonl") + rows("steps_sft_train.jsonl"):
+        text = "\n".join(row["completions"] if "completions" in row
+                         else [row["messages"][1]["content"]])
+        for a, b in re.findall(r"(\d+) \+ (\d+) =", text):
+            assert (*sorted((int(a), int(b))), True) not in held_out
 
 
 def test_the_tiny_model_is_what_the_readme_says():

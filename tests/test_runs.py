@@ -27,7 +27,9 @@ import common
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = dict(max_steps=5, save_every=2)  # saved after the steps 2, 4 and 5
 EXTRA = {"sft": dict(neftune_alpha=5, epochs=2), "ppo": dict(batch_size=4, minibatches=2),
-         "grpo": dict(batch_size=2), "dpo": dict(epochs=2), "reward_model": dict(epochs=2)}
+         "grpo": dict(batch_size=2), "dpo": dict(epochs=2), "reward_model": dict(epochs=2),
+         "prm": dict(epochs=2),
+         "kto": dict(desirable_weight=1.2), "online_dpo": dict(batch_size=3, loss="nash_md")}
 
 
 def growing_scaler(model):
@@ -312,12 +314,13 @@ def test_a_run_leaves_one_adapter_its_settings_and_its_figures(name, data, whole
     rank = summary["lora_rank"]
     kind = peft.AutoPeftModelForCausalLM
     options = {}
-    if name == "reward_model":
+    if name in ("reward_model", "prm"):
         kind, options = peft.AutoPeftModelForSequenceClassification, {"num_labels": 1}
     model = kind.from_pretrained(folder, is_trainable=True, **options)
     weights = load_file(folder / "adapter_model.safetensors")
     assert all(weight.dtype == torch.float32 for weight in weights.values())
-    assert len(weights) == 2 * 7 + (name == "reward_model")  # seven linear layers in one block
+    # seven linear layers in one block
+    assert len(weights) == 2 * 7 + (name in ("reward_model", "prm"))
     for key, weight in weights.items():
         assert ".lora_A." in key or ".lora_B." in key or key.endswith(".score.weight")
         assert rank in weight.shape or "score" in key
@@ -406,6 +409,7 @@ def test_two_processes_equal_one(name, data, two, tmp_path, monkeypatch):
     """Also in batches that leave a process without a row; one writes, or the other would fail."""
     assert "as planned" in two.stderr, two.stderr
     monkeypatch.setattr(SCRIPTS[name], "sample", runs_helper.answers_by_prompt, raising=False)
+    monkeypatch.setattr(SCRIPTS[name], "sample_mixture", runs_helper.draws_by_prompt, raising=False)
     command(name, small_args(name, data, tmp_path / "one", max_steps=3))
     one, other = results(tmp_path / "one"), results(data / "two" / name)
     assert len(one["steps"]) == 3 and one["settings"] == other["settings"]

@@ -1,4 +1,4 @@
-"""The loops of sft.py and reward_model.py, which are alike, against numbers by hand."""
+"""The loops of sft.py, reward_model.py and prm.py, which are alike, against numbers by hand."""
 import json
 import math
 import multiprocessing
@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import prm
 import reward_model
 import sft
 
-SCRIPTS = pytest.mark.parametrize("script", [sft, reward_model], ids=lambda x: x.__name__)
-LOSS = {sft: "sft_loss", reward_model: "reward_loss"}
-SCORE = {sft: "score_rows", reward_model: "score_comparisons"}
-TASK = {sft: "CAUSAL_LM", reward_model: "SEQ_CLS"}
+SCRIPTS = pytest.mark.parametrize("script", [sft, reward_model, prm], ids=lambda x: x.__name__)
+LOSS = {sft: "sft_loss", reward_model: "reward_loss", prm: "step_losses"}
+SCORE = {sft: "score_rows", reward_model: "score_comparisons", prm: "score_solutions"}
+TASK = {sft: "CAUSAL_LM", reward_model: "SEQ_CLS", prm: "SEQ_CLS"}
 
 
 def ask(text):
@@ -32,13 +33,17 @@ def say(text):
 
 
 def rows_of(script, count):
-    """Rows of very different lengths; every second pair has a margin."""
+    """Rows of very different lengths; every second pair has a margin, most solutions an error."""
     rows = []
     for i in range(count):
         prompt = ask(f"Add {i}" + " and 1" * (i % 4))
         good, bad = say(f"{i} + {i % 4}" + " = 7" * (i % 3)), say(f"{i} + 1" + " = 8" * (i % 5))
         if script is sft:
             rows.append({"messages": prompt + good + (ask("And 3?") + say("3") if i % 2 else [])})
+        elif script is prm:
+            steps = [f"{i} + {step}" + " = 7" * (i % 3) for step in range(1 + i % 4)]
+            labels = [(i + step) % 3 > 0 for step in range(len(steps))]
+            rows.append({"prompt": prompt, "completions": steps, "labels": labels})
         else:
             margin = {"margin": 1 + i / 8} if i % 2 else {}
             rows.append({"prompt": prompt, "chosen": good, "rejected": bad} | margin)
@@ -60,7 +65,7 @@ def arguments(script, folder, **flags):
              "micro_batch_size": 3, "output_dir": folder / "run"} | flags
     if script is sft:
         flags = {"max_new_tokens": 2} | flags
-    else:
+    elif script is reward_model:
         flags = {"centering": 0.05} | flags
     return run_args(script, **flags)
 
@@ -153,7 +158,35 @@ def reward_by_hand(model, pairs, args):
                   "margin": sum(margins) / len(margins), "reward_spread": spread}
 
 
-BY_HAND = {sft: sft_by_hand, reward_model: reward_by_hand}
+def steps_by_hand(model, examples, args):
+    """The mean over all steps of −log p(label); a step is the end of a shorter sequence."""
+    losses, agreed, firsts, verdicts = [], 0, [], [0, 0, 0]
+    for example in examples:
+        solution = example["solution"]
+        logits = [model(input_ids=torch.tensor([solution["input_ids"][:end + 1]])).logits[0, 0]
+                  for end in solution["step_ends"]]
+        chances = [(1 / (1 + torch.exp(-logit))) for logit in logits]
+        said = [p.item() >= 0.5 for p in chances] + [False]  # as if a wrong step came at the end
+        true = [label == 1 for label in solution["labels"]] + [False]
+        for p, verdict, label in zip(chances, said[:-1], true[:-1], strict=True):
+            losses.append(-torch.log(p if label else 1 - p))
+            agreed += verdict == label
+        firsts.append((said.index(False), true.index(False), len(logits)))
+        right = firsts[-1][1] == len(logits)
+        for i, p in enumerate([min(chances), math.prod(chances), chances[-1]]):
+            verdicts[i] += (p.item() >= 0.5) == right
+    hits = sum(said == true < count for said, true, count in firsts)
+    flagged = sum(said < count for said, _, count in firsts)
+    wrong = sum(true < count for _, true, count in firsts)
+    loss = sum(losses) / len(losses)
+    low, product, last = (n / len(examples) for n in verdicts)
+    return loss, {"loss": loss.item(), "step_accuracy": agreed / len(losses),
+                  "precision": hits / max(flagged, 1), "recall": hits / max(wrong, 1),
+                  "f1": 2 * hits / max(flagged + wrong, 1), "solution_accuracy_min": low,
+                  "solution_accuracy_product": product, "solution_accuracy_last": last}
+
+
+BY_HAND = {sft: sft_by_hand, reward_model: reward_by_hand, prm: steps_by_hand}
 
 
 def train_by_hand(script, args, batches):
@@ -220,7 +253,7 @@ def test_the_loop_equals_numbers_by_hand(runs, script, micro_batch_size):
     run, by_hand = runs(script, micro_batch_size)
     assert [len(batch) for batch in run.batches] == [5, 5, 1]
     norms = [line["grad_norm"] for line in by_hand[0]]
-    assert max(norms) > 1 and (script is sft or min(norms) < 1), norms  # both sides of clipping
+    assert max(norms) > 1 and (script is not reward_model or min(norms) < 1), norms  # of clipping
     assert_trained_as_by_hand(run, by_hand)
 
 
@@ -272,7 +305,9 @@ def test_an_epoch_is_all_rows_once_and_held_out_prompts_are_in_none(script, tmp_
     rows = []
     for row in rows_of(script, 6):
         answers = ("messages",) if script is sft else ("chosen", "rejected")
-        other = {side: row[side][:-1] + say("other " + side) for side in answers}
+        other = {side: row[side][:-1] + say("other " + side) for side in answers if side in row}
+        if script is prm:
+            other = {"completions": row["completions"][:-1] + ["another step"]}
         rows += [row, row | other]
     orders = []
     for seed in 0, 1:
@@ -350,7 +385,7 @@ def test_peft_alone_loads_one_adapter_that_gives_the_figures_of_the_summary(runs
     assert files == ["adapter_model.safetensors"] and not list(run.folder.glob("*.pt"))
     for name, weight in run.saved.items():
         assert weight.dtype == torch.float32
-        assert "lora_" in name or script is reward_model and name.endswith("score.weight")
+        assert "lora_" in name or script is not sft and name.endswith("score.weight")
     args = run_args(script)
     args.centering = 0.05
     held_out = list({json.dumps(x): x for x in run.evaluated}.values())
@@ -383,7 +418,7 @@ def test_a_run_goes_on_from_the_adapter_and_tokenizer_of_another(runs, script, t
     assert len(list(again.folder.rglob("*.safetensors"))) == 1
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     first = run.batches[0][0]
-    ids = first["tokens"]["input_ids"] if script is sft else first["chosen"]["input_ids"]
+    ids = first[{sft: "tokens", reward_model: "chosen", prm: "solution"}[script]]["input_ids"]
     text = tokenizer.decode(ids)
     assert text.endswith(tokenizer.eos_token) and tokenizer.encode(text) == ids
 

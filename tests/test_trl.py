@@ -13,6 +13,8 @@ import torch
 import common  # noqa: F401  before torch's users, as in the scripts
 import dpo
 import grpo
+import kto
+import online_dpo
 import ppo
 import reward_model
 import sft
@@ -88,6 +90,32 @@ def test_preferences(name):
     assert equal(ours, theirs[name], x.hidden)
 
 
+@pytest.mark.parametrize("name", record_trl.KTO)
+def test_kto(name):
+    """With TRL's z, its loss is ours. TRL has a z per micro-batch and process, we one per step.
+
+    And TRL reads for z the completion before a prompt's own one in the file, whatever its prompt:
+    of two answers in a row to one prompt, the first is read behind its own.
+    """
+    x, theirs = record_trl.unpaired(80), TRL["kto"][name]
+    log_ratios = scored(kto, x, x.loss_mask).sum(1) - x.ref_logps
+    mismatched = x.mismatched_logps - x.mismatched_ref_logps
+    z = mismatched.mean().clamp(min=0)
+    assert z.item() == pytest.approx(theirs["z"], rel=1e-5) and z > 0
+
+    def loss_of(rows, z):
+        return kto.kto_loss(log_ratios[rows], x.labels[rows], z, *record_trl.KTO[name]).mean()
+
+    whole, first, second = slice(0, 6), slice(0, 3), slice(3, 6)
+    assert equal(loss_of(whole, z), theirs["whole"], x.hidden)
+    halves = (loss_of(first, z) + loss_of(second, z)) / 2
+    assert equal(halves, theirs["whole"], x.hidden)
+    assert not equal(halves, theirs["halves"], x.hidden)
+    halves = [loss_of(rows, mismatched[rows].mean().clamp(min=0)) for rows in (first, second)]
+    assert equal(sum(halves) / 2, theirs["halves"], x.hidden)
+    assert TRL["kto"]["order"] == [5, 0, 1, 2, 3, 4]  # which completion stands behind each prompt
+
+
 @pytest.mark.parametrize("drift", record_trl.DRIFTS)
 @pytest.mark.parametrize("beta", record_trl.BETAS)
 @pytest.mark.parametrize("loss", record_trl.GROUP_LOSSES)
@@ -141,6 +169,24 @@ def test_rloo(drift):
     assert equal(loss_of(whole, old, torch.ones(6, 1)), theirs, x.logps)
     norm = record_trl.loss_and_norm(loss_of(x.logps, x.old_logps, x.mask), x.logps)["grad_norm"]
     assert (norm == pytest.approx(theirs["grad_norm"], rel=1e-4)) == (drift == 0)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_online_dpo(loss, tie):
+    """TRL's, also IPO, where it has sums here; but equal scores are a pair, the first one chosen.
+
+    Its DPO trainer has IPO on means over tokens; for equal scores there is no pair in ours.
+    """
+    x, theirs = record_trl.completions(80, 0.0), TRL["online_dpo"][f"{loss} tie {tie}"]
+    logps, ref_logps = ((logps * x.mask).sum(1) for logps in (x.logps, x.ref_logps))
+    lead = record_trl.pair_scores(81, tie)
+    lead = (lead - lead.roll(3)).double()
+    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2)
+    assert equal(ours.mean(), theirs, x.logps) == (not tie)
+    lead[0] += 1.0 * tie
+    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2)
+    assert equal(ours.mean(), theirs, x.logps)
 
 
 @pytest.mark.parametrize("name, lengths", [("full", record_trl.FULL), ("short", record_trl.SHORT)])

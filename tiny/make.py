@@ -1,7 +1,7 @@
 """Rebuild the embedded default: the tiny tokenizer, the tiny models and their data.
 
     python tiny/make.py            # everything, written beside this file
-    python tiny/make.py chat       # one stage of: data, base, chat, reward
+    python tiny/make.py chat       # one stage of: data, steps, base, chat, reward
 
 A Qwen2-architecture model of one million parameters reads text about addition and subtraction until
 it can do sums, which gives `tiny/base`: it continues text, and has never seen a chat. `tiny/chat`
@@ -40,6 +40,7 @@ SEED = 0
 HELD_OUT_SHARE = 0.1   # of all questions
 CORRECT_SHARE = 0.57   # of the demonstrations that the chat model imitates
 TOP = 99               # operands lie in 0..TOP
+WRONG_STEP_SHARE = 0.25  # of the lines of a solution in steps
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -154,6 +155,75 @@ def make_data():
             {"prompt": prompt, "answer": str(result(*s))} for prompt, s in asked])
 
 
+# ---- solutions in steps --------------------------------------------------------------------------
+
+def is_held_out_list(numbers):
+    """The same for every order of the numbers; of two numbers, it says what is_held_out says."""
+    key = " + ".join(str(number) for number in sorted(numbers))
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
+
+
+def solution(rng, numbers, wrong_share):
+    """Partial sums, one a line, as (a, b, value), and for each line whether it is right.
+
+    Each line is wrong with probability `wrong_share`: mostly its result, else a number that it
+    copies. The next one goes on from there, so after a wrong line none is right, even if its own
+    sum is: it is no step to the answer any more.
+    """
+    lines, labels, value = [], [], numbers[0]
+    for number in numbers[1:]:
+        a, b, wrong = value, number, rng.random() < wrong_share
+        kind = rng.random()
+        if wrong and kind < 0.15:
+            a = misread(rng, a)
+        elif wrong and kind < 0.3:
+            b = misread(rng, b)
+        value = mistake(rng, a, "+", b) if wrong and kind >= 0.3 else a + b
+        lines.append((a, b, value))
+        labels.append(not wrong and all(labels))
+    return lines, labels
+
+
+def misread(rng, number):
+    """Another number, one digit of which is off by one or two."""
+    off = rng.choice([1, 2, 10, 20]) * rng.choice([1, -1])
+    return number + off if number + off > 0 else number - off
+
+
+def long_sum(rng, held_out):
+    """Three or four numbers of a question that is held out or not; partial sums stay below TOP."""
+    while True:
+        count = rng.choice([3, 4])
+        numbers = [rng.randint(1, (TOP - 10) // (count - 1)) for _ in range(count)]
+        if is_held_out_list(numbers) == held_out:
+            return numbers
+
+
+def make_steps():
+    """Solutions of sums of three or four numbers: with wrong lines for prm.py, right for sft.py."""
+    rng = random.Random(SEED + 3)
+    for part, size in (("train", 3000), ("heldout", 300)):
+        labelled, right, prompts = [], [], []
+        while len(labelled) < size:
+            numbers = long_sum(rng, part == "heldout")
+            lines, labels = solution(rng, numbers, WRONG_STEP_SHARE)
+            truth, _ = solution(rng, numbers, 0)
+            if part == "train" and any(is_held_out(a, "+", b) for a, b, _ in lines + truth):
+                continue  # no text of training may hold the sums that are held out elsewhere
+            listed = [str(number) for number in numbers]
+            texts = [f"What is {' + '.join(listed)}?",
+                     f"Add {', '.join(listed[:-1])} and {listed[-1]}."]
+            prompt = [{"role": "user", "content": rng.choice(texts)}]
+            steps = [equation(a, "+", b, value) for a, b, value in lines]
+            answer = "\n".join(equation(a, "+", b, value) for a, b, value in truth)
+            labelled.append({"prompt": prompt, "completions": steps, "labels": labels})
+            right.append({"messages": prompt + [{"role": "assistant", "content": answer}]})
+            prompts.append({"prompt": prompt, "answer": str(sum(numbers))})
+        write_rows(HERE / f"data/steps_{part}.jsonl", labelled)
+        write_rows(HERE / f"data/steps_sft_{part}.jsonl", right)
+    write_rows(HERE / "data/steps_prompt_heldout.jsonl", prompts)
+
+
 # ---- tokenizer and models ------------------------------------------------------------------------
 
 def make_tokenizer():
@@ -266,7 +336,8 @@ def make_reward():
 
 
 if __name__ == "__main__":
-    stages = {"data": make_data, "base": make_base, "chat": make_chat, "reward": make_reward}
+    stages = {"data": make_data, "steps": make_steps, "base": make_base, "chat": make_chat,
+              "reward": make_reward}
     for name in sys.argv[1:] or stages:
         print(f"{name}:", flush=True)
         stages[name]()

@@ -1,0 +1,450 @@
+"""KTO: Kahneman-Tversky Optimization (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+The data are single answers: a prompt x, an answer y, a thumb up or down. As in DPO, the log-ratio ρ
+of the policy π to π_ref, the model that it was at the start, is what π implicitly rewards:
+
+    ρ(x, y) = log[π(y|x) / π_ref(y|x)]                          the reward of y is β ρ(x, y)
+
+DPO compares the two answers of a pair. KTO compares each answer with a reference point z, as people
+do: they feel gains and losses against what they are used to, and the next bit of either less and
+less (Kahneman and Tversky 1979). The value of y is a sigmoid around z; the loss is what it lacks:
+
+    loss = λ_D (1 − σ(β (ρ(x, y) − z)))                         if y is desirable
+    loss = λ_U (1 − σ(β (z − ρ(x, y))))                         if y is undesirable
+    z    = max(0, mean of ρ(x, y') over the step)               where y' answers another prompt
+
+z stands for KL(π ‖ π_ref), how far π has moved as a whole, and has no gradient. KTO keeps DPO's
+reference and masks; instead of pairs, each step has answers of both labels. An answer far on the
+wrong side, where σ is flat, it lets go: its label may be wrong.
+
+    python kto.py                                           # the embedded tiny model, on a laptop
+    python kto.py --model Qwen/Qwen2.5-0.5B                 # 4-bit LoRA on a 16 GB T4
+    python kto.py --model runs/sft --dataset thumbs.jsonl   # an SFT adapter: it is the reference
+
+What to watch: the loss starts at 0.5 if both λ are 1; the margin, desirable minus undesirable mean
+reward, grows. z is 0 while answers behind wrong prompts only get less likely. Where grad_norm dies
+and the loss stays at the share of one label, all its answers were let go: raise its weight.
+
+Shapes: B rows of T tokens; N answer tokens, width D, vocabulary V.
+"""
+import argparse
+import fcntl
+import hashlib
+import importlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import common
+
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+add = flags.add_argument
+add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+add("--dataset", default="trl-lib/kto-mix-14k", help="Hub name[:config], or a file")
+add("--split", default="train", help="of a Hub dataset")
+add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
+add("--eval-size", type=common.count, default=100, help="held-out rows")
+add("--beta", type=common.positive, default=0.1, help="price of leaving the reference")
+add("--desirable-weight", type=common.positive, default=1.0, help="λ_D, of desirable answers")
+add("--undesirable-weight", type=common.positive, default=1.0, help="λ_U, of undesirable answers")
+add("--max-length", type=common.number(int, 4), default=1024, help="of prompt + answer, in tokens")
+add("--batch-size", type=common.number(int, 2), default=32, help="answers per optimizer step")
+add("--micro-batch-size", type=common.count, default=4, help="answers per forward pass")
+add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
+add("--epochs", type=common.count, default=1, help="passes over the answers")
+add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
+add("--lora-rank", type=common.count, default=16, help="of new LoRA matrices")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
+add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
+add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
+add("--save-every", type=common.count, default=50, help="steps between savings")
+add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and samples")
+add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
+add("--output-dir", default="runs/kto", help="the same command again goes on where it stopped")
+# tiny answers differ in a digit or two, as in dpo.py: β is as high for the same reason
+TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3,
+            eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=64)
+
+
+# ---- data: prompts, answers to them, and labels --------------------------------------------------
+
+def encode_labelled(row, tokenizer, max_length):
+    """Examples {"prompt": ids, "answer": pieces (ids, is_answer), "label": whether desirable}."""
+    if "chosen" in row or "rejected" in row:
+        labelled = zip(common.encode_preference(tokenizer, row), (True, False), strict=True)
+    elif row.get("prompt") and isinstance(row.get("label"), bool):
+        answers = common.encode(tokenizer, row["prompt"], row.get("completion"), row.get("tools"))
+        labelled = [(pieces, row["label"]) for pieces in answers]
+    else:
+        raise ValueError("no prompt, completion and label (true or false), and no pair")
+    return [dict(prompt=pieces[0][0], answer=pieces[1:], label=label) for pieces, label in labelled]
+
+
+def tokens_of(example, args, tokenizer):
+    """The answer behind the prompt, which need not be its own; the loss mask is 1 on the answer."""
+    longest = min(args.max_length, tokenizer.model_max_length)
+    tokens = with_mask([(example["prompt"], False), *example["answer"]])
+    return shorten(tokens, len(tokens["input_ids"]), len(example["prompt"]), longest)
+
+
+def with_mask(pieces):
+    """Pieces (ids, is_answer) as one example, whose mask says what is learned: the answers."""
+    input_ids, loss_mask = [], []
+    for ids, is_answer in pieces:
+        input_ids += ids
+        loss_mask += [int(is_answer)] * len(ids)
+    return {"input_ids": input_ids, "loss_mask": loss_mask, "attention_mask": [1] * len(input_ids)}
+
+
+def shorten(example, length, start, max_length):
+    """Too long: the prompt loses its start (half of max_length stays), then the answer its end.
+
+    The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
+    """
+    cut = max(0, min(length - max_length, start - max_length // 2))
+    return {name: ids[cut:cut + max_length] for name, ids in example.items()}
+
+
+def collate(examples, pad_id, device):
+    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
+    batch = {}
+    for name in examples[0]:
+        padding = pad_id if name == "input_ids" else 0
+        rows = [torch.tensor(example[name]) for example in examples]
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding).to(device)
+    return batch
+
+
+# ---- the method ----------------------------------------------------------------------------------
+
+def token_logps(model, batch, temperature=1.0):
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    causal = common.causal_lm(model)
+    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
+                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
+    hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
+    head = causal.get_output_embeddings()
+    # 2**24 logits at a time (64 MiB), computed again for backward: all [N, V] would fill a T4
+    chunk = max(1, 2**24 // head.weight.shape[0])
+    logps = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
+        logps.append(checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False))
+    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+
+
+def chunk_logps(hidden, targets, head, temperature):
+    logits = head(hidden).float().div_(temperature)  # [C, V]; 16 bits are too coarse
+    return -F.cross_entropy(logits, targets, reduction="none")  # [C]
+
+
+def kto_loss(log_ratios, labels, z, beta, desirable_weight, undesirable_weight):
+    """The loss of each answer [B], from its ρ [B], whether it is desirable [B], and z."""
+    gains = beta * (log_ratios - z)  # [B], against the reference point
+    desirable = desirable_weight * (1 - torch.sigmoid(gains))  # [B]
+    undesirable = undesirable_weight * (1 - torch.sigmoid(-gains))  # [B]
+    return torch.where(labels, desirable, undesirable)
+
+
+def score_labelled(model, examples, z, args, tokenizer):
+    """The loss, ρ and log π(y|x) of B answers: [3, B]."""
+    rows = [tokens_of(example, args, tokenizer) for example in examples]
+    batch = collate(rows, tokenizer.pad_token_id, model.device)
+    with common.autocast(model):
+        logps = token_logps(model, batch).sum(-1)  # [B]
+        with torch.no_grad(), common.reference(model):  # what training started from
+            ref_logps = token_logps(model, batch).sum(-1)  # [B]
+    log_ratios = logps - ref_logps
+    labels = torch.tensor([example["label"] for example in examples], device=logps.device)  # [B]
+    losses = kto_loss(
+        log_ratios, labels, z, args.beta, args.desirable_weight, args.undesirable_weight)
+    return torch.stack([losses, log_ratios, logps])
+
+
+def score_step(model, examples, z, args, tokenizer, scaler=None):
+    """The same of all answers of a step, which the processes share between them: [3, B].
+
+    With a scaler, the gradients of micro-batches and processes add up to that of the mean loss,
+    because each answer counts 1 / len(examples), wherever it is computed.
+    """
+    scores = torch.zeros(3, len(examples), dtype=torch.float64, device=model.device)
+    mine = list(range(len(examples)))[common.RANK::common.WORLD]
+    for i in range(0, len(mine), args.micro_batch_size):
+        part = mine[i:i + args.micro_batch_size]
+        figures = score_labelled(model, [examples[i] for i in part], z, args, tokenizer)
+        if scaler:
+            scaler.scale(figures[0].sum() / len(examples)).backward()
+        scores[:, part] = figures.detach().double()
+    sum_over_processes([scores])
+    return scores
+
+
+@torch.no_grad()
+def reference_point(model, examples, args, tokenizer):
+    """z: the mean ρ of the answers, each behind the prompt of the next example that has another.
+
+    One that begins with the other may be the same text, split elsewhere. If all are one, z is 0.
+    """
+    pairs = []
+    for i, example in enumerate(examples):
+        for other in examples[i + 1:] + examples[:i]:
+            prompts = example["prompt"], other["prompt"]
+            if common.shared_length(*prompts) < min(map(len, prompts)):
+                pairs.append(example | {"prompt": other["prompt"]})
+                break
+    log_ratios = score_step(model, pairs, 0.0, args, tokenizer)[1]
+    return (log_ratios.sum() / max(1, len(pairs))).clamp(min=0)
+
+
+def describe(scores, examples, z, args):
+    """What is logged: the means over all answers, and over those of either label."""
+    labels = torch.tensor([example["label"] for example in examples], device=scores.device)
+    means = torch.stack([scores[:, labels].mean(1), scores[:, ~labels].mean(1)])  # [2, 3]
+    (_, chosen, chosen_logp), (_, rejected, rejected_logp) = means.tolist()
+    return {"loss": scores[0].mean().item(), "margin": args.beta * (chosen - rejected),
+            "chosen_reward": args.beta * chosen, "rejected_reward": args.beta * rejected,
+            "chosen_logp": chosen_logp, "rejected_logp": rejected_logp, "z": z.item()}
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+def plan_batches(labels, args):
+    """The numbers of each step's answers: of either label its share in the data, but at least one.
+
+    Each has an order of its own, from the seed; where it is used up, it goes around in a new one.
+    """
+    size = min(args.batch_size, len(labels))
+    desirable = min(max(1, round(size * sum(labels) / len(labels))), size - 1)
+    ratio = desirable * args.desirable_weight / ((size - desirable) * args.undesirable_weight)
+    if not 1 <= ratio <= 4 / 3:
+        print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step, better are 1 to 4/3: try "
+              f"--desirable-weight {args.desirable_weight / ratio * 7 / 6:.3g}")
+    generator = torch.Generator().manual_seed(args.seed)
+    steps = min(args.max_steps, math.ceil(args.epochs * len(labels) / size))
+    batches = []
+    for label, count in (True, desirable), (False, size - desirable):
+        members = torch.tensor([i for i, own in enumerate(labels) if own == label])
+        rounds = range(math.ceil(steps * count / len(members)))
+        order = torch.cat([torch.randperm(len(members), generator=generator) for _ in rounds])
+        batches.append(members[order[:steps * count]].view(steps, count))
+    return torch.cat(batches, dim=1)  # [steps, size]
+
+
+@torch.no_grad()
+def evaluate(model, examples, args, tokenizer):
+    """The figures of held-out examples, whose z is their own."""
+    model.eval()
+    z = reference_point(model, examples, args, tokenizer)
+    scores = score_step(model, examples, z, args, tokenizer)
+    model.train()
+    return describe(scores, examples, z, args)
+
+
+@torch.no_grad()
+def sample_answers(model, tokenizer, prompts, length, seed):
+    """An answer of up to `length` tokens to each prompt, sampled at temperature 1."""
+    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # or there is no room
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    torch.manual_seed(seed)
+    model.eval()  # in train mode, gradient checkpointing would silently drop the cache
+    with common.autocast(model):
+        ids = model.generate(  # what is not set here, the model's own generation config sets
+            **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            min_p=0.0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0,
+            max_new_tokens=length, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=common.stop_token_ids(tokenizer, model.generation_config))
+    model.train()
+    return ids[:, batch["input_ids"].shape[1]:].tolist()
+
+
+def show_answers(tokenizer, prompts, before, after):
+    for rows in zip(prompts, before, after, strict=True):
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for name, text in zip(("prompt", "before", "after"), texts, strict=True):
+            print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
+
+
+def train(args):
+    # 1. Data first: what is wrong with it shows before the model is loaded.
+    tokenizer = common.load_tokenizer(args.model)
+    examples, held_out = common.load_examples(
+        args, encode_labelled, tokenizer, limit=args.max_steps * args.batch_size)
+    for name, part in ("to train on", examples), ("held out", held_out):
+        if len({example["label"] for example in part}) < 2:
+            common.fail(f"all answers {name} have the same label, and KTO needs both")
+    batches = plan_batches([example["label"] for example in examples], args)
+    for i in batches[0, 0], batches[0, -1]:  # a desirable answer and an undesirable one
+        tokens = tokens_of(examples[i], args, tokenizer)
+        common.show(tokenizer, tokens["input_ids"], tokens["loss_mask"])
+
+    # 2. A frozen base, with LoRA matrices: they alone are trained.
+    torch.manual_seed(args.seed)
+    model = common.load_model(
+        args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
+    scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
+    print(common.settings(model))
+
+    # 3. Where the run stands: at its start, or where it was interrupted.
+    open_run(args, [examples, held_out])
+    parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
+    state = restore(args, parts)
+    prompts = [x["prompt"][-args.max_length:] for x in held_out if x["label"]][:3]
+    if "before" not in state:
+        state["before"] = evaluate(model, held_out, args, tokenizer)
+        state["answers"] = sample_answers(model, tokenizer, prompts, 64, args.seed)
+
+    progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
+                    total=len(batches), disable=common.RANK > 0)
+    for step in progress:
+        # 4. The reference point, before any answer has a loss: all of the step share it.
+        began = time.time()
+        batch = [examples[i] for i in batches[step - 1]]
+        z = reference_point(model, batch, args, tokenizer)
+
+        # 5. The losses and their gradients, micro-batch by micro-batch.
+        scores = score_step(model, batch, z, args, tokenizer, scaler)
+
+        # 6. One step down the gradient, which is summed over processes and clipped.
+        updated = update(optimizer, scaler, learning_rate(step, len(batches), args.learning_rate))
+
+        # 7. Log, and save what is needed to go on.
+        metrics = {"step": step} | describe(scores, batch, z, args) | updated
+        metrics["seconds"] = time.time() - began
+        progress.set_postfix(loss=metrics["loss"], margin=metrics["margin"], refresh=False)
+        if args.eval_every and step % args.eval_every == 0:
+            held = evaluate(model, held_out, args, tokenizer)
+            metrics |= {f"eval_{name}": value for name, value in held.items()}
+        log_step(args, state, metrics)
+        if step % args.save_every == 0 or step == len(batches):
+            save(args, state, parts)
+
+    # 8. The same held-out answers and prompts once more.
+    after = evaluate(model, held_out, args, tokenizer)
+    answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
+    finish(args, state, model, tokenizer, after)
+    show_answers(tokenizer, prompts, state["answers"], answers)
+
+
+# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+
+def learning_rate(step, steps, highest):
+    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+    return highest * min(step / (round(0.1 * steps) + 1), falling)
+
+
+def sum_over_processes(tensors):
+    for tensor in tensors if dist.is_initialized() else []:
+        dist.all_reduce(tensor)
+
+
+def update(optimizer, scaler, rate):
+    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    weights = optimizer.param_groups[0]["params"]
+    for weight in weights:  # a process without a share of the batch has no gradient
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    sum_over_processes([weight.grad for weight in weights])
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+    # where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+        common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
+    optimizer.param_groups[0]["lr"] = rate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
+            "loss_scale": scaler.get_scale()}
+
+
+def open_run(args, examples):
+    """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
+    if common.RANK > 0:
+        return
+    folder = Path(args.output_dir)
+    file = folder / "args.json"
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    if args.track:
+        with common.phase(f"--track {args.track}"):
+            tracker = importlib.import_module(args.track)
+            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if all(path.suffix in (".new", ".log", ".txt", ".out") for path in folder.iterdir()):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags, data or files: name another")
+
+
+def write(file, text):
+    """Whole or not at all, whenever the run is killed."""
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").replace(file)
+
+
+def restore(args, parts):
+    """The state of the run, at its start or where it was interrupted; `parts` are put back."""
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    if file.exists():
+        with common.phase(f"reading {file}"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
+    for weight in parts["weights"] if dist.is_initialized() else []:
+        dist.broadcast(weight.data, 0)
+    return state
+
+
+def save(args, state, parts):
+    """What the same command needs to go on."""
+    if common.RANK == 0:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state | states, Path(args.output_dir, "resume.new"))
+        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
+
+
+def log_step(args, state, metrics):
+    if torch.cuda.is_available():
+        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    state["step"] = metrics["step"]
+    state["metrics"].append(metrics)
+    if common.RANK == 0:
+        lines = [json.dumps(step) + "\n" for step in state["metrics"]]
+        write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
+        if args.track:
+            importlib.import_module(args.track).log(metrics, step=metrics["step"])
+
+
+def finish(args, state, model, tokenizer, after):
+    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    if common.RANK == 0:
+        common.save_model(model, tokenizer, args.output_dir)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
+        summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
+        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
+        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
+        if args.track:
+            importlib.import_module(args.track).finish()
+    print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
+    for name, value in after.items():
+        print(f"{name:<16}{state['before'][name]:9.3f}{value:9.3f}")
+    print(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}")
+
+
+if __name__ == "__main__":
+    with common.running("--micro-batch-size, then --max-length"):
+        train(common.parse(flags, TINY))

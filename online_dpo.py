@@ -1,0 +1,450 @@
+"""Online DPO (Guo et al. 2024, arXiv:2402.04792), with XPO and Nash-MD, which sample otherwise.
+
+dpo.py learns from pairs that others wrote. Here each step has two new answers to every prompt x: y
+from the policy π, y' from π^(1−m) π_ref^m / Z, where π_ref is π at the start and m is --mixture. By
+score one of them is the better, y_w, the other y_l. With r(x, y) = β log[π(y|x) / π_ref(y|x)]:
+
+    dpo (m = 0)  −log σ(h), with the margin h = r(x, y_w) − r(x, y_l)
+    ipo (m = 0)  ( h/β − 1/(2β) )²: apart, no more                     Azar et al. 2023, 2310.12036
+    xpo (m = 1)  −log σ(h) + α log π(y'|x): away from what π_ref says    Xie et al. 2024, 2405.21046
+    nash_md      −( P(y ≻ y') − ½ − r(x, y) ) log π(y|x)               Munos et al. 2023, 2312.00886
+
+P is σ of the difference of scores; no gradient flows through the bracket. Equal scores are no pair,
+loss 0, but for nash_md. Kept from grpo.py: prompts, samples, a reward. Dropped: groups, the clip.
+
+    python online_dpo.py                                      # the tiny model, two minutes
+    python online_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct   # GSM8K in 4 bits on a 16 GB T4
+
+What to watch: reward and margin rise, kl slowly. Many ties: the prompts are too easy or too hard.
+Shapes: P prompts, B = 2P answers (all y, then all y') of T tokens, N scored; width D, vocabulary V.
+"""
+import argparse
+import fcntl
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import runpy
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import common
+
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+add = flags.add_argument
+add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter")
+add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model.py")
+add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
+add("--split", default="train", help="of a Hub dataset")
+add("--eval-dataset", help="held-out prompts, else some of --dataset")
+add("--eval-size", type=common.count, default=64, help="held-out prompts, all sampled at once")
+add("--loss", choices=["dpo", "ipo", "xpo", "nash_md"], default="dpo")
+add("--beta", type=common.positive, default=0.1, help="price of leaving the reference")
+add("--alpha", type=common.weight, default=1e-5, help="xpo: how much to explore")
+add("--mixture", type=common.share, default=0.0, help="m, the part of π_ref in y'")
+add("--preference", choices=["sigmoid", "hard"], default="sigmoid", help="of P(y ≻ y')")
+add("--missing-eos-penalty", type=common.weight, default=1.0, help="off an endless answer's score")
+add("--batch-size", type=common.number(int, common.WORLD), default=32, help="prompts per step")
+add("--micro-batch-size", type=common.count, default=2, help="pairs in a forward pass")
+add("--temperature", type=common.positive, default=1.0, help="of sampling and scoring")
+add("--max-length", type=common.count, default=1024, help="longest prompt + answer, in tokens")
+add("--max-new-tokens", type=common.count, default=512, help="longest answer")
+add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
+add("--max-steps", type=common.count, default=250, help="optimizer steps")
+add("--lora-rank", type=common.count, default=16, help="of new matrices; an adapter keeps its own")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
+add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
+add("--save-every", type=common.count, default=20, help="steps between savings, samples shown")
+add("--seed", type=common.natural, default=0)
+add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
+add("--output-dir", default="runs/online_dpo", help="the same command goes on where it stopped")
+BY_LOSS = {"xpo": dict(mixture=1.0), "nash_md": dict(mixture=0.125)}  # who answers beside π
+TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prompt_heldout.jsonl",
+            batch_size=64, micro_batch_size=64, max_new_tokens=24, learning_rate=1e-3, max_steps=60)
+
+
+# ---- data: prompts, and answers with a mask on what is trained -----------------------------------
+
+def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
+    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
+    prompt = row.get("prompt") or row.get("question")  # as GSM8K calls it
+    if prompt and "prompt" not in row and tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}]
+    ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
+    if len(ids) + max_new_tokens > max_length:
+        raise ValueError(f"prompt and answer exceed {max_length} tokens")
+    if needs_answer and last_number(str(row.get("answer"))) is None:
+        raise ValueError("no answer with a number in it, which the reward correct_answer needs")
+    return {"prompt": ids, "row": row | {"prompt": prompt}}
+
+
+def join_answers(prompts, answers, tokenizer, model):
+    """Prompts and answers as [B, T] tensors, padded on the right; the loss mask is 1 on answers."""
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
+    columns = torch.arange(batch["input_ids"].shape[1])  # [T]
+    batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    batch["stopped"] = torch.tensor([ids[-1] in stop_ids for ids in answers])  # [B]
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
+# ---- the method ----------------------------------------------------------------------------------
+
+def token_logps(model, batch, temperature=1.0):
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    causal = common.causal_lm(model)
+    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
+                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
+    hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
+    head = causal.get_output_embeddings()
+    # 2**24 logits at a time (64 MiB), computed again for backward: all [N, V] would fill a T4
+    chunk = max(1, 2**24 // head.weight.shape[0])
+    logps = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
+        logps.append(checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False))
+    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+
+
+def chunk_logps(hidden, targets, head, temperature):
+    logits = head(hidden).float().div_(temperature)  # [C, V]; 16 bits are too coarse
+    return -F.cross_entropy(logits, targets, reduction="none")  # [C]
+
+
+def online_loss(logps, ref_logps, wins, loss="dpo", beta=0.1, alpha=0.0):
+    """Losses [P], 0 where there is no pair; log-probs, and P(y ≻ y') as wins, are [2P], y first."""
+    reward, other_reward = (beta * (logps - ref_logps)).chunk(2)  # [P]: r(x, y) and r(x, y')
+    lead = wins.chunk(2)[0] - 0.5  # [P]: above 0 where y is better
+    margin = lead.sign() * (reward - other_reward)  # [P]: r(x, y_w) − r(x, y_l)
+    if loss == "dpo":
+        losses = -F.logsigmoid(margin)  # [P]
+    elif loss == "ipo":
+        losses = (margin / beta - 1 / (2 * beta)) ** 2
+    elif loss == "xpo":
+        losses = -F.logsigmoid(margin) + alpha * logps.chunk(2)[1]
+    elif loss == "nash_md":
+        return -(lead - reward).detach() * logps.chunk(2)[0]
+    return losses * (lead != 0)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample_mixture(model, tokenizer, prompts, m, args, seed):
+    """An answer to each of B prompts, as ids; token by token from exactly π^(1−m) π_ref^m / Z."""
+    model.eval()  # in train mode gradient checkpointing would silently drop the cache
+    causal = common.causal_lm(model)
+    generator = torch.Generator(causal.device).manual_seed(seed)
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    token, mask = batch["input_ids"].to(causal.device), batch["attention_mask"].to(causal.device)
+    caches = DynamicCache(config=causal.config), DynamicCache(config=causal.config)
+    alive = answers = [[] for _ in prompts]  # alive: those that have not ended
+    for _ in range(args.max_new_tokens):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1]:]  # as token: [alive, 1]
+        mixed = 0
+        roles = common.using(model, "default"), common.reference(model)  # π, and what it started as
+        for role, cache, weight in zip(roles, caches, (1 - m, m), strict=True):
+            if weight > 0:
+                with role:
+                    logits = causal(token, attention_mask=mask, position_ids=positions,
+                                    past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+                mixed = mixed + weight * (logits / args.temperature).log_softmax(-1)  # [alive, V]
+        token = torch.multinomial(mixed.softmax(-1), 1, generator=generator)  # [alive, 1]
+        for answer, new in zip(alive, token[:, 0].tolist(), strict=True):
+            answer.append(new)
+        going = [i for i, answer in enumerate(alive) if answer[-1] not in stop_ids]
+        if not going:
+            break
+        alive, token = [alive[i] for i in going], token[going]  # what has ended leaves the batch
+        mask = F.pad(mask[going], (0, 1), value=1)
+        for cache in caches:
+            cache.batch_select_indices(torch.tensor(going, device=causal.device))
+    model.train()
+    return answers
+
+
+# ---- what scores an answer -----------------------------------------------------------------------
+
+def correct_answer(prompts, completions, answer, **columns):
+    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
+    said = [last_number(text) for text in completions]
+    right = [last_number(str(text)) for text in answer]
+    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
+
+
+def last_number(text):
+    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
+    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
+
+
+def load_reward(name, policy):
+    """What --reward names: a function, or None for a reward model on the base of the policy."""
+    if name == "correct_answer":
+        return correct_answer
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        common.reward_config(name, policy)  # ends the program if it is none
+        return None
+    with common.phase(f"loading the reward {name}"):
+        return runpy.run_path(common.find(file))[function]
+
+
+def score_answers(reward, name, model, batch, examples, texts, args):
+    """Scores [B] of answers, from a reward model's head or from a function of the rows' columns."""
+    if isinstance(reward, torch.nn.Linear):
+        with common.using(model, "reward"):
+            return in_parts(sequence_rewards, model, batch, reward, args)
+    rows = [example["row"] for example in examples]
+    columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
+    columns |= {"prompts": columns.pop("prompt"), "completions": texts}
+    with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
+        scores = torch.tensor([float(number) for number in reward(**columns)])
+        if len(scores) != len(rows):
+            raise ValueError(f"{len(scores)} scores for {len(rows)} answers")
+        for number, text, row in zip(scores.tolist(), texts, rows, strict=True):
+            if not math.isfinite(number):
+                raise ValueError(f"{number} for the answer {text!r:.100} to {str(row):.200}")
+    return scores.to(model.device)
+
+
+def sequence_rewards(model, batch, head):
+    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
+    causal = common.causal_lm(model)
+    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
+                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    last = batch["attention_mask"].sum(-1) - 1  # [B]
+    hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
+    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    return (hidden.float() * head.weight.float()).sum(-1)  # [B]
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+def rollout(model, reward, examples, tokenizer, args, seed):
+    """An answer y to each prompt, then all y', and what is said of them: a batch of [2P, ...]."""
+    prompts = [example["prompt"] for example in examples]
+    with common.autocast(model):
+        answers = sample_mixture(model, tokenizer, prompts, 0, args, seed)
+        answers += sample_mixture(model, tokenizer, prompts, args.mixture, args, seed + 1)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    batch = join_answers(prompts * 2, answers, tokenizer, model)
+    batch["rewards"] = score_answers(reward, args.reward, model, batch, examples * 2, texts, args)
+    scores = batch["rewards"] - args.missing_eos_penalty * ~batch["stopped"]  # [2P]
+    lead = (scores - scores.roll(len(prompts))).double()  # over the other answer to the prompt
+    batch["wins"] = lead.sigmoid() if args.preference == "sigmoid" else 0.5 + 0.5 * lead.sign()
+    batch["logps"] = in_parts(token_logps, model, batch, args.temperature, args).sum(1)
+    with common.reference(model):
+        batch["ref_logps"] = in_parts(token_logps, model, batch, args.temperature, args).sum(1)
+    return batch
+
+
+@torch.no_grad()
+def in_parts(function, model, batch, argument, args):
+    """function(model, batch, argument), a micro-batch at a time."""
+    parts = []
+    with common.autocast(model):
+        for rows in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
+            micro = {name: value[rows] for name, value in batch.items()}
+            parts.append(function(model, micro, argument))
+    return torch.cat(parts)
+
+
+def describe(batch, args):
+    """Means over all y, which π alone sampled, and over the pairs (0 without any); kl in nats."""
+    wins, kl = batch["wins"], batch["logps"] - batch["ref_logps"]  # [2P]
+    rewards = args.beta * kl
+    margin = rewards - rewards.roll(len(kl) // 2)  # over the other answer to the prompt
+    losses = online_loss(batch["logps"], batch["ref_logps"], wins, args.loss, args.beta, args.alpha)
+    y, won = slice(len(kl) // 2), wins > 0.5
+    figures = {"reward": batch["rewards"][y], "length": batch["loss_mask"].sum(1)[y], "kl": kl[y],
+               "stopped": batch["stopped"][y], "ties": wins[y] == 0.5, "preference": wins[y],
+               "loss": losses, "margin": margin[won], "accuracy": (margin[won].sign() + 1) / 2,
+               "chosen_reward": rewards[won], "rejected_reward": rewards[wins < 0.5]}
+    sums = torch.tensor([[x.sum(), len(x)] for x in figures.values()], device=kl.device).double()
+    sum_over_processes([sums])
+    return dict(zip(figures, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
+
+
+def train(args):
+    # 1. Prompts to learn from and others to be tested on, and what scores the answers
+    reward = load_reward(args.reward, args.model)
+    tokenizer = common.load_tokenizer(args.model)
+    encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
+                               needs_answer=args.reward == "correct_answer")
+    wanted = args.max_steps * args.batch_size
+    examples, held_out = common.load_examples(args, encode, tokenizer, wanted)
+    # 2. A frozen base with LoRA matrices, which alone are trained
+    torch.manual_seed(args.seed)
+    order = [torch.randperm(len(examples)) for _ in range(math.ceil(wanted / len(examples)))]
+    batches = torch.cat(order).split(args.batch_size)
+    model = common.load_model(
+        args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
+    reward = reward or common.add_role(model, args.reward, "reward")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
+    scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
+    print(common.settings(model))
+    # 3. Where the run stands: at its start, or where it was interrupted
+    open_run(args, [examples, held_out])
+    parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
+    state = restore(args, parts)
+    asked = model, reward, held_out, tokenizer, args, args.seed
+    if "before" not in state:
+        state["before"] = describe(rollout(*asked), args)
+    progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
+                    total=args.max_steps, disable=common.RANK > 0)
+    for step in progress:
+        # 4. Two answers to each prompt of this process; all random numbers follow from the step
+        began = time.time()
+        mine = [examples[i] for i in batches[step - 1][common.RANK::common.WORLD]]
+        seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
+        batch = rollout(model, reward, mine, tokenizer, args, seed)
+        metrics = {"step": step, **describe(batch, args), "rollout_seconds": time.time() - began}
+        # 5. Gradients of micro-batches and processes add up to that of the mean over all prompts
+        for pick in torch.arange(len(mine)).split(args.micro_batch_size):
+            micro = {name: x[torch.cat([pick, pick + len(mine)])] for name, x in batch.items()}
+            with common.autocast(model):
+                logps = token_logps(model, micro, args.temperature).sum(1)  # [2p] of p pairs
+            losses = online_loss(
+                logps, micro["ref_logps"], micro["wins"], args.loss, args.beta, args.alpha)  # [p]
+            scaler.scale(losses.sum() / args.batch_size).backward()
+        rate = learning_rate(step, args.max_steps, args.learning_rate)
+        metrics |= update(optimizer, scaler, rate)
+        # 6. Log, show an answer, and save what is needed to go on
+        progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
+        log_step(args, state, metrics | {"seconds": time.time() - began})
+        if step % args.save_every == 0 or step == args.max_steps:
+            save(args, state, parts)
+            text = tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
+            print(f"\n{common.visible(text)}\nscore {batch['rewards'][0]:.2f}")
+    # 7. The same held-out prompts and random numbers once more; the adapter is saved
+    finish(args, state, model, tokenizer, describe(rollout(*asked), args))
+
+
+# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+
+def learning_rate(step, steps, highest):
+    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+    return highest * min(step / (round(0.1 * steps) + 1), falling)
+
+
+def sum_over_processes(tensors):
+    for tensor in tensors if dist.is_initialized() else []:
+        dist.all_reduce(tensor)
+
+
+def update(optimizer, scaler, rate):
+    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    weights = optimizer.param_groups[0]["params"]
+    for weight in weights:  # a process without a share of the batch has no gradient
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    sum_over_processes([weight.grad for weight in weights])
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+    # where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+        common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
+    optimizer.param_groups[0]["lr"] = rate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
+            "loss_scale": scaler.get_scale()}
+
+
+def open_run(args, examples):
+    """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
+    if common.RANK > 0:
+        return
+    folder = Path(args.output_dir)
+    file = folder / "args.json"
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    if args.track:
+        with common.phase(f"--track {args.track}"):
+            tracker = importlib.import_module(args.track)
+            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if all(path.suffix in (".new", ".log", ".txt", ".out") for path in folder.iterdir()):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags, data or files: name another")
+
+
+def write(file, text):
+    """Whole or not at all, whenever the run is killed."""
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").replace(file)
+
+
+def restore(args, parts):
+    """The state of the run, at its start or where it was interrupted; `parts` are put back."""
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    if file.exists():
+        with common.phase(f"reading {file}"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
+    for weight in parts["weights"] if dist.is_initialized() else []:
+        dist.broadcast(weight.data, 0)
+    return state
+
+
+def save(args, state, parts):
+    """What the same command needs to go on."""
+    if common.RANK == 0:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state | states, Path(args.output_dir, "resume.new"))
+        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
+
+
+def log_step(args, state, metrics):
+    if torch.cuda.is_available():
+        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    state["step"] = metrics["step"]
+    state["metrics"].append(metrics)
+    if common.RANK == 0:
+        lines = [json.dumps(step) + "\n" for step in state["metrics"]]
+        write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
+        if args.track:
+            importlib.import_module(args.track).log(metrics, step=metrics["step"])
+
+
+def finish(args, state, model, tokenizer, after):
+    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    if common.RANK == 0:
+        common.save_model(model, tokenizer, args.output_dir)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
+        summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
+        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
+        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
+        if args.track:
+            importlib.import_module(args.track).finish()
+    print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
+    for name, value in after.items():
+        print(f"{name:<16}{state['before'][name]:9.3f}{value:9.3f}")
+    print(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}")
+
+
+if __name__ == "__main__":
+    with common.running("--micro-batch-size and --batch-size, then the lengths"):
+        train(common.parse(flags, TINY, BY_LOSS))

@@ -1,0 +1,449 @@
+"""Pairs: data for dpo.py, sft.py and kto.py from a model's own answers. Nothing is trained here.
+
+The model π answers each prompt x several times, y_1 … y_N ~ π(·|x). Each answer gets a score s_i,
+and --format says what is kept:
+
+    pairs   chosen = argmax s, rejected = argmin s, margin = max s − min s          for dpo.py
+    best    completion = argmax s, as in RAFT (Dong et al. 2023, arXiv:2304.06767)  for sft.py
+    kto     label = whether s_i is above the mean of the prompt's samples           for kto.py
+
+Equal scores prefer nothing: they give no pair and no label. --reward is a function of the answer,
+or a run of reward_model.py, or one of prm.py: the smallest chance that a line of y is a right step.
+Or the score is AI feedback, RLAIF (Bai et al. 2022, arXiv:2212.08073; Lee et al. 2023,
+arXiv:2309.00267): --judge, a chat model, reads x, two answers and a principle drawn from a
+constitution, and says A or B. Judges like a place, too, so that it is asked in both orders:
+
+    P_A(y, y') = p(A) / (p(A) + p(B))                           A: the first answer, y, is better
+    P(y ≻ y')  = ½ [P_A(y, y') + 1 − P_A(y', y)],    s_i = mean of P(y_i ≻ y_j) over the other y_j
+
+N different answers take N (N − 1) readings, or 2C by --comparisons C, but 2 (N − 1) at least.
+
+    python pairs.py --output pairs.jsonl                             # the tiny model, a minute
+    python pairs.py Qwen/Qwen2.5-0.5B-Instruct --output pairs.jsonl  # GSM8K in 4 bits on a T4
+    python pairs.py --judge tiny/chat --judge-template examples/judge_tiny.txt --output ai.jsonl
+
+What to watch: how far the best answers score above the first; prompts without different scores,
+which are wasted; best answers that are longer than the worst: the scorer likes length. A judge
+most of whose verdicts flip names a place and not an answer. One process does it all.
+
+Shapes: B answers or comparisons of T tokens, S steps in an answer; width D, vocabulary V.
+"""
+import argparse
+import functools
+import itertools
+import json
+import random
+import re
+import runpy
+import statistics
+from decimal import Decimal
+from pathlib import Path
+
+import jinja2
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import common
+
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+add = flags.add_argument
+add("model", nargs="?", default="tiny/chat", help="that answers: Hub name, folder or LoRA adapter")
+add("--output", required=True, help="a new .jsonl file")
+add("--format", choices=["pairs", "best", "kto"], default="pairs")
+add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
+add("--split", default="train", help="of a Hub dataset")
+add("--size", type=common.count, default=1000, help="prompts at most")
+add("--samples", type=common.number(int, 2), default=8, help="answers to each prompt, N")
+add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
+add("--judge", help="a chat model that compares answers, in place of --reward")
+add("--judge-template", default="examples/judge.txt", help="what the judge reads")
+add("--constitution", default="examples/constitution.txt", help="principles, one a line")
+add("--comparisons", type=common.count, default=28, help="at most, but all answers take part")
+add("--max-length-ratio", type=common.number(float, 1), default=1e9,
+    help="pairs: how many times as long as the shorter answer the longer may be, in tokens")
+add("--min-score", type=common.number(float, -1e9), default=-1e9,
+    help="a prompt whose best answer scores less gives no row")
+add("--temperature", type=common.positive, default=1.0, help="of sampling")
+add("--max-new-tokens", type=common.count, default=512, help="longest answer")
+add("--micro-batch-size", type=common.count, default=32, help="answers sampled at a time")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the models")
+add("--seed", type=common.natural, default=0, help="of the samples and principles")
+TINY = dict(dataset="tiny/data/prompt_train.jsonl", max_new_tokens=24, micro_batch_size=256)
+# what these columns of a prompt say would be read as part of the new row
+TAKEN = {"messages", "text", "completion", "chosen", "rejected", "margin", "label"}
+
+
+# ---- data: prompts -------------------------------------------------------------------------------
+
+def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
+    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
+    prompt = row.get("prompt") or row.get("question")  # as GSM8K calls it
+    if prompt and "prompt" not in row and tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}]
+    ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
+    if len(ids) + max_new_tokens > max_length:
+        raise ValueError(f"prompt and answer exceed {max_length} tokens")
+    if needs_answer and last_number(str(row.get("answer"))) is None:
+        raise ValueError("no answer with a number in it, which the reward correct_answer needs")
+    return {"prompt": ids, "row": row | {"prompt": prompt}}
+
+
+# ---- the method: what is kept of the scored answers to a prompt ----------------------------------
+
+def make_rows(row, answers, args):
+    """New rows, of the different answers to a prompt: "text", "length", "count" and "score"."""
+    scores = [answer["score"] for answer in answers]
+    if max(scores) < args.min_score:
+        return []
+    kept = {name: value for name, value in row.items() if name not in TAKEN}
+    said = [as_answer(row["prompt"], answer["text"]) for answer in answers]
+    if args.format == "best":
+        return [kept | {"completion": said[scores.index(max(scores))]}]
+    if args.format == "pairs":
+        lengths = [answer["length"] for answer in answers]
+        best, worst = best_and_worst(scores, lengths, args.max_length_ratio)
+        margin = scores[best] - scores[worst]
+        pair = {"chosen": said[best], "rejected": said[worst], "margin": margin}
+        return [kept | pair] if margin > 0 else []
+    samples = [answer["score"] for answer in answers for _ in range(answer["count"])]
+    level = statistics.mean(samples)  # an exact sum: the mean of equal scores is equal to them
+    return [kept | {"completion": text, "label": score > level}
+            for text, score in zip(said, scores, strict=True) if score != level]
+
+
+def as_answer(prompt, text):
+    """In the form of the prompt: a text, or a list with a message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def best_and_worst(scores, lengths, ratio):
+    """The indices of a best answer and of the worst at most `ratio` times as long, or as short."""
+    pairs = itertools.product(range(len(scores)), repeat=2)
+    pairs = [(i, j) for i, j in pairs if scores[i] == max(scores)
+             and max(lengths[i], lengths[j]) <= ratio * min(lengths[i], lengths[j])]
+    # of several best ones that with the widest margin, of equals the first
+    return min(pairs, key=lambda pair: scores[pair[1]])
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, copies, args, seed):
+    """`copies` answers to each of P prompts, grouped by prompt, as lists of ids.
+
+    From exactly softmax(logits / temperature): no top-k, no top-p, no penalties. Each answer ends
+    with its stop token, unless it ran into --max-new-tokens.
+    """
+    was_training = model.training
+    model.eval()  # in train mode gradient checkpointing would silently drop the cache
+    causal = common.causal_lm(model)
+    generator = torch.Generator(causal.device).manual_seed(seed)
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    stops = torch.tensor(stop_ids, device=causal.device)
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    mask = batch["attention_mask"].to(causal.device)  # [P, T]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=causal.config)
+    logits = causal(batch["input_ids"].to(causal.device), attention_mask=mask,
+                    position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
+    # each prompt was read once, for all of its answers: from here on B = P x copies
+    cache.batch_repeat_interleave(copies)
+    logits = logits.repeat_interleave(copies, 0)  # [B, 1, V]
+    mask = mask.repeat_interleave(copies, 0)
+    answers = [[] for _ in mask]
+    alive = torch.arange(len(mask), device=causal.device)  # the answers that have not ended
+    for length in range(1, args.max_new_tokens + 1):
+        probs = (logits[:, -1].float() / args.temperature).softmax(-1)  # [alive, V]
+        token = torch.multinomial(probs, 1, generator=generator)  # [alive, 1]
+        for i, new in zip(alive.tolist(), token[:, 0].tolist(), strict=True):
+            answers[i].append(new)
+        going = ~torch.isin(token[:, 0], stops)
+        if length == args.max_new_tokens or not going.any():
+            break
+        if not going.all():  # answers that have ended leave the batch
+            alive, token, mask = alive[going], token[going], mask[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        mask = F.pad(mask, (0, 1), value=1)
+        logits = causal(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                        past_key_values=cache).logits
+    model.train(was_training)
+    return answers
+
+
+def read_answers(tokenizer, prompt, answers, stop_ids):
+    """The different answers to a prompt that are not empty and ended, as "text", "length", "count".
+
+    The row that one made which did not end would end it where it was cut off, and teach to do so.
+    """
+    plain, read = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}, {}
+    asked = tokenizer.decode(prompt, **plain)
+    for answer in answers:
+        # decoded alone, an answer may lose the space that it starts with
+        text = tokenizer.decode(prompt + answer, **plain).removeprefix(asked)
+        if text.strip() and answer[-1] in stop_ids:
+            read.setdefault(text, {"text": text, "length": len(answer), "count": 0})["count"] += 1
+    return list(read.values())
+
+
+# ---- what scores an answer: each is a function of prompts, completions and columns ---------------
+
+def correct_answer(prompts, completions, answer, **columns):
+    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
+    said = [last_number(text) for text in completions]
+    right = [last_number(str(text)) for text in answer]
+    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
+
+
+def last_number(text):
+    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
+    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
+
+
+def call_reward(name, reward, examples, texts):
+    """A score for each text, from a function of the columns of the rows."""
+    rows = [example["row"] for example in examples]
+    columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
+    columns |= {"prompts": columns.pop("prompt"), "completions": texts}
+    with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
+        scores = torch.tensor([float(number) for number in reward(**columns)])
+        if len(scores) != len(rows) or not scores.isfinite().all():
+            raise ValueError(f"not {len(rows)} finite numbers, but {scores.tolist()}")
+    return scores.tolist()
+
+
+def load_scorer(name, args):
+    """What --reward names, as a function: a user's own, or one that asks a trained head."""
+    if name == "correct_answer":
+        return correct_answer
+    file, _, function = name.rpartition(":")
+    with common.phase(f"loading the reward {name}"):
+        if file.endswith(".py"):
+            return runpy.run_path(common.find(file))[function]
+        config = common.adapter_config(name)
+        if not config or config.task_type != "SEQ_CLS":
+            raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
+        summary = Path(common.find(name), "summary.json")  # tiny/reward has none
+        by_steps = summary.exists() and json.loads(summary.read_text())["method"] == "prm"
+    tokenizer = common.load_tokenizer(name)
+    model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False, task="SEQ_CLS")
+    return functools.partial(model_scores, model, tokenizer, by_steps)
+
+
+@torch.no_grad()
+def model_scores(model, tokenizer, by_steps, prompts, completions, tools=None, **columns):
+    """r(x, y) at the last token of answers, or by steps the smallest chance of a right one.
+
+    The texts are encoded anew, by the scorer's own tokenizer, like the rows it was trained on.
+    """
+    scores = []
+    tools = tools or [None] * len(prompts)
+    for prompt, text, tool in zip(prompts, completions, tools, strict=True):
+        said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
+        if text.strip():  # an empty answer is the token that ends it
+            (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
+        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
+        ends = step_ends(tokenizer, answer, steps) or [len(answer) - 1]
+        batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
+        batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
+        with common.autocast(model):
+            logits = step_logits(model, batch.to(model.device), common.causal_lm(model).score)
+        scores.append((logits.sigmoid() if by_steps else logits).min().item())
+    return scores
+
+
+def step_ends(tokenizer, ids, steps):
+    """Where each step ends: the index in `ids`, an answer, of the token with its last character.
+
+    Tokens may hold parts of characters, so it is decoded prefixes that tell what has been said. A
+    binary search over them finds the first that says all of a step.
+    """
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(ids, **plain)
+    ends, low, done = [], 0, 0
+    for step in steps:
+        start = text.find(step, done)
+        if start < 0:
+            raise ValueError(f"its tokens do not spell the step {step!r:.80}")
+        done, high = start + len(step), len(ids) - 1
+        while low < high:
+            last = middle = (low + high) // 2
+            # a prefix that ends within a character is spelled wrong: then a shorter one counts
+            while not text.startswith(said := tokenizer.decode(ids[:last + 1], **plain)):
+                last -= 1
+            if len(said) >= done:
+                high = last
+            else:
+                low = middle + 1
+        ends.append(low)
+    return ends
+
+
+def step_logits(model, batch, head):
+    """The logit of each step, [B, S], read at its last token; rows with fewer steps are padded."""
+    causal = common.causal_lm(model)
+    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
+                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    rows = torch.arange(len(hidden))[:, None]  # [B, 1]
+    hidden = hidden[rows.to(hidden.device), batch["step_ends"]]  # [B, S, D]
+    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
+
+
+# ---- what compares two answers: AI feedback ------------------------------------------------------
+
+def load_judge(args, flips):
+    """A function that scores answers by what the judge prefers, and notes which verdicts flip.
+
+    A template is a line like "verdicts: A B", and messages in Jinja below lines like <user>, with
+    prompt (messages), principle, answer_a, answer_b, and verdict where the judge decides.
+    """
+    with common.phase(f"reading {args.judge_template} and {args.constitution}"):
+        principles = Path(common.find(args.constitution)).read_text().strip().splitlines()
+        first, _, rest = Path(common.find(args.judge_template)).read_text().partition("\n")
+        words = first.removeprefix("verdicts:").split()
+        parts = re.split(r"^<(system|user|assistant)>\n", rest, flags=re.MULTILINE)
+        template = words, list(zip(parts[1::2], map(jinja2.Template, parts[2::2]), strict=True))
+        if len(set(words)) != 2 or "{{ verdict }}" not in "".join(parts[2::2]) or not principles:
+            raise ValueError("verdicts: A B, {{ verdict }} in a message or a principle is missing")
+    tokenizer = common.load_tokenizer(args.judge)
+    model = common.load_model(args.judge, args.load_in_4bit, 0, "off", trainable=False)
+    return functools.partial(judge_scores, model, tokenizer, template, principles, args, flips)
+
+
+def judge_scores(model, tokenizer, template, principles, args, flips, prompts, completions,
+                 **columns):
+    """The mean preference for each of some answers to one prompt over the others."""
+    prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    duels = list(itertools.combinations(range(len(won)), 2))  # the first one meets all others first
+    for i, j in duels[:max(args.comparisons, len(won) - 1)]:
+        principle = random.Random(f"{args.seed} {prompt} {i} {j}").choice(principles)
+        questions = []
+        for first, second in (i, j), (j, i):
+            values = {"prompt": chat, "principle": principle,
+                      "answer_a": completions[first], "answer_b": completions[second]}
+            questions.append(encode_verdict(tokenizer, *template, values))
+        forth, back = first_wins(model, tokenizer, questions)
+        flips.append((forth > 0.5) != (back < 0.5))
+        won[i].append(0.5 + (forth - back) / 2)  # ½ [P_A(y_i, y_j) + 1 − P_A(y_j, y_i)]
+        won[j].append(0.5 - (forth - back) / 2)
+    return [statistics.fmean(several or [0.5]) for several in won]
+
+
+def encode_verdict(tokenizer, words, messages, values):
+    """The ids up to where the chats with either verdict part, and the two tokens there."""
+    both = []
+    for word in words:
+        chat = [{"role": role, "content": text.render(values, verdict=word).strip()}
+                for role, text in messages]
+        both.append(common.to_ids(tokenizer, common.render(tokenizer, chat)))
+    parting = common.shared_length(*both)
+    if not 0 < parting < min(map(len, both)) or parting > tokenizer.model_max_length:
+        raise ValueError(f"the verdicts {words} part after {parting} tokens of {len(both[0])}")
+    return both[0][:parting], [ids[parting] for ids in both]
+
+
+@torch.no_grad()
+def first_wins(model, tokenizer, questions):
+    """P_A of B questions."""
+    causal = common.causal_lm(model)
+    rows, verdicts = zip(*questions, strict=True)
+    batch = tokenizer.pad({"input_ids": list(rows)}, padding_side="right", return_tensors="pt")
+    last = batch["attention_mask"].sum(-1) - 1  # [B]
+    with common.autocast(model):
+        hidden = causal.base_model(**batch.to(model.device), use_cache=False)[0]  # [B, T, D]
+        logits = causal.get_output_embeddings()(hidden[torch.arange(len(rows)), last])  # [B, V]
+    logits = logits.float().cpu().gather(1, torch.tensor(verdicts))  # [B, 2]
+    return logits.softmax(-1)[:, 0].tolist()
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+def summarise(groups, flips, args):
+    """What the answers are worth, and what picking among them is."""
+    every = list(itertools.chain(*groups))
+    ended = sum(answer["count"] for answer in every)
+    print(f"\n{ended} of {len(groups) * args.samples} answers ended and are not empty")
+    ranked = [sorted(group, key=lambda answer: answer["score"]) for group in groups if group]
+    spread = sum(group[0]["score"] < group[-1]["score"] for group in ranked)
+    print(f"{spread} of {len(groups)} prompts have answers of different scores")
+    if flips:
+        print(f"{sum(flips) / len(flips):.3f} of {len(flips)} verdicts flip with the order")
+    print(f"{'':<8}{'score':>9}{'length':>9}")
+    shown = {"first": [group[0] for group in groups if group], "all": every,
+             "best": [group[-1] for group in ranked], "worst": [group[0] for group in ranked]}
+    for name, answers in shown.items():
+        counts = [answer["count"] if name == "all" else 1 for answer in answers]
+        score = statistics.fmean([answer["score"] for answer in answers], counts)
+        length = statistics.fmean([answer["length"] for answer in answers], counts)
+        print(f"{name:<8}{score:9.3f}{length:9.1f}")
+
+
+def main(args):
+    # 1. What is wrong with flags and prompts shows before a model is loaded.
+    output = Path(args.output)
+    if output.suffix != ".jsonl" or output.exists() or not output.parent.is_dir():
+        common.fail(f"--output {output} is no .jsonl file, is there already, or its folder is not")
+    tokenizer = common.load_tokenizer(args.model)
+    rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
+    encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
+                               needs_answer=not args.judge and args.reward == "correct_answer")
+    examples = common.encode_rows(args.dataset, rows, encode, tokenizer, 10**9)
+
+    # 2. What scores the answers, and beside it the model that gives them.
+    flips = []
+    scorer = load_judge(args, flips) if args.judge else load_scorer(args.reward, args)
+    model = common.load_model(args.model, args.load_in_4bit, 0, "off", trainable=False)
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    print(common.settings(model))
+
+    groups = []
+    size = max(1, args.micro_batch_size // args.samples)
+    for i in tqdm(range(0, len(examples), size)):
+        # 3. N answers to each of some prompts.
+        part = examples[i:i + size]
+        prompts = [example["prompt"] for example in part]
+        with common.autocast(model):
+            answers = sample(model, tokenizer, prompts, args.samples, args, args.seed + i)
+
+        # 4. As texts, and their scores; what is said twice is scored once.
+        for j, example in enumerate(part):
+            several = answers[j * args.samples:(j + 1) * args.samples]
+            group = read_answers(tokenizer, example["prompt"], several, stop_ids)
+            texts = [answer["text"] for answer in group]
+            asked, name = [example] * len(texts), args.judge or args.reward
+            scores = call_reward(name, scorer, asked, texts) if texts else []
+            scored = zip(group, scores, strict=True)
+            groups.append([answer | {"score": score} for answer, score in scored])
+    if not any(groups):
+        common.fail("no answer ended within --max-new-tokens")
+
+    # 5. What they are worth.
+    summarise(groups, flips, args)
+
+    # 6. The rows that they make.
+    rows = []
+    for example, group in zip(examples, groups, strict=True):
+        rows += make_rows(example["row"], group, args) if group else []
+    if not rows:
+        common.fail("not one row: no answers of different scores, or none above --min-score")
+
+    # 7. The file, whole or not at all.
+    unfinished = Path(f"{output}.new")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished.replace(output)
+    for row in rows[:3]:
+        print("\n" + common.visible(json.dumps(row, ensure_ascii=False)))
+    print(f"\n{len(rows)} rows of {len(examples)} prompts: {output}")
+
+
+if __name__ == "__main__":
+    with common.running("--micro-batch-size, then --max-new-tokens"):
+        flags.error = common.fail
+        if common.is_tiny(flags.parse_args().model):
+            flags.set_defaults(**TINY)
+        main(flags.parse_args())

@@ -1,0 +1,415 @@
+"""Process reward model: learns from labelled steps whether a solution is still right after each.
+
+A solution y of a problem x is a list of steps y_1 ... y_S. A language model with a scalar in place
+of its head reads them, and the scalar r_k at the last token of step k says how likely that step is
+right, given what stands before it:
+
+    p_k = σ(r_k)
+    loss = −Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]                 l_k = 1: right, 0: wrong
+
+This is process supervision: Uesato et al. 2022, arXiv:2211.14275; Lightman et al. 2023,
+arXiv:2305.20050. A solution is as good as its worst step, min_k p_k, or, if the p_k are chances
+given that all was right before, it is right with probability Π_k p_k. With --outcome the sum has
+only its last term, the verdict on the whole: that is an outcome reward model, which has to find out
+by itself at which step things went wrong. It is judged by the same held-out figures.
+
+Kept from the reward model: the scalar, the adapter, the loop. Dropped: the pairs. A label stands by
+itself, so r = 0 has a meaning, a probability of a half, and the rewards need no centering.
+
+    python prm.py                                        # the embedded tiny model, on a laptop
+    python prm.py --outcome                              # its last step only, to compare
+    python prm.py --model Qwen/Qwen2.5-0.5B-Instruct     # 4-bit LoRA on a 16 GB T4
+
+What to watch: the step accuracy starts at the share of the commoner label and says little where
+most steps are right. The hard figure is `f1`, for the first wrong step: a hit is a solution whose
+first step with p < 1/2 is the first that is labelled wrong. `precision` is the share of hits among
+solutions with such a step, `recall` among those with a wrong label, 0 where there are none.
+
+Shapes: B solutions of T tokens and at most S steps; D is the model's width.
+"""
+import argparse
+import fcntl
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import common
+
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+add = flags.add_argument
+add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a file")
+add("--split", default="train", help="of a Hub dataset")
+add("--eval-dataset", help="held-out solutions (without it, some are kept out of --dataset)")
+add("--eval-size", type=common.count, default=100, help="held-out solutions")
+add("--outcome", action="store_true", help="learn from the label of the last step only")
+add("--max-length", type=common.count, default=1024, help="solutions with more tokens are dropped")
+add("--batch-size", type=common.count, default=32, help="solutions per optimizer step")
+add("--micro-batch-size", type=common.count, default=4, help="solutions per forward pass")
+add("--learning-rate", type=common.positive, default=1e-4, help="the highest: it rises, then falls")
+add("--epochs", type=common.count, default=1, help="passes over the solutions")
+add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
+add("--lora-rank", type=common.count, default=16, help="of new LoRA matrices")
+add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
+add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
+add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
+add("--save-every", type=common.count, default=50, help="steps between savings")
+add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and head")
+add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
+add("--output-dir", default="runs/prm", help="the same command again goes on where it stopped")
+TINY = dict(dataset="tiny/data/steps_train.jsonl", epochs=5, micro_batch_size=32,
+            eval_dataset="tiny/data/steps_heldout.jsonl", eval_size=300, learning_rate=3e-3)
+
+
+# ---- data: a solution as token ids, and where its steps end --------------------------------------
+
+def encode_solution(row, tokenizer, max_length, outcome):
+    """{"prompt": ids, "solution": example}; the loss mask is 1 on the steps that are learned from.
+
+    The steps are lines of one answer, of the assistant if the prompt is messages or the tokenizer
+    has a chat template; else it is text, on the line below the prompt. Longer ones are refused.
+    """
+    prompt, steps, labels = (row.get(name) for name in ("prompt", "completions", "labels"))
+    if not prompt or not isinstance(prompt, str | list):
+        raise ValueError("a prompt must be a text or a list of messages")
+    if not isinstance(steps, list) or not all(isinstance(x, str) and x.strip() for x in steps):
+        raise ValueError("completions must be a list of steps, none of them empty")
+    if not steps or not isinstance(labels, list) or list(map(type, labels)) != [bool] * len(steps):
+        raise ValueError("labels must be a list of booleans, one for each of the completions")
+    steps = [step.strip() for step in steps]
+    answer = "\n".join(steps)
+    if isinstance(prompt, str) and tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        pieces, = common.encode(tokenizer, prompt + "\n", answer)
+    else:
+        pieces, = common.encode(tokenizer, prompt, [{"role": "assistant", "content": answer}])
+    (asked, _), (said, _) = pieces
+    if len(asked) + len(said) > max_length:
+        raise ValueError(f"it is longer than {max_length} tokens")
+    ones = [1] * len(steps)
+    return {"prompt": asked, "solution": {
+        "input_ids": asked + said, "attention_mask": [1] * len(asked + said),
+        "step_ends": [len(asked) + end for end in step_ends(tokenizer, said, steps)],
+        "step_mask": ones, "loss_mask": [0] * len(ones[1:]) + [1] if outcome else ones,
+        "labels": list(map(int, labels))}}
+
+
+def collate(examples, pad_id, device):
+    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
+    batch = {}
+    for name in examples[0]:
+        padding = pad_id if name == "input_ids" else 0
+        rows = [torch.tensor(example[name]) for example in examples]
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding).to(device)
+    return batch
+
+
+# ---- the method ----------------------------------------------------------------------------------
+
+def step_ends(tokenizer, ids, steps):
+    """Where each step ends: the index in `ids`, an answer, of the token with its last character.
+
+    Tokens may hold parts of characters, so it is decoded prefixes that tell what has been said. A
+    binary search over them finds the first that says all of a step.
+    """
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(ids, **plain)
+    ends, low, done = [], 0, 0
+    for step in steps:
+        start = text.find(step, done)
+        if start < 0:
+            raise ValueError(f"its tokens do not spell the step {step!r:.80}")
+        done, high = start + len(step), len(ids) - 1
+        while low < high:
+            last = middle = (low + high) // 2
+            # a prefix that ends within a character is spelled wrong: then a shorter one counts
+            while not text.startswith(said := tokenizer.decode(ids[:last + 1], **plain)):
+                last -= 1
+            if len(said) >= done:
+                high = last
+            else:
+                low = middle + 1
+        ends.append(low)
+    return ends
+
+
+def step_logits(model, batch, head):
+    """The logit of each step, [B, S], read at its last token; rows with fewer steps are padded."""
+    causal = common.causal_lm(model)
+    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
+                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    rows = torch.arange(len(hidden))[:, None]  # [B, 1]
+    hidden = hidden[rows.to(hidden.device), batch["step_ends"]]  # [B, S, D]
+    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
+
+
+def step_losses(logits, labels, loss_mask):
+    """Minus the log-likelihood of each step's label, [B, S]; 0 where the mask is."""
+    right, wrong = F.logsigmoid(logits), F.logsigmoid(-logits)  # [B, S], log p and log(1 − p)
+    return -(labels * right + (1 - labels) * wrong) * loss_mask
+
+
+COUNTS = ("loss", "trained", "agreed", "steps", "hits", "flagged", "wrong", "by_min", "by_product",
+          "by_last", "solutions")
+
+
+def count_steps(losses, logits, batch):
+    """Sums over B solutions of what the figures are made of, in the order of COUNTS."""
+    steps = batch["step_mask"].bool()  # [B, S]
+    said, true = (logits >= 0) | ~steps, batch["labels"].bool() | ~steps  # [B, S]: no step is wrong
+    flagged, wrong = ~said.all(-1), ~true.all(-1)  # [B]
+    # a running product is 1 before the first wrong step, and 0 from there on
+    same_place = said.long().cumprod(-1).sum(-1) == true.long().cumprod(-1).sum(-1)  # [B]
+    log_product = (F.logsigmoid(logits.double()) * steps).sum(-1)  # [B]
+    last = said.gather(1, steps.sum(-1, keepdim=True) - 1)[:, 0]  # [B]
+    counts = [losses, batch["loss_mask"], (said == true) & steps, steps,
+              flagged & wrong & same_place, flagged, wrong, flagged == wrong,
+              (log_product < math.log(0.5)) == wrong, last != wrong, torch.ones_like(wrong)]
+    return torch.stack([count.detach().double().sum() for count in counts])
+
+
+def step_figures(counts):
+    """What is logged of the counts of some solutions."""
+    n = dict(zip(COUNTS, counts.tolist(), strict=True))
+    return {"loss": n["loss"] / n["trained"], "step_accuracy": n["agreed"] / n["steps"],
+            "precision": n["hits"] / max(1, n["flagged"]), "recall": n["hits"] / max(1, n["wrong"]),
+            "f1": 2 * n["hits"] / max(1, n["flagged"] + n["wrong"]),
+            "solution_accuracy_min": n["by_min"] / n["solutions"],
+            "solution_accuracy_product": n["by_product"] / n["solutions"],
+            "solution_accuracy_last": n["by_last"] / n["solutions"]}
+
+
+def score_solutions(model, examples, pad_id):
+    """The sum of the losses of B solutions, and their COUNTS."""
+    batch = collate([example["solution"] for example in examples], pad_id, model.device)
+    with common.autocast(model):
+        logits = step_logits(model, batch, common.causal_lm(model).score)  # [B, S]
+    losses = step_losses(logits, batch["labels"], batch["loss_mask"])  # [B, S]
+    return losses.sum(), count_steps(losses, logits, batch)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, examples, args, pad_id):
+    """The figures of held-out solutions, which the processes share between them."""
+    model.eval()
+    mine = examples[common.RANK::common.WORLD]
+    counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=model.device)
+    for i in range(0, len(mine), args.micro_batch_size):
+        counts += score_solutions(model, mine[i:i + args.micro_batch_size], pad_id)[1]
+    sum_over_processes([counts])
+    model.train()
+    return step_figures(counts)
+
+
+@torch.no_grad()
+def show_steps(model, tokenizer, examples, pad_id):
+    """Prints some solutions with the probability that each step is right."""
+    model.eval()
+    batch = collate([example["solution"] for example in examples], pad_id, model.device)
+    with common.autocast(model):
+        chances = step_logits(model, batch, common.causal_lm(model).score).sigmoid().tolist()
+    for row, example in zip(chances, examples, strict=True):
+        print(f"\n{'p':>5}  label")
+        start, solution = len(example["prompt"]), example["solution"]
+        steps = zip(solution["step_ends"], solution["labels"], strict=True)
+        for p, (end, label) in zip(row, steps, strict=False):  # the row is padded
+            text = tokenizer.decode(solution["input_ids"][start:end + 1], skip_special_tokens=True)
+            verdict = "right" if label else "wrong"
+            print(f"{p:5.2f}  {verdict}  {common.visible(' '.join(text.split()))}")
+            start = end + 1
+
+
+def train(args):
+    # 1. Data first: what is wrong with it shows before the model is loaded.
+    tokenizer = common.load_tokenizer(args.model)
+    pad_id = tokenizer.pad_token_id
+    encode = functools.partial(encode_solution, outcome=args.outcome)
+    examples, held_out = common.load_examples(
+        args, encode, tokenizer, limit=args.max_steps * args.batch_size)
+    shown = examples[0]["solution"]  # the tokens at which a step is judged, in green
+    ends = set(shown["step_ends"])
+    common.show(tokenizer, shown["input_ids"], [i in ends for i in range(len(shown["input_ids"]))])
+
+    # 2. A frozen base, with LoRA matrices and a scalar head: they alone are trained.
+    torch.manual_seed(args.seed)
+    model = common.load_model(
+        args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing, task="SEQ_CLS")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
+    scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
+    print(common.settings(model))
+
+    # 3. Where the run stands: at its start, or where it was interrupted.
+    open_run(args, [examples, held_out])
+    parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
+    state = restore(args, parts)
+    if "before" not in state:
+        state["before"] = evaluate(model, held_out, args, pad_id)
+
+    # the order follows from the seed, so that a run that goes on sees the same batches
+    generator = torch.Generator().manual_seed(args.seed)
+    order = [torch.randperm(len(examples), generator=generator) for epoch in range(args.epochs)]
+    batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
+    progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
+                    total=len(batches), disable=common.RANK > 0)
+    for step in progress:
+        # 4. The gradients of micro-batches and processes add up to that of the batch, because each
+        #    step of a solution counts 1 / `trained`, wherever it is computed.
+        began = time.time()
+        batch = [examples[i] for i in batches[step - 1]]
+        trained = sum(sum(example["solution"]["loss_mask"]) for example in batch)
+        mine = batch[common.RANK::common.WORLD]
+        counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=model.device)
+        for i in range(0, len(mine), args.micro_batch_size):
+            loss, counted = score_solutions(model, mine[i:i + args.micro_batch_size], pad_id)
+            scaler.scale(loss / trained).backward()
+            counts += counted
+
+        # 5. One step down the gradient, which is summed over processes and clipped.
+        rate = learning_rate(step, len(batches), args.learning_rate)
+        updated = update(optimizer, scaler, rate)
+
+        # 6. Log, and save what is needed to go on.
+        sum_over_processes([counts])
+        metrics = {"step": step, **step_figures(counts), **updated, "seconds": time.time() - began}
+        shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "step_accuracy", "f1")}
+        progress.set_postfix(shown, refresh=False)
+        if args.eval_every and step % args.eval_every == 0:
+            held = evaluate(model, held_out, args, pad_id)
+            metrics |= {f"eval_{name}": value for name, value in held.items()}
+        log_step(args, state, metrics)
+        if step % args.save_every == 0 or step == len(batches):
+            save(args, state, parts)
+
+    # 7. The same held-out solutions once more, and some of them step by step.
+    finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
+    show_steps(model, tokenizer, held_out[:3], pad_id)
+
+
+# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+
+def learning_rate(step, steps, highest):
+    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+    return highest * min(step / (round(0.1 * steps) + 1), falling)
+
+
+def sum_over_processes(tensors):
+    for tensor in tensors if dist.is_initialized() else []:
+        dist.all_reduce(tensor)
+
+
+def update(optimizer, scaler, rate):
+    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    weights = optimizer.param_groups[0]["params"]
+    for weight in weights:  # a process without a share of the batch has no gradient
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    sum_over_processes([weight.grad for weight in weights])
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+    # where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+        common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
+    optimizer.param_groups[0]["lr"] = rate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
+            "loss_scale": scaler.get_scale()}
+
+
+def open_run(args, examples):
+    """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
+    if common.RANK > 0:
+        return
+    folder = Path(args.output_dir)
+    file = folder / "args.json"
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    if args.track:
+        with common.phase(f"--track {args.track}"):
+            tracker = importlib.import_module(args.track)
+            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
+        if all(path.suffix in (".new", ".log", ".txt", ".out") for path in folder.iterdir()):
+            write(file, text)
+        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or other flags, data or files: name another")
+
+
+def write(file, text):
+    """Whole or not at all, whenever the run is killed."""
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").replace(file)
+
+
+def restore(args, parts):
+    """The state of the run, at its start or where it was interrupted; `parts` are put back."""
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    if file.exists():
+        with common.phase(f"reading {file}"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
+    for weight in parts["weights"] if dist.is_initialized() else []:
+        dist.broadcast(weight.data, 0)
+    return state
+
+
+def save(args, state, parts):
+    """What the same command needs to go on."""
+    if common.RANK == 0:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state | states, Path(args.output_dir, "resume.new"))
+        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
+
+
+def log_step(args, state, metrics):
+    if torch.cuda.is_available():
+        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    state["step"] = metrics["step"]
+    state["metrics"].append(metrics)
+    if common.RANK == 0:
+        lines = [json.dumps(step) + "\n" for step in state["metrics"]]
+        write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
+        if args.track:
+            importlib.import_module(args.track).log(metrics, step=metrics["step"])
+
+
+def finish(args, state, model, tokenizer, after):
+    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    if common.RANK == 0:
+        common.save_model(model, tokenizer, args.output_dir)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
+        summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
+        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
+        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
+        if args.track:
+            importlib.import_module(args.track).finish()
+    print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
+    for name, value in after.items():
+        print(f"{name:<16}{state['before'][name]:9.3f}{value:9.3f}")
+    print(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}")
+
+
+if __name__ == "__main__":
+    with common.running("--micro-batch-size, then --max-length"):
+        train(common.parse(flags, TINY))
