@@ -546,14 +546,21 @@ def test_training_starts_at_half_the_weights_and_at_z_0(run, adapter):
             assert figures["margin"] == figures["z"] == figures["chosen_reward"] == 0
 
 
-def test_no_gradient_flows_through_z_or_the_reference(drifted, tokenizer):
-    """z is a number, and what is frozen has no gradient."""
+def test_no_gradient_flows_through_z_or_the_reference(drifted, tokenizer, monkeypatch):
+    """z is a number; the reference keeps nothing for a backward pass, and has no gradient."""
     examples = encoded(ROWS[:4], tokenizer)
-    args = run_args(kto)
+    args, reference, modes = run_args(kto), common.reference, []
+
+    def keep_mode(model):
+        modes.append(torch.is_grad_enabled())
+        return reference(model)
+
+    monkeypatch.setattr(common, "reference", keep_mode)
     assert not kto.reference_point(drifted, examples, args, tokenizer).requires_grad
     kto.score_labelled(drifted, examples, 0.0, args, tokenizer)[0].sum().backward()
     for name, p in drifted.named_parameters():
         assert (p.grad is not None) == (".default." in name), name
+    assert modes == [False, False]
     drifted.zero_grad()
 
 
@@ -572,10 +579,10 @@ def test_a_run_with_evaluations_trains_to_the_same_weights(run):
 
 def test_a_run_with_a_loss_scale_agrees_with_one_without(run, monkeypatch):
     """Scaling by a power of two is exact: all figures, norms before clipping, and weights."""
-    plain = run("plain", beta=0.7)
+    plain = run("plain", beta=0.7, max_steps=2)
     monkeypatch.setattr(
         common, "grad_scaler", lambda model: torch.amp.GradScaler("cpu", init_scale=2.0**13))
-    scaled = run("scaled", beta=0.7)
+    scaled = run("scaled", beta=0.7, max_steps=2)
     for a, b in zip(scaled.metrics, plain.metrics, strict=True):
         for name in b.keys() - {"seconds", "loss_scale"}:
             assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-9), name
@@ -586,14 +593,14 @@ def test_a_run_with_a_loss_scale_agrees_with_one_without(run, monkeypatch):
 
 def test_runs_in_16_bits_agree_with_one_in_fp32(run, monkeypatch):
     """Base and forward passes in 16 bits; the loss starts at 1/2, and z at 0, to the last bit."""
-    full, scaler = run("fp32", beta=0.1), torch.amp.GradScaler
+    full, scaler = run("fp32", beta=0.1, max_steps=2), torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(
         *args, **kwargs, init_scale=2.0**8))  # at its default, it first has to skip some steps
     for dtype in torch.float16, torch.bfloat16:
         with monkeypatch.context() as patch:
             patch.setattr(common, "choose_dtype", lambda device, dtype=dtype: dtype)
             patch.setattr(common, "autocast", lambda _, dtype=dtype: torch.autocast("cpu", dtype))
-            half = run(str(dtype), beta=0.1)
+            half = run(str(dtype), beta=0.1, max_steps=2)
         assert half.metrics[0]["loss"] == 0.5 and half.metrics[0]["z"] == 0
         for a, b in zip(full.metrics, half.metrics, strict=True):
             for name in "loss", "chosen_logp", "rejected_logp", "grad_norm":
@@ -630,6 +637,7 @@ def test_real_conversations_become_labelled_answers(shared):
 def test_real_strings_train_a_real_model(shared, run):
     """Labelled solutions on a small Llama: the loss starts at 1/2, the step holds both labels."""
     rows = rows_of(shared, "unpaired_gsm8k_solutions_string", 40)
-    seen = run(model=shared / "models/stories260K", rows=rows, held_out=[], max_steps=1)
+    seen = run(model=shared / "models/stories260K", rows=rows, held_out=[], max_steps=1,
+               max_length=128)
     assert seen.metrics[0]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert {example["label"] for example in seen.batches[0]} == {True, False}

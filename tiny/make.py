@@ -166,28 +166,17 @@ def is_held_out_list(numbers):
 def solution(rng, numbers, wrong_share):
     """Partial sums, one a line, as (a, b, value), and for each line whether it is right.
 
-    Each line is wrong with probability `wrong_share`: mostly its result, else a number that it
-    copies. The next one goes on from there, so after a wrong line none is right, even if its own
-    sum is: it is no step to the answer any more.
+    Each line has a wrong result with probability `wrong_share`. The next one goes on from there, so
+    after a wrong line none is right, even if its own sum is: it is no step to the answer any more.
     """
     lines, labels, value = [], [], numbers[0]
     for number in numbers[1:]:
-        a, b, wrong = value, number, rng.random() < wrong_share
-        kind = rng.random()
-        if wrong and kind < 0.15:
-            a = misread(rng, a)
-        elif wrong and kind < 0.3:
-            b = misread(rng, b)
-        value = mistake(rng, a, "+", b) if wrong and kind >= 0.3 else a + b
-        lines.append((a, b, value))
+        wrong = rng.random() < wrong_share
+        before = value
+        value = mistake(rng, before, "+", number) if wrong else before + number
+        lines.append((before, number, value))
         labels.append(not wrong and all(labels))
     return lines, labels
-
-
-def misread(rng, number):
-    """Another number, one digit of which is off by one or two."""
-    off = rng.choice([1, 2, 10, 20]) * rng.choice([1, -1])
-    return number + off if number + off > 0 else number - off
 
 
 def long_sum(rng, held_out):
