@@ -593,7 +593,7 @@ def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: in
     examples = list(itertools.chain(*encoded))
     report = f"{source}: {len(rows)} rows, {len(examples)} examples"
     if divided := sum(len(several) > 1 for several in encoded):
-        report += f"; {divided} rows became one per answer, as the template rewrites earlier turns"
+        report += f"; {divided} rows became one per answer"
     if refused:
         report += f"; {len(refused)} rows cannot be used, the first is {refused[0]}"
     if not examples:
