@@ -68,7 +68,7 @@ add("--save-every", type=common.count, default=50, help="steps between savings")
 add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and head")
 add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
 add("--output-dir", default="runs/prm", help="the same command again goes on where it stopped")
-TINY = dict(dataset="tiny/data/steps_train.jsonl", epochs=10, max_steps=600, micro_batch_size=32,
+TINY = dict(dataset="tiny/data/steps_train.jsonl", epochs=10, max_steps=800, micro_batch_size=32,
             eval_dataset="tiny/data/steps_heldout.jsonl", eval_size=300, learning_rate=2e-3)
 
 

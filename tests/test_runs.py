@@ -352,6 +352,7 @@ PIPE, LETTER = BrokenPipeError(), UnicodeEncodeError("ascii", "\u00e9", 0, 1, "n
 def test_what_cannot_be_printed_loses_nothing(name, data, whole, tmp_path, monkeypatch):
     """A result is saved before it is shown: `| head` and poor terminals cost no trained step."""
     monkeypatch.setattr(os, "dup2", lambda *args: None)  # it would close pytest's own stdout
+    expected = {path.name for path in whole(name).iterdir()}
     folder = tmp_path / "run"
     args = small_args(name, data, folder, max_steps=1)
     if KIND[name] == "prompt":  # these show samples on the way
@@ -362,7 +363,7 @@ def test_what_cannot_be_printed_loses_nothing(name, data, whole, tmp_path, monke
     monkeypatch.setattr(sys, "stdout", Broken("held out", LETTER))
     with pytest.raises(UnicodeEncodeError):
         command(name, args)
-    assert {path.name for path in folder.iterdir()} == {x.name for x in whole(name).iterdir()}
+    assert {path.name for path in folder.iterdir()} == expected
 
 
 def test_a_terminal_without_the_letters_of_the_data_is_no_error(data, tmp_path, monkeypatch):
