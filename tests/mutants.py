@@ -707,8 +707,6 @@ PRM = [
      "ends.append(low)", "ends.append(low - 1)"),
     ("every step is searched from the start of the answer", "prm: repeat_or_contain",
      "text.find(step, done)", "text.find(step)"),
-    ("a prefix that cuts a letter counts by its length", "prm: plain_text and sentencepiece",
-     "                last -= 1\n", "                break\n"),
     ("special tokens are part of the text in which lines are searched",
      "prm: lines_that_were_sampled and tiny",
      '{"skip_special_tokens": True,', '{"skip_special_tokens": False,'),
