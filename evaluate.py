@@ -2,7 +2,6 @@
 
     python evaluate.py                            # the tiny model and every run on it in runs/
     python evaluate.py Qwen/Qwen2.5-0.5B runs/dpo --dataset openai/gsm8k:main --max-new-tokens 512
-    python evaluate.py runs/sft runs/ppo --reward examples/rewards.py:shortness
     python evaluate.py tiny/chat --best-of 8 --reward tiny/reward
 
 A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt` and `answer`.
@@ -16,17 +15,22 @@ A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt
     stopped   share of the sampled answers that end by themselves, before --max-new-tokens
 
 With --best-of N, shares of right answers when one of N samples is picked: the first; one with the
-number that most of them end in; the best by --reward; and, as if one knew, a right one (oracle).
+number that most of them end in; the best by --reward, or that which --judge, a chat model, prefers
+to the others as in pairs.py; and, as if one knew, a right one (oracle).
 """
 import argparse
 import functools
+import itertools
 import json
 import math
+import random
 import re
 import runpy
+import statistics
 from decimal import Decimal
 from pathlib import Path
 
+import jinja2
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +39,7 @@ from transformers import DynamicCache
 
 import common
 
+SHARES, OTHERS = ("sampled", "greedy"), ("pass@k", "reward", "kl", "length", "stopped")
 PICKS = ("first", "majority", "best", "oracle")
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
@@ -46,6 +51,10 @@ add("--samples-per-prompt", type=common.count, default=4, help="sampled answers 
 add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
 add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
+add("--judge", help="a chat model that compares answers, in place of --reward")
+add("--judge-template", default="examples/judge.txt", help="what the judge reads")
+add("--constitution", default="examples/constitution.txt", help="principles, one a line")
+add("--comparisons", type=common.count, default=28, help="at most, but all answers take part")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
 add("--max-new-tokens", type=common.count, default=64, help="longest answer; GSM8K needs 512")
 add("--micro-batch-size", type=common.count, default=128, help="answers at a time")
@@ -253,6 +262,74 @@ def step_logits(model, batch, head):
     return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
 
 
+# ---- what compares two answers: AI feedback ------------------------------------------------------
+
+def load_judge(args, flips):
+    """A function that scores answers by what the judge prefers, and notes which verdicts flip.
+
+    A template is a line like "verdicts: A B", and messages in Jinja below lines like <user>, with
+    prompt (messages), principle, answer_a, answer_b, and verdict where the judge decides.
+    """
+    with common.phase(f"reading {args.judge_template} and {args.constitution}"):
+        principles = Path(common.find(args.constitution)).read_text().strip().splitlines()
+        first, _, rest = Path(common.find(args.judge_template)).read_text().partition("\n")
+        words = first.removeprefix("verdicts:").split()
+        parts = re.split(r"^<(system|user|assistant)>\n", rest, flags=re.MULTILINE)
+        template = words, list(zip(parts[1::2], map(jinja2.Template, parts[2::2]), strict=True))
+        if len(set(words)) != 2 or "{{ verdict }}" not in "".join(parts[2::2]) or not principles:
+            raise ValueError("verdicts: A B, {{ verdict }} in a message or a principle is missing")
+    tokenizer = common.load_tokenizer(args.judge)
+    model = common.load_model(args.judge, args.load_in_4bit, 0, "off", trainable=False)
+    return functools.partial(judge_scores, model, tokenizer, template, principles, args, flips)
+
+
+def judge_scores(model, tokenizer, template, principles, args, flips, prompts, completions,
+                 **columns):
+    """The mean preference for each of some answers to one prompt over the others."""
+    prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    duels = list(itertools.combinations(range(len(won)), 2))  # the first one meets all others first
+    for i, j in duels[:max(args.comparisons, len(won) - 1)]:
+        principle = random.Random(f"{args.seed} {prompt} {i} {j}").choice(principles)
+        questions = []
+        for first, second in (i, j), (j, i):
+            values = {"prompt": chat, "principle": principle,
+                      "answer_a": completions[first], "answer_b": completions[second]}
+            questions.append(encode_verdict(tokenizer, *template, values))
+        forth, back = first_wins(model, tokenizer, questions)
+        flips.append((forth > 0.5) != (back < 0.5))
+        won[i].append(0.5 + (forth - back) / 2)  # ½ [P_A(y_i, y_j) + 1 − P_A(y_j, y_i)]
+        won[j].append(0.5 - (forth - back) / 2)
+    return [statistics.fmean(several or [0.5]) for several in won]
+
+
+def encode_verdict(tokenizer, words, messages, values):
+    """The ids up to where the chats with either verdict part, and the two tokens there."""
+    both = []
+    for word in words:
+        chat = [{"role": role, "content": text.render(values, verdict=word).strip()}
+                for role, text in messages]
+        both.append(common.to_ids(tokenizer, common.render(tokenizer, chat)))
+    parting = common.shared_length(*both)
+    if not 0 < parting < min(map(len, both)) or parting > tokenizer.model_max_length:
+        raise ValueError(f"the verdicts {words} part after {parting} tokens of {len(both[0])}")
+    return both[0][:parting], [ids[parting] for ids in both]
+
+
+@torch.no_grad()
+def first_wins(model, tokenizer, questions):
+    """P_A of B questions."""
+    causal = common.causal_lm(model)
+    rows, verdicts = zip(*questions, strict=True)
+    batch = tokenizer.pad({"input_ids": list(rows)}, padding_side="right", return_tensors="pt")
+    last = batch["attention_mask"].sum(-1) - 1  # [B]
+    with common.autocast(model):
+        hidden = causal.base_model(**batch.to(model.device), use_cache=False)[0]  # [B, T, D]
+        logits = causal.get_output_embeddings()(hidden[torch.arange(len(rows)), last])  # [B, V]
+    logits = logits.float().cpu().gather(1, torch.tensor(verdicts))  # [B, 2]
+    return logits.softmax(-1)[:, 0].tolist()
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 def pass_at_k(right, count, k):
@@ -267,9 +344,9 @@ def wilson(share, count, z=1.96):
     return tuple(min(1, max(0, (center + x) / (1 + z * z / count))) for x in (-spread, spread))
 
 
-def pick(texts, scores, right):
-    """Whether what is picked among the samples of a prompt is right, in each of the ways PICKS."""
-    numbers = [last_number(text) for text in texts]
+def pick(count, texts, scores, right):
+    """Whether what is picked of the first samples of a prompt is right, in each way of PICKS."""
+    numbers, scores, right = list(map(last_number, texts))[:count], scores[:count], right[:count]
     said = [number for number in numbers if number is not None] or [None]
     voted = numbers.index(max(said, key=said.count))  # of equals the one that was said first
     picked = (right[0], right[voted], right[scores.index(max(scores))], max(right))
@@ -282,28 +359,29 @@ def measure(name, tokenizer, examples, reward, first, args):
     model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False)
     same_tokens = first and first[1].get_vocab() == tokenizer.get_vocab()
     greedy = argparse.Namespace(**vars(args) | {"temperature": 1e-6})  # the likeliest always wins
-    figures = {"sampled": [], "greedy": [], "reward": [], "kl": [], "length": [], "stopped": []}
-    figures |= {name: [] for name in PICKS if args.best_of}
-    size = max(1, args.micro_batch_size // args.samples_per_prompt)
+    figures = {name: [] for name in SHARES + OTHERS + (PICKS if args.best_of else ())}
+    samples = args.samples_per_prompt
+    size = max(1, args.micro_batch_size // samples)
     for i in tqdm(range(0, len(examples), size), desc=name, leave=False):
         part = examples[i:i + size]
         prompts = [example["prompt"] for example in part]
         with common.autocast(model):
             likeliest = sample(model, tokenizer, prompts, 1, greedy, args.seed)
-            answers = sample(
-                model, tokenizer, prompts, args.samples_per_prompt, args, args.seed + i)
+            answers = sample(model, tokenizer, prompts, samples, args, args.seed + i)
         texts = tokenizer.batch_decode(likeliest, skip_special_tokens=True)
         figures["greedy"] += call_reward("correct_answer", correct_answer, part, texts)
-        part = [example for example in part for _ in range(args.samples_per_prompt)]
+        part = [example for example in part for _ in range(samples)]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right = call_reward("correct_answer", correct_answer, part, texts)
-        scores = call_reward(args.reward, reward, part, texts)
         figures["sampled"] += right
-        figures["reward"] += scores
-        for j in range(0, len(texts) if args.best_of else 0, args.samples_per_prompt):
-            some = slice(j, j + args.best_of)
-            for way, is_right in pick(texts[some], scores[some], right[some]).items():
-                figures[way].append(is_right)
+        for j in range(0, len(texts), samples):
+            group = slice(j, j + samples)  # a judge compares answers to one prompt
+            scores = call_reward(args.judge or args.reward, reward, part[group], texts[group])
+            figures["reward"] += scores
+            figures["pass@k"].append(pass_at_k(round(sum(right[group])), samples, args.k))
+            if args.best_of:
+                for way, share in pick(args.best_of, texts[group], scores, right[group]).items():
+                    figures[way].append(share)
         batch = join_answers([example["prompt"] for example in part], answers, tokenizer, model)
         figures["length"] += [len(answer) for answer in answers]
         figures["stopped"] += batch["stopped"].tolist()
@@ -314,10 +392,7 @@ def measure(name, tokenizer, examples, reward, first, args):
             figures["kl"] += log_ratio.sum(1).tolist()
     line = {"checkpoint": name}
     line |= {column: sum(x) / len(x) if x else None for column, x in figures.items()}
-    groups = torch.tensor(figures["sampled"]).view(-1, args.samples_per_prompt).sum(1).tolist()
-    passed = [pass_at_k(int(right), args.samples_per_prompt, args.k) for right in groups]
-    line["pass@k"] = sum(passed) / len(passed)
-    for column in [name for name in ("sampled", "greedy", *PICKS) if name in line]:
+    for column in SHARES + (PICKS if args.best_of else ()):
         line[f"{column}_interval"] = wilson(line[column], len(examples))
     return line, first or (model, tokenizer)
 
@@ -352,7 +427,7 @@ def main(args):
     if args.output and (Path(args.output).exists() or not Path(args.output).parent.is_dir()):
         common.fail(f"--output {args.output} is there already, or its folder is not")
     names = args.checkpoints or ["tiny/chat", *tiny_runs()]
-    reward = load_scorer(args.reward, args)
+    reward = load_judge(args, flips=[]) if args.judge else load_scorer(args.reward, args)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens, needs_answer=True)
     tokenizers, examples = {}, {}
@@ -368,9 +443,9 @@ def main(args):
     if args.output:
         Path(args.output).write_text(json.dumps(lines, indent=2))
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}")
-    show_table(lines, ["sampled", "greedy"], ["pass@k", "reward", "kl", "length", "stopped"], args)
+    show_table(lines, SHARES, OTHERS, args)
     if args.best_of:
-        print(f"\none of {args.best_of} samples, the best by {args.reward}")
+        print(f"\none of {args.best_of} samples, the best by {args.judge or args.reward}")
         show_table(lines, PICKS, [], args)
 
 

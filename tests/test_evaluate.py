@@ -153,14 +153,14 @@ def test_a_checkpoint_is_at_distance_0_of_itself(table):
 
 
 def test_rewards_get_prompts_completions_and_columns(table, tmp_path):
-    """Four completions of each row, its columns with them."""
+    """Four completions of a row, its columns with them; all of the rows count alike."""
     (tmp_path / "mine.py").write_text(
         "def check(prompts, completions, kind, answer, **columns):\n"
-        "    assert len(prompts) == len(completions) == len(kind) == 8 and not columns\n"
-        "    assert kind[:4] == ['k1'] * 4 and answer[4] == '3' and prompts[0][0]['role']\n"
-        "    return [3.5] * 8\n")
+        "    assert len(prompts) == len(completions) == len(kind) == 4 and not columns\n"
+        "    assert answer == [{'k1': '2', 'k2': '3'}[kind[0]]] * 4 and prompts[0][0]['role']\n"
+        "    return [3.5] * 4 if kind == ['k1'] * 4 else [1.5] * 4\n")
     (line,), _ = table("tiny/chat", rows=PROMPTS[:2], reward=f"{tmp_path}/mine.py:check")
-    assert line["reward"] == 3.5
+    assert line["reward"] == 2.5
 
 
 # ---- best of N -----------------------------------------------------------------------------------
@@ -172,11 +172,13 @@ def test_each_way_to_pick_is_what_a_search_finds():
         texts = [draw.choice(["7", "so 7", "7.0", "8", "9", "none"]) for _ in range(5)]
         right = [float(evaluate.last_number(text) == 8) for text in texts]
         scores = [draw.choice([0.0, 0.5, 1.0]) for _ in range(5)]
-        numbers = [None if text == "none" else float(text.split()[-1]) for text in texts]
+        first = slice(4)  # of five samples that were drawn
+        numbers = [None if text == "none" else float(text.split()[-1]) for text in texts[first]]
         votes = [sum(x == y for y in numbers) if x is not None else 0 for x in numbers]
         leaders = [x for x, count in zip(numbers, votes, strict=True) if count == max(votes)]
-        top = [x for x, score in zip(right, scores, strict=True) if score == max(scores)]
-        assert evaluate.pick(texts, scores, right) == {
+        pairs = zip(right[first], scores[first], strict=True)
+        top = [x for x, score in pairs if score == max(scores[first])]
+        assert evaluate.pick(4, texts, scores, right) == {
             "first": right[0], "majority": leaders[0] == 8, "best": top[0],
             "oracle": any(x == 8 for x in numbers)}
 
@@ -192,13 +194,14 @@ def test_best_of_n_reads_the_first_n_samples_of_each_prompt(table, monkeypatch, 
         "def size(prompts, completions, **columns):\n"
         "    return [len(text) + (text == '3') for text in completions]\n")
     flags = {"reward": f"{tmp_path}/mine.py:size", "micro_batch_size": 10, "rows": PROMPTS[:3]}
-    (line,), printed = table("tiny/chat", best_of=3, samples_per_prompt=5, **flags)
+    (line,), printed = table("tiny/chat", best_of=3, samples_per_prompt=5, k=2, **flags)
     assert {call["copies"] for call in calls} == {1, 5}
     expected = {"first": 1 / 3, "majority": 1 / 3, "best": 2 / 3, "oracle": 1.0}
     for name, share in expected.items():
         assert line[name] == pytest.approx(share)
         assert line[f"{name}_interval"] == pytest.approx(evaluate.wilson(share, 3))
     assert line["sampled"] == pytest.approx(5 / 15)
+    assert line["pass@k"] == pytest.approx((0.7 + 0.4 + 0.7) / 3)  # 1 − (3 of 10 draws) and so on
     assert all(name in printed for name in evaluate.PICKS) and "one of 3 samples" in printed
     (tmp_path / "table.json").unlink()
     table("tiny/chat", best_of=5, **flags)  # as many samples as there are to pick from
@@ -237,6 +240,25 @@ def test_a_trained_head_is_a_reward(method, table, tmp_path, monkeypatch):
     assert line["reward"] == pytest.approx(sum(scores) / 4, abs=1e-5)
     assert line["best"] == float(scores.index(max(scores)) == 0)
     assert (min(scores) < 0) == (method == "reward_model")
+
+
+def test_a_judge_picks_what_it_prefers(table, monkeypatch):
+    """What it prefers to the other samples of the same prompt; its scores are those of pairs.py."""
+    answers = {"1 + 1": (["2"], ["1 + 1 = 3", "1 + 1 = 2", "1 + 1 = 2", "2"]),
+               "2 + 1": (["3"], ["2 + 1 = 3", "2 + 1 = 9", "3", "2 + 1 = 4"])}
+    monkeypatch.setattr(evaluate, "sample", scripted(answers)[0])
+    flags = {"judge": "tiny/base", "judge_template": "examples/judge_claim.txt"}
+    (line,), printed = table("tiny/chat", rows=PROMPTS[:2], best_of=4, **flags)
+    assert "the best by tiny/base" in printed
+    names = [word for name, value in flags.items()
+             for word in ("--" + name.replace("_", "-"), value)]
+    judge = evaluate.load_judge(evaluate.flags.parse_args(names), flips=[])
+    best = []
+    for row, (_, texts) in zip(PROMPTS, answers.values(), strict=False):
+        scores = judge([row["prompt"]] * 4, texts)
+        assert sum(scores) / 4 == pytest.approx(0.5)  # what one wins another loses
+        best.append(evaluate.last_number(texts[scores.index(max(scores))]) == int(row["answer"]))
+    assert line["best"] == sum(best) / 2 and line["reward"] == pytest.approx(0.5)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
