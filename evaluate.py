@@ -7,7 +7,7 @@
 A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt` and `answer`.
 
     sampled   share of right answers at --temperature, with a 95% interval
-    greedy    share of right answers of the likeliest token every time, with the same interval
+    greedy    share of right answers where each token is the likeliest, with the same interval
     pass@k    chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)
     reward    mean score of the sampled answers by --reward; prm.py's is that of the worst line
     kl        KL from the first checkpoint, in nats per sampled answer
@@ -15,8 +15,8 @@ A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt
     stopped   share of the sampled answers that end by themselves, before --max-new-tokens
 
 With --best-of N, shares of right answers when one of N samples is picked: the first; one with the
-number that most of them end in; the best by --reward, or that which --judge, a chat model, prefers
-to the others as in pairs.py; and, as if one knew, a right one (oracle).
+number that most of them end in; the best by --reward, or that which --judge, a language model,
+prefers to all other samples as in pairs.py; and, as if one knew, a right one (oracle).
 """
 import argparse
 import functools
@@ -51,10 +51,10 @@ add("--samples-per-prompt", type=common.count, default=4, help="sampled answers 
 add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
 add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
-add("--judge", help="a chat model that compares answers, in place of --reward")
+add("--judge", help="a language model that compares answers, in place of --reward")
 add("--judge-template", default="examples/judge.txt", help="what the judge reads")
 add("--constitution", default="examples/constitution.txt", help="principles, one a line")
-add("--comparisons", type=common.count, default=28, help="at most, but all answers take part")
+add("--comparisons", type=common.count, default=28, help="pairs judged per prompt, at most")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
 add("--max-new-tokens", type=common.count, default=64, help="longest answer; GSM8K needs 512")
 add("--micro-batch-size", type=common.count, default=128, help="answers at a time")
@@ -195,27 +195,27 @@ def load_scorer(name, args):
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
         summary = Path(common.find(name), "summary.json")  # tiny/reward has none
-        by_steps = summary.exists() and json.loads(summary.read_text())["method"] == "prm"
+        run = json.loads(summary.read_text()) if summary.exists() else {}
     tokenizer = common.load_tokenizer(name)
     model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False, task="SEQ_CLS")
-    return functools.partial(model_scores, model, tokenizer, by_steps)
+    by_steps = run.get("method") == "prm"
+    return functools.partial(model_scores, model, tokenizer, by_steps, run.get("outcome"))
 
 
 @torch.no_grad()
-def model_scores(model, tokenizer, by_steps, prompts, completions, tools=None, **columns):
-    """r(x, y) at the last token of answers, or by steps the smallest chance of a right one.
-
-    The texts are encoded anew, by the scorer's own tokenizer, like the rows it was trained on.
-    """
+def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tools=None, **columns):
+    """r(x, y) of answers; by steps min p_k over lines, or p of the last; encoded as in training."""
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
+        if by_steps and isinstance(prompt, str) and tokenizer.chat_template:  # as in prm.py
+            prompt = [{"role": "user", "content": prompt}]
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
         if text.strip():  # an empty answer is the token that ends it
             (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
         steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
-        ends = step_ends(tokenizer, answer, steps) or [len(answer) - 1]
+        ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
         with common.autocast(model):
@@ -256,8 +256,7 @@ def step_logits(model, batch, head):
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
-    rows = torch.arange(len(hidden))[:, None]  # [B, 1]
-    hidden = hidden[rows.to(hidden.device), batch["step_ends"]]  # [B, S, D]
+    hidden = hidden[torch.arange(len(hidden))[:, None], batch["step_ends"]]  # [B, S, D]
     # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
 
@@ -288,8 +287,8 @@ def judge_scores(model, tokenizer, template, principles, args, flips, prompts, c
     """The mean preference for each of some answers to one prompt over the others."""
     prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    duels = list(itertools.combinations(range(len(won)), 2))  # the first one meets all others first
-    for i, j in duels[:max(args.comparisons, len(won) - 1)]:
+    duels = sorted(itertools.combinations(range(len(won)), 2), key=lambda duel: duel[1] - duel[0])
+    for i, j in duels[:max(args.comparisons, len(won) - 1)]:  # neighbours first: all meet alike
         principle = random.Random(f"{args.seed} {prompt} {i} {j}").choice(principles)
         questions = []
         for first, second in (i, j), (j, i):
@@ -318,7 +317,7 @@ def encode_verdict(tokenizer, words, messages, values):
 
 @torch.no_grad()
 def first_wins(model, tokenizer, questions):
-    """P_A of B questions."""
+    """P_A of each question: the softmax of its two verdicts' logits, at its last token."""
     causal = common.causal_lm(model)
     rows, verdicts = zip(*questions, strict=True)
     batch = tokenizer.pad({"input_ids": list(rows)}, padding_side="right", return_tensors="pt")
@@ -338,7 +337,7 @@ def pass_at_k(right, count, k):
 
 
 def wilson(share, count, z=1.96):
-    """The 95% interval of a share of `count` prompts, whose samples are alike (Wilson 1927)."""
+    """The 95% interval of a share, as if all samples of a prompt were alike (Wilson 1927)."""
     center = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return tuple(min(1, max(0, (center + x) / (1 + z * z / count))) for x in (-spread, spread))
@@ -355,7 +354,7 @@ def pick(count, texts, scores, right):
 
 @torch.no_grad()
 def measure(name, tokenizer, examples, reward, first, args):
-    """One line of the table, and the model with its tokenizer; `first` is that of the first."""
+    """A checkpoint's line, and the first one's (model, tokenizer), which `first` is but for it."""
     model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False)
     same_tokens = first and first[1].get_vocab() == tokenizer.get_vocab()
     greedy = argparse.Namespace(**vars(args) | {"temperature": 1e-6})  # the likeliest always wins
@@ -377,7 +376,7 @@ def measure(name, tokenizer, examples, reward, first, args):
         for j in range(0, len(texts), samples):
             group = slice(j, j + samples)  # a judge compares answers to one prompt
             scores = call_reward(args.judge or args.reward, reward, part[group], texts[group])
-            figures["reward"] += scores
+            figures["reward"] += [] if args.judge else scores  # its wins and losses: always a half
             figures["pass@k"].append(pass_at_k(round(sum(right[group])), samples, args.k))
             if args.best_of:
                 for way, share in pick(args.best_of, texts[group], scores, right[group]).items():
@@ -387,9 +386,8 @@ def measure(name, tokenizer, examples, reward, first, args):
         figures["stopped"] += batch["stopped"].tolist()
         if same_tokens:
             with common.autocast(model):
-                log_ratio = token_logps(model, batch, args.temperature)  # [B, T-1]
-                log_ratio = log_ratio - token_logps(first[0], batch, args.temperature)
-            figures["kl"] += log_ratio.sum(1).tolist()
+                own, other = (token_logps(m, batch, args.temperature) for m in (model, first[0]))
+            figures["kl"] += (own - other).sum(1).tolist()  # [B, T-1] each
     line = {"checkpoint": name}
     line |= {column: sum(x) / len(x) if x else None for column, x in figures.items()}
     for column in SHARES + (PICKS if args.best_of else ()):
@@ -410,8 +408,8 @@ def tiny_runs():
 
 def show_table(lines, shares, others, args):
     width = max(len(line["checkpoint"]) for line in lines)
-    titles = "".join(f"{name:>21}" for name in shares) + "".join(f"{name:>9}" for name in others)
-    print(f"\n{'':<{width}}{titles.replace('@k', f'@{args.k}')}")
+    titles = "".join(f"{name.replace('@k', f'@{args.k}'):>9}" for name in others)
+    print(f"\n{'':<{width}}" + "".join(f"{name:>21}" for name in shares) + titles)
     for line in lines:
         row = f"{line['checkpoint']:<{width}}"
         for column in shares:
@@ -434,7 +432,9 @@ def main(args):
     for name in names:  # what is wrong with one of them shows before the first is measured
         tokenizers[name] = common.load_tokenizer(name)
         examples[name] = common.encode_rows(args.dataset, rows, encode, tokenizers[name], 10**9)
-        if [x["row"] for x in examples[name]] != [x["row"] for x in examples[names[0]]]:
+        used, wanted = ([x["row"].get("question") or x["row"]["prompt"] for x in examples[key]]
+                        for key in (name, names[0]))  # a prompt's form follows from the tokenizer
+        if used != wanted:
             common.fail(f"{name} can use other rows of {args.dataset} than {names[0]}")
     lines, first = [], None
     for name in names:

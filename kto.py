@@ -6,16 +6,16 @@ of the policy π to π_ref, the model that it was at the start, is what π impli
     ρ(x, y) = log[π(y|x) / π_ref(y|x)]                          the reward of y is β ρ(x, y)
 
 DPO compares the two answers of a pair. KTO compares each answer with a reference point z, as people
-do: they feel gains and losses against what they are used to, and the next bit of either less and
-less (Kahneman and Tversky 1979). The value of y is a sigmoid around z; the loss is what it lacks:
+do: they feel gains and losses against what they are used to, and each further bit of either less
+(Kahneman and Tversky 1979). The value of y is λ times a sigmoid around z, the loss what it lacks:
 
     loss = λ_D (1 − σ(β (ρ(x, y) − z)))                         if y is desirable
     loss = λ_U (1 − σ(β (z − ρ(x, y))))                         if y is undesirable
     z    = max(0, mean of ρ(x, y') over the step)               where y' answers another prompt
 
-z stands for KL(π ‖ π_ref), how far π has moved as a whole, and has no gradient. KTO keeps DPO's
-reference and masks; instead of pairs, each step has answers of both labels. An answer far on the
-wrong side, where σ is flat, it lets go: its label may be wrong.
+λ_D and λ_U are weights. z stands for KL(π ‖ π_ref), how far π has moved as a whole, and has no
+gradient; sampling π for it would be slow. KTO keeps DPO's reference and masks; a step needs answers
+of both labels, no pairs. It lets go of one far on the wrong side, where σ is flat: mislabelled?
 
     python kto.py                                           # the embedded tiny model, on a laptop
     python kto.py --model Qwen/Qwen2.5-0.5B                 # 4-bit LoRA on a 16 GB T4
@@ -170,11 +170,11 @@ def score_labelled(model, examples, z, args, tokenizer):
     return torch.stack([losses, log_ratios, logps])
 
 
-def score_step(model, examples, z, args, tokenizer, scaler=None):
-    """The same of all answers of a step, which the processes share between them: [3, B].
+def score_step(model, examples, z, args, tokenizer, scaler):
+    """Loss, ρ and log π(y|x) of all the answers, which the processes share between them: [3, B].
 
-    With a scaler, the gradients of micro-batches and processes add up to that of the mean loss,
-    because each answer counts 1 / len(examples), wherever it is computed.
+    With a scaler (in training), this is also the backward pass: gradients add up to that of the
+    mean loss, as each answer counts 1 / len(examples), whatever its micro-batch and process.
     """
     scores = torch.zeros(3, len(examples), dtype=torch.float64, device=model.device)
     mine = list(range(len(examples)))[common.RANK::common.WORLD]
@@ -192,46 +192,46 @@ def score_step(model, examples, z, args, tokenizer, scaler=None):
 def reference_point(model, examples, args, tokenizer):
     """z: the mean ρ of the answers, each behind the prompt of the next example that has another.
 
-    One that begins with the other may be the same text, split elsewhere. If all are one, z is 0.
+    One that begins with the other may be the same text, split elsewhere. If there is none, z is 0.
     """
-    pairs = []
+    mismatched = []
     for i, example in enumerate(examples):
         for other in examples[i + 1:] + examples[:i]:
             prompts = example["prompt"], other["prompt"]
             if common.shared_length(*prompts) < min(map(len, prompts)):
-                pairs.append(example | {"prompt": other["prompt"]})
+                mismatched.append(example | {"prompt": other["prompt"]})
                 break
-    log_ratios = score_step(model, pairs, 0.0, args, tokenizer)[1]
-    return (log_ratios.sum() / max(1, len(pairs))).clamp(min=0)
+    _, log_ratios, _ = score_step(model, mismatched, 0.0, args, tokenizer, None)  # ρ needs no z
+    return (log_ratios.sum() / max(1, len(mismatched))).clamp(min=0)
 
 
 def describe(scores, examples, z, args):
-    """What is logged: the means over all answers, and over those of either label."""
+    """Means over all answers, and by label: as in dpo.py, chosen is desirable, rejected is not."""
     labels = torch.tensor([example["label"] for example in examples], device=scores.device)
-    means = torch.stack([scores[:, labels].mean(1), scores[:, ~labels].mean(1)])  # [2, 3]
-    (_, chosen, chosen_logp), (_, rejected, rejected_logp) = means.tolist()
-    return {"loss": scores[0].mean().item(), "margin": args.beta * (chosen - rejected),
-            "chosen_reward": args.beta * chosen, "rejected_reward": args.beta * rejected,
+    _, chosen_ρ, chosen_logp = scores[:, labels].mean(1).tolist()
+    _, rejected_ρ, rejected_logp = scores[:, ~labels].mean(1).tolist()
+    return {"loss": scores[0].mean().item(), "margin": args.beta * (chosen_ρ - rejected_ρ),
+            "chosen_reward": args.beta * chosen_ρ, "rejected_reward": args.beta * rejected_ρ,
             "chosen_logp": chosen_logp, "rejected_logp": rejected_logp, "z": z.item()}
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 def plan_batches(labels, args):
-    """The numbers of each step's answers: of either label its share in the data, but at least one.
+    """The indices of each step's answers: of either label its share in the data, but at least one.
 
-    Each has an order of its own, from the seed; where it is used up, it goes around in a new one.
+    Each label has an order of its own, from the seed; used up, it starts again in a new one.
     """
     size = min(args.batch_size, len(labels))
-    desirable = min(max(1, round(size * sum(labels) / len(labels))), size - 1)
-    ratio = desirable * args.desirable_weight / ((size - desirable) * args.undesirable_weight)
+    n_D = min(max(1, round(size * sum(labels) / len(labels))), size - 1)
+    ratio = n_D * args.desirable_weight / ((size - n_D) * args.undesirable_weight)
     if not 1 <= ratio <= 4 / 3:
         print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step, better are 1 to 4/3: try "
               f"--desirable-weight {args.desirable_weight / ratio * 7 / 6:.3g}")
     generator = torch.Generator().manual_seed(args.seed)
     steps = min(args.max_steps, math.ceil(args.epochs * len(labels) / size))
     batches = []
-    for label, count in (True, desirable), (False, size - desirable):
+    for label, count in (True, n_D), (False, size - n_D):
         members = torch.tensor([i for i, own in enumerate(labels) if own == label])
         rounds = range(math.ceil(steps * count / len(members)))
         order = torch.cat([torch.randperm(len(members), generator=generator) for _ in rounds])
@@ -244,7 +244,7 @@ def evaluate(model, examples, args, tokenizer):
     """The figures of held-out examples, whose z is their own."""
     model.eval()
     z = reference_point(model, examples, args, tokenizer)
-    scores = score_step(model, examples, z, args, tokenizer)
+    scores = score_step(model, examples, z, args, tokenizer, None)
     model.train()
     return describe(scores, examples, z, args)
 

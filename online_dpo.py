@@ -1,16 +1,16 @@
 """Online DPO (Guo et al. 2024, arXiv:2402.04792), with XPO and Nash-MD, which sample otherwise.
 
 dpo.py learns from pairs that others wrote. Here each step has two new answers to every prompt x: y
-from the policy π, y' from π^(1−m) π_ref^m / Z, where π_ref is π at the start and m is --mixture. By
-score one of them is the better, y_w, the other y_l. With r(x, y) = β log[π(y|x) / π_ref(y|x)]:
+from the policy π and y', token by token, from π^(1−m) π_ref^m / Z, where π_ref is π at the start.
+--reward scores both: the better is y_w, the other y_l. With r(x, y) = β log[π(y|x) / π_ref(y|x)]:
 
-    dpo (m = 0)  −log σ(h), with the margin h = r(x, y_w) − r(x, y_l)
-    ipo (m = 0)  ( h/β − 1/(2β) )²: apart, no more                     Azar et al. 2023, 2310.12036
-    xpo (m = 1)  −log σ(h) + α log π(y'|x): away from what π_ref says    Xie et al. 2024, 2405.21046
-    nash_md      −( P(y ≻ y') − ½ − r(x, y) ) log π(y|x)               Munos et al. 2023, 2312.00886
+    dpo      m = 0  −log σ(h), with the margin h = r(x, y_w) − r(x, y_l)
+    ipo      m = 0  ( h/β − 1/(2β) )²: a target for h           Azar et al. 2023, 2310.12036, eq. 17
+    xpo      m = 1  −log σ(h) + α log π(y'|x): unlearn y'               Xie et al. 2024, 2405.21046
+    nash_md  m = ⅛  −( P(y ≻ y') − ½ − r(x, y) ) log π(y|x)           Munos et al. 2023, 2312.00886
 
-P is σ of the difference of scores; no gradient flows through the bracket. Equal scores are no pair,
-loss 0, but for nash_md. Kept from grpo.py: prompts, samples, a reward. Dropped: groups, the clip.
+P(y ≻ y') is σ of the difference of scores; no gradient flows through the bracket; m is --mixture.
+Equal scores: no pair, loss 0, but for nash_md. From grpo.py: prompts, samples, reward; no groups.
 
     python online_dpo.py                                      # the tiny model, two minutes
     python online_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct   # GSM8K in 4 bits on a 16 GB T4
@@ -50,13 +50,13 @@ add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out prompts, else some of --dataset")
 add("--eval-size", type=common.count, default=64, help="held-out prompts, all sampled at once")
 add("--loss", choices=["dpo", "ipo", "xpo", "nash_md"], default="dpo")
-add("--beta", type=common.positive, default=0.1, help="price of leaving the reference")
+add("--beta", type=common.positive, default=0.1, help="price of leaving the reference; Nash-MD's τ")
 add("--alpha", type=common.weight, default=1e-5, help="xpo: how much to explore")
-add("--mixture", type=common.share, default=0.0, help="m, the part of π_ref in y'")
-add("--preference", choices=["sigmoid", "hard"], default="sigmoid", help="of P(y ≻ y')")
-add("--missing-eos-penalty", type=common.weight, default=1.0, help="off an endless answer's score")
+add("--mixture", type=common.share, default=0.0, help="m, the part of π_ref in y'; Nash-MD's β")
+add("--preference", choices=["sigmoid", "hard"], default="sigmoid", help="hard: P is 1, ½ or 0")
+add("--missing-eos-penalty", type=common.weight, default=1.0, help="score lost by not ending")
 add("--batch-size", type=common.number(int, common.WORLD), default=32, help="prompts per step")
-add("--micro-batch-size", type=common.count, default=2, help="pairs in a forward pass")
+add("--micro-batch-size", type=common.count, default=2, help="pairs at a time; scoring: answers")
 add("--temperature", type=common.positive, default=1.0, help="of sampling and scoring")
 add("--max-length", type=common.count, default=1024, help="longest prompt + answer, in tokens")
 add("--max-new-tokens", type=common.count, default=512, help="longest answer")
@@ -69,7 +69,7 @@ add("--save-every", type=common.count, default=20, help="steps between savings, 
 add("--seed", type=common.natural, default=0)
 add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
 add("--output-dir", default="runs/online_dpo", help="the same command goes on where it stopped")
-BY_LOSS = {"xpo": dict(mixture=1.0), "nash_md": dict(mixture=0.125)}  # who answers beside π
+BY_LOSS = {"xpo": dict(mixture=1.0), "nash_md": dict(mixture=0.125)}  # as in their papers
 TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prompt_heldout.jsonl",
             batch_size=64, micro_batch_size=64, max_new_tokens=24, learning_rate=1e-3, max_steps=60)
 
@@ -124,8 +124,8 @@ def chunk_logps(hidden, targets, head, temperature):
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
-def online_loss(logps, ref_logps, wins, loss="dpo", beta=0.1, alpha=0.0):
-    """Losses [P], 0 where there is no pair; log-probs, and P(y ≻ y') as wins, are [2P], y first."""
+def online_loss(logps, ref_logps, wins, loss, beta, alpha):
+    """Losses [P], 0 without a pair. Inputs are [2P], y before y'; wins: P to beat the other."""
     reward, other_reward = (beta * (logps - ref_logps)).chunk(2)  # [P]: r(x, y) and r(x, y')
     lead = wins.chunk(2)[0] - 0.5  # [P]: above 0 where y is better
     margin = lead.sign() * (reward - other_reward)  # [P]: r(x, y_w) − r(x, y_l)
@@ -136,15 +136,15 @@ def online_loss(logps, ref_logps, wins, loss="dpo", beta=0.1, alpha=0.0):
     elif loss == "xpo":
         losses = -F.logsigmoid(margin) + alpha * logps.chunk(2)[1]
     elif loss == "nash_md":
-        return -(lead - reward).detach() * logps.chunk(2)[0]
-    return losses * (lead != 0)
+        return -(lead - reward).detach() * logps.chunk(2)[0]  # its value means nothing
+    return losses * (lead != 0)  # equal scores: no pair, and (unlike the paper) no α term of xpo
 
 
 # ---- sampling ------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def sample_mixture(model, tokenizer, prompts, m, args, seed):
-    """An answer to each of B prompts, as ids; token by token from exactly π^(1−m) π_ref^m / Z."""
+    """An answer to each of P prompts, as ids; token by token from exactly π^(1−m) π_ref^m / Z."""
     model.eval()  # in train mode gradient checkpointing would silently drop the cache
     causal = common.causal_lm(model)
     generator = torch.Generator(causal.device).manual_seed(seed)
@@ -154,9 +154,9 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
     caches = DynamicCache(config=causal.config), DynamicCache(config=causal.config)
     alive = answers = [[] for _ in prompts]  # alive: those that have not ended
     for _ in range(args.max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1]:]  # as token: [alive, 1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1]:]  # as token: [P, T] first
         mixed = 0
-        roles = common.using(model, "default"), common.reference(model)  # π, and what it started as
+        roles = common.using(model, "default"), common.reference(model)  # π, π_ref; for one token
         for role, cache, weight in zip(roles, caches, (1 - m, m), strict=True):
             if weight > 0:
                 with role:
@@ -236,7 +236,7 @@ def sequence_rewards(model, batch, head):
 # ---- the run -------------------------------------------------------------------------------------
 
 def rollout(model, reward, examples, tokenizer, args, seed):
-    """An answer y to each prompt, then all y', and what is said of them: a batch of [2P, ...]."""
+    """Answers y to all prompts, then all y', and what is said of them, no gradients: [2P, ...]."""
     prompts = [example["prompt"] for example in examples]
     with common.autocast(model):
         answers = sample_mixture(model, tokenizer, prompts, 0, args, seed)
@@ -245,8 +245,8 @@ def rollout(model, reward, examples, tokenizer, args, seed):
     batch = join_answers(prompts * 2, answers, tokenizer, model)
     batch["rewards"] = score_answers(reward, args.reward, model, batch, examples * 2, texts, args)
     scores = batch["rewards"] - args.missing_eos_penalty * ~batch["stopped"]  # [2P]
-    lead = (scores - scores.roll(len(prompts))).double()  # over the other answer to the prompt
-    batch["wins"] = lead.sigmoid() if args.preference == "sigmoid" else 0.5 + 0.5 * lead.sign()
+    gap = (scores - scores.roll(len(prompts))).double()  # to the rival; in fp32 a tiny one ties
+    batch["wins"] = gap.sigmoid() if args.preference == "sigmoid" else 0.5 + 0.5 * gap.sign()
     batch["logps"] = in_parts(token_logps, model, batch, args.temperature, args).sum(1)
     with common.reference(model):
         batch["ref_logps"] = in_parts(token_logps, model, batch, args.temperature, args).sum(1)
@@ -266,16 +266,16 @@ def in_parts(function, model, batch, argument, args):
 
 def describe(batch, args):
     """Means over all y, which π alone sampled, and over the pairs (0 without any); kl in nats."""
-    wins, kl = batch["wins"], batch["logps"] - batch["ref_logps"]  # [2P]
-    rewards = args.beta * kl
-    margin = rewards - rewards.roll(len(kl) // 2)  # over the other answer to the prompt
+    wins, log_ratios = batch["wins"], batch["logps"] - batch["ref_logps"]  # [2P]
+    implicit = args.beta * log_ratios  # [2P]: r(x, y), r(x, y')
+    margin = implicit - implicit.roll(len(wins) // 2)  # over the other answer to the prompt
     losses = online_loss(batch["logps"], batch["ref_logps"], wins, args.loss, args.beta, args.alpha)
-    y, won = slice(len(kl) // 2), wins > 0.5
-    figures = {"reward": batch["rewards"][y], "length": batch["loss_mask"].sum(1)[y], "kl": kl[y],
-               "stopped": batch["stopped"][y], "ties": wins[y] == 0.5, "preference": wins[y],
-               "loss": losses, "margin": margin[won], "accuracy": (margin[won].sign() + 1) / 2,
-               "chosen_reward": rewards[won], "rejected_reward": rewards[wins < 0.5]}
-    sums = torch.tensor([[x.sum(), len(x)] for x in figures.values()], device=kl.device).double()
+    y, won = slice(len(wins) // 2), wins > 0.5
+    figures = {"reward": batch["rewards"][y], "stopped": batch["stopped"][y], "kl": log_ratios[y],
+               "length": batch["loss_mask"].sum(1)[y], "ties": wins[y] == 0.5, "loss": losses,
+               "preference": wins[y], "margin": margin[won], "chosen_reward": implicit[won],
+               "accuracy": (margin[won].sign() + 1) / 2, "rejected_reward": implicit[wins < 0.5]}
+    sums = torch.tensor([[x.sum(), len(x)] for x in figures.values()], device=wins.device).double()
     sum_over_processes([sums])
     return dict(zip(figures, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
 
@@ -288,10 +288,10 @@ def train(args):
                                needs_answer=args.reward == "correct_answer")
     wanted = args.max_steps * args.batch_size
     examples, held_out = common.load_examples(args, encode, tokenizer, wanted)
-    # 2. A frozen base with LoRA matrices, which alone are trained
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of the order, then of the LoRA matrices
     order = [torch.randperm(len(examples)) for _ in range(math.ceil(wanted / len(examples)))]
     batches = torch.cat(order).split(args.batch_size)
+    # 2. A frozen base with LoRA matrices, which alone are trained
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
     reward = reward or common.add_role(model, args.reward, "reward")
@@ -316,10 +316,10 @@ def train(args):
         batch = rollout(model, reward, mine, tokenizer, args, seed)
         metrics = {"step": step, **describe(batch, args), "rollout_seconds": time.time() - began}
         # 5. Gradients of micro-batches and processes add up to that of the mean over all prompts
-        for pick in torch.arange(len(mine)).split(args.micro_batch_size):
-            micro = {name: x[torch.cat([pick, pick + len(mine)])] for name, x in batch.items()}
+        for rows in torch.arange(2 * len(mine)).view(2, -1).split(args.micro_batch_size, dim=1):
+            micro = {name: value[rows.flatten()] for name, value in batch.items()}  # p y, their y'
             with common.autocast(model):
-                logps = token_logps(model, micro, args.temperature).sum(1)  # [2p] of p pairs
+                logps = token_logps(model, micro, args.temperature).sum(1)  # [2p], with gradient
             losses = online_loss(
                 logps, micro["ref_logps"], micro["wins"], args.loss, args.beta, args.alpha)  # [p]
             scaler.scale(losses.sum() / args.batch_size).backward()

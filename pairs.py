@@ -5,22 +5,23 @@ and --format says what is kept:
 
     pairs   chosen = argmax s, rejected = argmin s, margin = max s − min s          for dpo.py
     best    completion = argmax s, as in RAFT (Dong et al. 2023, arXiv:2304.06767)  for sft.py
-    kto     label = whether s_i is above the mean of the prompt's samples           for kto.py
+    kto     label = whether s_i is above the mean of all samples; none if equal     for kto.py
 
-Equal scores prefer nothing: they give no pair and no label. --reward is a function of the answer,
-or a run of reward_model.py, or one of prm.py: the smallest chance that a line of y is a right step.
-Or the score is AI feedback, RLAIF (Bai et al. 2022, arXiv:2212.08073; Lee et al. 2023,
-arXiv:2309.00267): --judge, a chat model, reads x, two answers and a principle drawn from a
-constitution, and says A or B. Judges like a place, too, so that it is asked in both orders:
+Equal scores make no pair. With `best` they make a row even where all answers are wrong: --min-score
+1 keeps those out. --reward is a function of the answer, or a run of reward_model.py, or one of
+prm.py: min_k p_k over the lines of y. Or the score is AI feedback, RLAIF (Bai et al. 2022,
+arXiv:2212.08073; Lee et al. 2023, arXiv:2309.00267): --judge, a language model, reads x, two
+answers and a principle drawn from a constitution, and says A or B. Judges favour a place (position
+bias), so each pair is read twice:
 
     P_A(y, y') = p(A) / (p(A) + p(B))                           A: the first answer, y, is better
-    P(y ≻ y')  = ½ [P_A(y, y') + 1 − P_A(y', y)],    s_i = mean of P(y_i ≻ y_j) over the other y_j
+    P(y ≻ y')  = ½ [P_A(y, y') + 1 − P_A(y', y)],    s_i = mean of P(y_i ≻ y_j) over the y_j it met
 
-N different answers take N (N − 1) readings, or 2C by --comparisons C, but 2 (N − 1) at least.
+N different answers make N (N − 1) / 2 pairs; --comparisons C judges C of them, at least N − 1.
 
     python pairs.py --output pairs.jsonl                             # the tiny model, a minute
     python pairs.py Qwen/Qwen2.5-0.5B-Instruct --output pairs.jsonl  # GSM8K in 4 bits on a T4
-    python pairs.py --judge tiny/chat --judge-template examples/judge_tiny.txt --output ai.jsonl
+    python pairs.py --judge tiny/base --judge-template examples/judge_claim.txt --output ai.jsonl
 
 What to watch: how far the best answers score above the first; prompts without different scores,
 which are wasted; best answers that are longer than the worst: the scorer likes length. A judge
@@ -57,10 +58,10 @@ add("--split", default="train", help="of a Hub dataset")
 add("--size", type=common.count, default=1000, help="prompts at most")
 add("--samples", type=common.number(int, 2), default=8, help="answers to each prompt, N")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
-add("--judge", help="a chat model that compares answers, in place of --reward")
+add("--judge", help="a language model that compares answers, in place of --reward")
 add("--judge-template", default="examples/judge.txt", help="what the judge reads")
 add("--constitution", default="examples/constitution.txt", help="principles, one a line")
-add("--comparisons", type=common.count, default=28, help="at most, but all answers take part")
+add("--comparisons", type=common.count, default=28, help="pairs judged per prompt, at most")
 add("--max-length-ratio", type=common.number(float, 1), default=1e9,
     help="pairs: how many times as long as the shorter answer the longer may be, in tokens")
 add("--min-score", type=common.number(float, -1e9), default=-1e9,
@@ -173,11 +174,12 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 
 
 def read_answers(tokenizer, prompt, answers, stop_ids):
-    """The different answers to a prompt that are not empty and ended, as "text", "length", "count".
+    """The answers to a prompt that ended and are not empty, each once: "text", "length", "count".
 
-    The row that one made which did not end would end it where it was cut off, and teach to do so.
+    A row made of one that did not end would teach to stop where it was cut off.
     """
-    plain, read = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}, {}
+    read = {}
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     asked = tokenizer.decode(prompt, **plain)
     for answer in answers:
         # decoded alone, an answer may lose the space that it starts with
@@ -226,27 +228,27 @@ def load_scorer(name, args):
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
         summary = Path(common.find(name), "summary.json")  # tiny/reward has none
-        by_steps = summary.exists() and json.loads(summary.read_text())["method"] == "prm"
+        run = json.loads(summary.read_text()) if summary.exists() else {}
     tokenizer = common.load_tokenizer(name)
     model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False, task="SEQ_CLS")
-    return functools.partial(model_scores, model, tokenizer, by_steps)
+    by_steps = run.get("method") == "prm"
+    return functools.partial(model_scores, model, tokenizer, by_steps, run.get("outcome"))
 
 
 @torch.no_grad()
-def model_scores(model, tokenizer, by_steps, prompts, completions, tools=None, **columns):
-    """r(x, y) at the last token of answers, or by steps the smallest chance of a right one.
-
-    The texts are encoded anew, by the scorer's own tokenizer, like the rows it was trained on.
-    """
+def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tools=None, **columns):
+    """r(x, y) of answers; by steps min p_k over lines, or p of the last; encoded as in training."""
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
+        if by_steps and isinstance(prompt, str) and tokenizer.chat_template:  # as in prm.py
+            prompt = [{"role": "user", "content": prompt}]
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
         if text.strip():  # an empty answer is the token that ends it
             (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
         steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
-        ends = step_ends(tokenizer, answer, steps) or [len(answer) - 1]
+        ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
         with common.autocast(model):
@@ -287,8 +289,7 @@ def step_logits(model, batch, head):
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
-    rows = torch.arange(len(hidden))[:, None]  # [B, 1]
-    hidden = hidden[rows.to(hidden.device), batch["step_ends"]]  # [B, S, D]
+    hidden = hidden[torch.arange(len(hidden))[:, None], batch["step_ends"]]  # [B, S, D]
     # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
 
@@ -319,8 +320,8 @@ def judge_scores(model, tokenizer, template, principles, args, flips, prompts, c
     """The mean preference for each of some answers to one prompt over the others."""
     prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    duels = list(itertools.combinations(range(len(won)), 2))  # the first one meets all others first
-    for i, j in duels[:max(args.comparisons, len(won) - 1)]:
+    duels = sorted(itertools.combinations(range(len(won)), 2), key=lambda duel: duel[1] - duel[0])
+    for i, j in duels[:max(args.comparisons, len(won) - 1)]:  # neighbours first: all meet alike
         principle = random.Random(f"{args.seed} {prompt} {i} {j}").choice(principles)
         questions = []
         for first, second in (i, j), (j, i):
@@ -349,7 +350,7 @@ def encode_verdict(tokenizer, words, messages, values):
 
 @torch.no_grad()
 def first_wins(model, tokenizer, questions):
-    """P_A of B questions."""
+    """P_A of each question: the softmax of its two verdicts' logits, at its last token."""
     causal = common.causal_lm(model)
     rows, verdicts = zip(*questions, strict=True)
     batch = tokenizer.pad({"input_ids": list(rows)}, padding_side="right", return_tensors="pt")
@@ -395,7 +396,7 @@ def main(args):
     examples = common.encode_rows(args.dataset, rows, encode, tokenizer, 10**9)
 
     # 2. What scores the answers, and beside it the model that gives them.
-    flips = []
+    name, flips = args.judge or args.reward, []
     scorer = load_judge(args, flips) if args.judge else load_scorer(args.reward, args)
     model = common.load_model(args.model, args.load_in_4bit, 0, "off", trainable=False)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
@@ -415,8 +416,7 @@ def main(args):
             several = answers[j * args.samples:(j + 1) * args.samples]
             group = read_answers(tokenizer, example["prompt"], several, stop_ids)
             texts = [answer["text"] for answer in group]
-            asked, name = [example] * len(texts), args.judge or args.reward
-            scores = call_reward(name, scorer, asked, texts) if texts else []
+            scores = call_reward(name, scorer, [example] * len(texts), texts) if texts else []
             scored = zip(group, scores, strict=True)
             groups.append([answer | {"score": score} for answer, score in scored])
     if not any(groups):

@@ -1,17 +1,19 @@
 """Process reward model: learns from labelled steps whether a solution is still right after each.
 
 A solution y of a problem x is a list of steps y_1 ... y_S. A language model with a scalar in place
-of its head reads them, and the scalar r_k at the last token of step k says how likely that step is
-right, given what stands before it:
+of its head reads them; from the scalar r_k at the last token of step k follows how likely it is to
+be labelled right:
 
     p_k = σ(r_k)
     loss = −Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]                 l_k = 1: right, 0: wrong
 
-This is process supervision: Uesato et al. 2022, arXiv:2211.14275; Lightman et al. 2023,
-arXiv:2305.20050. A solution is as good as its worst step, min_k p_k, or, if the p_k are chances
-given that all was right before, it is right with probability Π_k p_k. With --outcome the sum has
-only its last term, the verdict on the whole: that is an outcome reward model, which has to find out
-by itself at which step things went wrong. It is judged by the same held-out figures.
+in the mean over the steps of a batch. This is process supervision: Uesato et al. 2022,
+arXiv:2211.14275; Lightman et al. 2023, arXiv:2305.20050. p_k means what the labels mean. If all is
+wrong from the first mistake on (as in tiny/data), p_k is the chance that all went well so far, and
+p_S that of the solution. If a step is judged given that all before it is right, that is Π_k p_k.
+min_k p_k serves both: a solution is as good as its worst step. With --outcome the sum has only its
+last term, the verdict on the whole: that is an outcome reward model, which has to find out by
+itself at which step things went wrong. It is judged by the same held-out figures but for the loss.
 
 Kept from the reward model: the scalar, the adapter, the loop. Dropped: the pairs. A label stands by
 itself, so r = 0 has a meaning, a probability of a half, and the rewards need no centering.
@@ -20,10 +22,12 @@ itself, so r = 0 has a meaning, a probability of a half, and the rewards need no
     python prm.py --outcome                              # its last step only, to compare
     python prm.py --model Qwen/Qwen2.5-0.5B-Instruct     # 4-bit LoRA on a 16 GB T4
 
-What to watch: the step accuracy starts at the share of the commoner label and says little where
-most steps are right. The hard figure is `f1`, for the first wrong step: a hit is a solution whose
-first step with p < 1/2 is the first that is labelled wrong. `precision` is the share of hits among
-solutions with such a step, `recall` among those with a wrong label, 0 where there are none.
+What to watch: the loss starts near log 2 = 0.693. The step accuracy soon reaches the share of the
+commoner label, and says little where most steps are right. The hard figure is `f1`, for the first
+wrong step: a hit is a solution whose first step with p < 1/2 is the first that is labelled wrong.
+`precision` is the share of hits among solutions with a p < 1/2, `recall` among those with a wrong
+label, both 0 where there are none, `f1` their harmonic mean. `accuracy_min`, `accuracy_product` and
+`accuracy_last` are shares of solutions that min_k p_k, Π_k p_k or p_S, against 1/2, judge right.
 
 Shapes: B solutions of T tokens and at most S steps; D is the model's width.
 """
@@ -79,6 +83,7 @@ def encode_solution(row, tokenizer, max_length, outcome):
 
     The steps are lines of one answer, of the assistant if the prompt is messages or the tokenizer
     has a chat template; else it is text, on the line below the prompt. Longer ones are refused.
+    pairs.py and evaluate.py take every line for a step: give a step one line.
     """
     prompt, steps, labels = (row.get(name) for name in ("prompt", "completions", "labels"))
     if not prompt or not isinstance(prompt, str | list):
@@ -92,17 +97,17 @@ def encode_solution(row, tokenizer, max_length, outcome):
     if isinstance(prompt, str) and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        pieces, = common.encode(tokenizer, prompt + "\n", answer)
+        prompt = prompt + "\n"
     else:
-        pieces, = common.encode(tokenizer, prompt, [{"role": "assistant", "content": answer}])
-    (asked, _), (said, _) = pieces
+        answer = [{"role": "assistant", "content": answer}]
+    (asked, _), (said, _) = common.encode(tokenizer, prompt, answer, row.get("tools"))[0]
     if len(asked) + len(said) > max_length:
         raise ValueError(f"it is longer than {max_length} tokens")
-    ones = [1] * len(steps)
     return {"prompt": asked, "solution": {
         "input_ids": asked + said, "attention_mask": [1] * len(asked + said),
         "step_ends": [len(asked) + end for end in step_ends(tokenizer, said, steps)],
-        "step_mask": ones, "loss_mask": [0] * len(ones[1:]) + [1] if outcome else ones,
+        "step_mask": [1] * len(steps),
+        "loss_mask": [0] * (len(steps) - 1) + [1] if outcome else [1] * len(steps),
         "labels": list(map(int, labels))}}
 
 
@@ -150,8 +155,7 @@ def step_logits(model, batch, head):
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
-    rows = torch.arange(len(hidden))[:, None]  # [B, 1]
-    hidden = hidden[rows.to(hidden.device), batch["step_ends"]]  # [B, S, D]
+    hidden = hidden[torch.arange(len(hidden))[:, None], batch["step_ends"]]  # [B, S, D]
     # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
 
@@ -169,13 +173,15 @@ COUNTS = ("loss", "trained", "agreed", "steps", "hits", "flagged", "wrong", "by_
 def count_steps(losses, logits, batch):
     """Sums over B solutions of what the figures are made of, in the order of COUNTS."""
     steps = batch["step_mask"].bool()  # [B, S]
-    said, true = (logits >= 0) | ~steps, batch["labels"].bool() | ~steps  # [B, S]: no step is wrong
-    flagged, wrong = ~said.all(-1), ~true.all(-1)  # [B]
-    # a running product is 1 before the first wrong step, and 0 from there on
-    same_place = said.long().cumprod(-1).sum(-1) == true.long().cumprod(-1).sum(-1)  # [B]
+    judged = (logits >= 0) | ~steps  # [B, S]: p ≥ 1/2; where a row has no step, nothing is wrong
+    labelled = batch["labels"].bool() | ~steps  # [B, S]
+    flagged = ~judged.all(-1)  # [B]: some p < 1/2
+    wrong = ~labelled.all(-1)  # [B]: some label is 0
+    # a running product is 1 before the first wrong step and 0 from there on: its sum is the place
+    same_place = judged.long().cumprod(-1).sum(-1) == labelled.long().cumprod(-1).sum(-1)  # [B]
     log_product = (F.logsigmoid(logits.double()) * steps).sum(-1)  # [B]
-    last = said.gather(1, steps.sum(-1, keepdim=True) - 1)[:, 0]  # [B]
-    counts = [losses, batch["loss_mask"], (said == true) & steps, steps,
+    last = judged.gather(1, steps.sum(-1, keepdim=True) - 1)[:, 0]  # [B]
+    counts = [losses, batch["loss_mask"], (judged == labelled) & steps, steps,
               flagged & wrong & same_place, flagged, wrong, flagged == wrong,
               (log_product < math.log(0.5)) == wrong, last != wrong, torch.ones_like(wrong)]
     return torch.stack([count.detach().double().sum() for count in counts])
@@ -187,9 +193,9 @@ def step_figures(counts):
     return {"loss": n["loss"] / n["trained"], "step_accuracy": n["agreed"] / n["steps"],
             "precision": n["hits"] / max(1, n["flagged"]), "recall": n["hits"] / max(1, n["wrong"]),
             "f1": 2 * n["hits"] / max(1, n["flagged"] + n["wrong"]),
-            "solution_accuracy_min": n["by_min"] / n["solutions"],
-            "solution_accuracy_product": n["by_product"] / n["solutions"],
-            "solution_accuracy_last": n["by_last"] / n["solutions"]}
+            "accuracy_min": n["by_min"] / n["solutions"],
+            "accuracy_product": n["by_product"] / n["solutions"],
+            "accuracy_last": n["by_last"] / n["solutions"]}
 
 
 def score_solutions(model, examples, pad_id):
@@ -224,7 +230,8 @@ def show_steps(model, tokenizer, examples, pad_id):
     with common.autocast(model):
         chances = step_logits(model, batch, common.causal_lm(model).score).sigmoid().tolist()
     for row, example in zip(chances, examples, strict=True):
-        print(f"\n{'p':>5}  label")
+        asked = tokenizer.decode(example["prompt"], skip_special_tokens=True)
+        print(f"\n{common.visible(' '.join(asked.split()))}\n{'p':>5}  label")
         start, solution = len(example["prompt"]), example["solution"]
         steps = zip(solution["step_ends"], solution["labels"], strict=True)
         for p, (end, label) in zip(row, steps, strict=False):  # the row is padded
@@ -241,9 +248,9 @@ def train(args):
     encode = functools.partial(encode_solution, outcome=args.outcome)
     examples, held_out = common.load_examples(
         args, encode, tokenizer, limit=args.max_steps * args.batch_size)
-    shown = examples[0]["solution"]  # the tokens at which a step is judged, in green
-    ends = set(shown["step_ends"])
-    common.show(tokenizer, shown["input_ids"], [i in ends for i in range(len(shown["input_ids"]))])
+    solution = examples[0]["solution"]  # the tokens at which a step is judged, in green
+    ids, ends = solution["input_ids"], set(solution["step_ends"])
+    common.show(tokenizer, ids, [i in ends for i in range(len(ids))])
 
     # 2. A frozen base, with LoRA matrices and a scalar head: they alone are trained.
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""Rewards that a user might write, for --reward of ppo.py, grpo.py and evaluate.py.
+"""Rewards that a user might write, for --reward of every script that has one.
 
     python grpo.py --reward correct_answer examples/rewards.py:shortness --reward-weights 1 0.1
     python ppo.py --reward examples/rewards.py:classifier

@@ -72,7 +72,7 @@ def test_each_loss_passes_gradcheck(loss):
 def test_the_gradient_of_nash_md_is_its_bracket_on_y_alone():
     """−(P − ½ − β log-ratio) for each log π(y|x); 0 for y' and through the bracket."""
     logps, ref_logps = sums(0).requires_grad_(), sums(1).requires_grad_()
-    online_dpo.online_loss(logps, ref_logps, WINS, "nash_md", BETA).sum().backward()
+    online_dpo.online_loss(logps, ref_logps, WINS, "nash_md", BETA, 0.0).sum().backward()
     bracket = WINS[:4] - 0.5 - BETA * (logps - ref_logps)[:4]
     torch.testing.assert_close(logps.grad, torch.cat([-bracket, torch.zeros(4)]).detach())
     assert ref_logps.grad is None or not ref_logps.grad.any()
@@ -95,7 +95,7 @@ def test_nash_md_climbs_preference_less_kl_by_enumeration(m, sharp):
         pair = torch.tensor([y, other])
         each = online_dpo.online_loss(
             logps[pair], ref_logps[pair], torch.stack([wins[y, other], wins[other, y]]), "nash_md",
-            BETA)
+            BETA, 0.0)
         loss = loss + (logps[y].exp().detach() * mixture[other] * each).sum()
     ours, = torch.autograd.grad(loss, logits, retain_graph=True)
     kl = (logps.exp() * (logps - ref_logps)).sum()

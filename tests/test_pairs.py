@@ -275,29 +275,33 @@ def test_a_reward_model_scores_the_last_token(copied, tmp_path):
     assert empty == pytest.approx(plain_scores("", ids)[-1].item(), abs=1e-4)
 
 
-def copy_reward(folder, method):
+def copy_reward(folder, method, **flags):
     for file in (ROOT / "tiny/reward").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "summary.json").write_text(json.dumps({"method": method}))
+    (folder / "summary.json").write_text(json.dumps({"method": method} | flags))
     return str(folder)
 
 
-def test_a_process_reward_model_is_worth_its_worst_line(tmp_path):
-    """The least σ over the tokens that end a line that is not blank, found by decoding prefixes."""
-    scorer = pairs.load_scorer(copy_reward(tmp_path, "prm"), settings())
+@pytest.mark.parametrize("outcome", [False, True])
+def test_a_process_reward_model_is_worth_its_worst_line(outcome, tmp_path):
+    """The least σ over the tokens that end a line that is not blank, found by decoding prefixes.
+
+    One of outcomes is worth its last line. A text prompt is what a user says, as prm.py has it.
+    """
+    scorer = pairs.load_scorer(copy_reward(tmp_path, "prm", outcome=outcome), settings())
     tokenizer = common.load_tokenizer("tiny/chat")
     expected = []
     for prompt, text in PAIRS_TO_SCORE:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = whole_ids(tokenizer, prompt, text)
         chances, done = plain_scores(text, ids).sigmoid(), 0
-        asked = prompt if isinstance(prompt, str) else tokenizer.decode(
-            common.encode_prompt(tokenizer, prompt))
+        asked = tokenizer.decode(common.encode_prompt(tokenizer, prompt))
         ends = []
         for line in filter(str.strip, text.split("\n")):
             done = (asked + text).index(line.strip(), max(done, len(asked))) + len(line.strip())
             spoken = (len(tokenizer.decode(ids[:i + 1])) >= done for i in range(len(ids)))
             ends.append(list(spoken).index(True))
-        expected.append(min(chances[ends]).item())
+        expected.append((chances[ends][-1] if outcome else min(chances[ends])).item())
         assert len(ends) == len([line for line in text.split("\n") if line.strip()])
     prompts, texts = zip(*PAIRS_TO_SCORE, strict=True)
     assert scorer(list(prompts), list(texts)) == pytest.approx(expected, abs=1e-5)
@@ -311,8 +315,9 @@ def test_a_scorer_reads_the_tools_of_a_row(monkeypatch):
     model = common.load_model("tiny/reward", "off", 0, "off", trainable=False, task="SEQ_CLS")
     prompts, texts = [PROMPTS[0]["prompt"]] * 2, ["1 + 1 = 2"] * 2
     with_tools, without = pairs.model_scores(
-        model, tokenizer, False, prompts, texts, tools=['[{"name": "f"}]', None])
-    assert without == pairs.model_scores(model, tokenizer, False, prompts[:1], texts[:1])[0]
+        model, tokenizer, False, False, prompts, texts, tools=['[{"name": "f"}]', None])
+    assert without == pairs.model_scores(
+        model, tokenizer, False, False, prompts[:1], texts[:1])[0]
     assert abs(with_tools - without) > 1e-4
 
 

@@ -322,7 +322,7 @@ def brute_force(solutions):
     f1 = 2 * precision * recall / (precision + recall) if hits else 0
     return {"loss": loss / steps, "step_accuracy": agreed / steps, "precision": precision,
             "recall": recall, "f1": f1} | {
-        f"solution_accuracy_{name}": n / len(solutions) for name, n in verdicts.items()}
+        f"accuracy_{name}": n / len(solutions) for name, n in verdicts.items()}
 
 
 def test_figures_are_what_a_search_by_hand_finds():
@@ -362,9 +362,9 @@ def test_many_small_doubts_make_a_solution_wrong_by_the_product_alone():
     doubt = math.log(9)  # σ is 0.9
     short, long = ([doubt] * 6, [1] * 6), ([doubt] * 7, [1] * 7)
     alone = figures_of([short]), figures_of([long])
-    assert [x["solution_accuracy_product"] for x in alone] == [1, 0]
-    assert [x["solution_accuracy_min"] for x in alone] == [1, 1]
-    assert figures_of([short, long, ([-doubt], [0])])["solution_accuracy_product"] == 2 / 3
+    assert [x["accuracy_product"] for x in alone] == [1, 0]
+    assert [x["accuracy_min"] for x in alone] == [1, 1]
+    assert figures_of([short, long, ([-doubt], [0])])["accuracy_product"] == 2 / 3
 
 
 def test_a_chance_of_a_half_is_right():

@@ -182,8 +182,8 @@ def steps_by_hand(model, examples, args):
     low, product, last = (n / len(examples) for n in verdicts)
     return loss, {"loss": loss.item(), "step_accuracy": agreed / len(losses),
                   "precision": hits / max(flagged, 1), "recall": hits / max(wrong, 1),
-                  "f1": 2 * hits / max(flagged + wrong, 1), "solution_accuracy_min": low,
-                  "solution_accuracy_product": product, "solution_accuracy_last": last}
+                  "f1": 2 * hits / max(flagged + wrong, 1), "accuracy_min": low,
+                  "accuracy_product": product, "accuracy_last": last}
 
 
 BY_HAND = {sft: sft_by_hand, reward_model: reward_by_hand, prm: steps_by_hand}

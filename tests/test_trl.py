@@ -182,10 +182,10 @@ def test_online_dpo(loss, tie):
     logps, ref_logps = ((logps * x.mask).sum(1) for logps in (x.logps, x.ref_logps))
     lead = record_trl.pair_scores(81, tie)
     lead = (lead - lead.roll(3)).double()
-    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2)
+    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2, 0.0)
     assert equal(ours.mean(), theirs, x.logps) == (not tie)
     lead[0] += 1.0 * tie
-    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2)
+    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2, 0.0)
     assert equal(ours.mean(), theirs, x.logps)
 
 
