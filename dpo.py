@@ -36,6 +36,7 @@ import hashlib
 import importlib
 import json
 import math
+import operator
 import os
 import time
 from pathlib import Path
@@ -91,7 +92,7 @@ def encode_pair(row, tokenizer, max_length):
     pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, start, max_length)
     for side, example in ("chosen", chosen), ("rejected", rejected):
         pair[side] = shorten(example, longest, start, max_length)
-    return pair
+    return pair | {"length": longest}
 
 
 def with_mask(pieces):
@@ -127,16 +128,16 @@ def collate(examples, pad_id, device):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
-                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
+    hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
+    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
+    targets = batch["input_ids"][:, 1:][scored]  # [N]
     head = causal.get_output_embeddings()
-    # 2**24 logits at a time (64 MiB), computed again for backward: all [N, V] would fill a T4
-    chunk = max(1, 2**24 // head.weight.shape[0])
-    logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False))
+    chunk = max(1, 2**24 // head.weight.shape[0])  # all logits, [N, V], would fill a T4
+    cuts = zip(hidden.split(chunk), targets.split(chunk), strict=True)  # [C, D], [C]
+    logps = [checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False) for h, y in cuts]
     return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
 
 
@@ -268,9 +269,9 @@ def train(args):
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
         # 4. The gradients of micro-batches and processes add up to that of the batch, because each
-        #    pair counts 1 / len(batch), wherever it is computed.
+        #    pair counts 1 / len(batch), wherever it is computed. Similar lengths share a pass.
         began = time.time()
-        batch = [pairs[i] for i in batches[step - 1]]
+        batch = sorted([pairs[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
         mine = batch[common.RANK::common.WORLD]
         sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
         for i in range(0, len(mine), args.micro_batch_size):
@@ -295,9 +296,8 @@ def train(args):
             save(args, state, parts)
 
     # 7. The same held-out pairs and prompts once more.
-    after = evaluate(model, held_out, args, pad_id)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
-    finish(args, state, model, tokenizer, after)
+    finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
     show_answers(tokenizer, prompts, state["answers"], answers)
 
 

@@ -106,16 +106,16 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
-                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
+    hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
+    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
+    targets = batch["input_ids"][:, 1:][scored]  # [N]
     head = causal.get_output_embeddings()
-    # 2**24 logits at a time (64 MiB), computed again for backward: all [N, V] would fill a T4
-    chunk = max(1, 2**24 // head.weight.shape[0])
-    logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False))
+    chunk = max(1, 2**24 // head.weight.shape[0])  # all logits, [N, V], would fill a T4
+    cuts = zip(hidden.split(chunk), targets.split(chunk), strict=True)  # [C, D], [C]
+    logps = [checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False) for h, y in cuts]
     return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
 
 
@@ -224,10 +224,10 @@ def score_answers(reward, name, model, batch, examples, texts, args):
 
 def sequence_rewards(model, batch, head):
     """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    causal = common.causal_lm(model)
-    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
-                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
-    last = batch["attention_mask"].sum(-1) - 1  # [B]
+    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
+    hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
+    last = inputs["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
     # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]

@@ -128,16 +128,16 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
-                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
+    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
+    hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden, targets = hidden[:, :-1][scored], batch["input_ids"][:, 1:][scored]  # [N, D], [N]
+    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
+    targets = batch["input_ids"][:, 1:][scored]  # [N]
     head = causal.get_output_embeddings()
-    # 2**24 logits at a time (64 MiB), computed again for backward: all [N, V] would fill a T4
-    chunk = max(1, 2**24 // head.weight.shape[0])
-    logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False))
+    chunk = max(1, 2**24 // head.weight.shape[0])  # all logits, [N, V], would fill a T4
+    cuts = zip(hidden.split(chunk), targets.split(chunk), strict=True)  # [C, D], [C]
+    logps = [checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False) for h, y in cuts]
     return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
 
 
@@ -148,10 +148,11 @@ def chunk_logps(hidden, targets, head, temperature):
 
 def token_values(model, batch, head):
     """[B, T-1]: column t is the return that the critic expects before token t+1, else 0."""
-    causal = common.causal_lm(model)
-    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
-                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
-    return (hidden[:, :-1].float() * head.weight).sum(-1) * batch["loss_mask"][:, 1:]
+    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
+    hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
+    values = (hidden[:, :-1].float() * head.weight).sum(-1)  # [B, L-1]
+    return F.pad(values, (0, int((~used).sum()))) * batch["loss_mask"][:, 1:]
 
 
 def token_rewards(scores, logps, ref_logps, mask, beta):
@@ -187,8 +188,7 @@ def policy_loss(logps, old_logps, advantages, epsilon):
     ratio = (logps - old_logps).exp()
     free = ratio * advantages
     bound = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages
-    # min: the clip takes away what going further would gain (above 1 + ε if A > 0, below 1 − ε if
-    # A < 0), and never the way back
+    # min: the clip takes away what going further would gain, and never the way back
     return -torch.min(free, bound), bound < free
 
 
@@ -304,10 +304,10 @@ def score_answers(reward, name, model, batch, examples, texts, args):
 
 def sequence_rewards(model, batch, head):
     """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    causal = common.causal_lm(model)
-    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
-                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
-    last = batch["attention_mask"].sum(-1) - 1  # [B]
+    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
+    hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
+    last = inputs["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
     # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]

@@ -38,6 +38,7 @@ import hashlib
 import importlib
 import json
 import math
+import operator
 import os
 import time
 from pathlib import Path
@@ -103,7 +104,7 @@ def encode_solution(row, tokenizer, max_length, outcome):
     (asked, _), (said, _) = common.encode(tokenizer, prompt, answer, row.get("tools"))[0]
     if len(asked) + len(said) > max_length:
         raise ValueError(f"it is longer than {max_length} tokens")
-    return {"prompt": asked, "solution": {
+    return {"prompt": asked, "length": len(asked + said), "solution": {
         "input_ids": asked + said, "attention_mask": [1] * len(asked + said),
         "step_ends": [len(asked) + end for end in step_ends(tokenizer, said, steps)],
         "step_mask": [1] * len(steps),
@@ -276,9 +277,10 @@ def train(args):
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
         # 4. The gradients of micro-batches and processes add up to that of the batch, because each
-        #    step of a solution counts 1 / `trained`, wherever it is computed.
+        #    step of a solution counts 1 / `trained`, wherever it is computed. Similar lengths share
+        #    a pass.
         began = time.time()
-        batch = [examples[i] for i in batches[step - 1]]
+        batch = sorted([examples[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
         trained = sum(sum(example["solution"]["loss_mask"]) for example in batch)
         mine = batch[common.RANK::common.WORLD]
         counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=model.device)

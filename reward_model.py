@@ -31,6 +31,7 @@ import hashlib
 import importlib
 import json
 import math
+import operator
 import os
 import time
 from pathlib import Path
@@ -73,18 +74,19 @@ TINY = dict(dataset="tiny/data/preference_train.jsonl", epochs=3, batch_size=16,
 # ---- data: two answers to a prompt, as token ids -------------------------------------------------
 
 def encode_comparison(row, tokenizer, max_length):
-    """{"chosen": example, "rejected": example, "prompt": ids, "margin": number}
+    """{"chosen": example, "rejected": example, "prompt": ids, "margin": and "length": number}
 
     Both keep the token that ends the answer, as a sampled answer has it. Longer ones are refused:
     half an answer deserves another reward.
     """
     chosen, rejected = common.encode_preference(tokenizer, row)
-    comparison = {"prompt": chosen[0][0], "margin": float(row.get("margin", 0))}
+    comparison = {"prompt": chosen[0][0], "margin": float(row.get("margin", 0)), "length": 0}
     for side, pieces in ("chosen", chosen), ("rejected", rejected):
         ids = sum((ids for ids, _ in pieces), [])
         if len(ids) > max_length:
             raise ValueError(f"it is longer than {max_length} tokens")
         comparison[side] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        comparison["length"] = max(comparison["length"], len(ids))
     if not math.isfinite(comparison["margin"]):
         raise ValueError(f"the margin is {comparison['margin']}")
     return comparison
@@ -104,10 +106,10 @@ def collate(examples, pad_id, device):
 
 def sequence_rewards(model, batch, head):
     """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    causal = common.causal_lm(model)
-    hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
-                               attention_mask=batch["attention_mask"])[0]  # [B, T, D]
-    last = batch["attention_mask"].sum(-1) - 1  # [B]
+    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
+    hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
+    last = inputs["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
     # not `@`, which autocast would round to 16 bits: too coarse to compare
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
@@ -210,9 +212,9 @@ def train(args):
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
         # 4. The gradients of micro-batches and processes add up to that of the batch, because each
-        #    pair counts 1 / len(batch), wherever it is computed.
+        #    pair counts 1 / len(batch), wherever it is computed. Similar lengths share a pass.
         began = time.time()
-        batch = [pairs[i] for i in batches[step - 1]]
+        batch = sorted([pairs[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
         scores = torch.zeros(3, len(batch), dtype=torch.float64, device=model.device)
         mine = list(range(len(batch)))[common.RANK::common.WORLD]
         for i in range(0, len(mine), args.micro_batch_size):

@@ -207,10 +207,11 @@ SFT = [
 
 REWARD_MODEL = [
     ("the reward is read at the padding", "reward_model: padding_changes",
-     'last = batch["attention_mask"].sum(-1) - 1',
-     'last = torch.ones_like(batch["attention_mask"]).sum(-1) - 1'),
+     'last = inputs["attention_mask"].sum(-1) - 1', "last = torch.full((len(hidden),), -1)"),
+    ("columns are left out that one row needs", "reward_model: padding_changes",
+     'batch["attention_mask"].any(0)', 'batch["attention_mask"].all(0)'),
     ("the reward is read before the last token", "reward_model: only_the_last",
-     'batch["attention_mask"].sum(-1) - 1', 'batch["attention_mask"].sum(-1) - 2'),
+     'inputs["attention_mask"].sum(-1) - 1', 'inputs["attention_mask"].sum(-1) - 2'),
     ("autocast rounds the rewards", "reward_model: under_autocast",
      "(hidden.float() * head.weight.float()).sum(-1)", "(hidden @ head.weight.T)[:, 0]"),
     ("a margin asks for less distance", "reward_model: a_margin_asks",
@@ -298,7 +299,7 @@ DPO = [
     ("all epochs have one order", "dpo: order_covers",
      "for epoch in range(args.epochs)]", "for epoch in range(1)] * args.epochs"),
     ("after training, training pairs are evaluated", BY_HAND["dpo"],
-     "after = evaluate(model, held_out", "after = evaluate(model, pairs"),
+     "tokenizer, evaluate(model, held_out", "tokenizer, evaluate(model, pairs"),
     ("each side of a pair loses another part of its prompt", "dpo: truncation_keeps",
      "pair[side] = shorten(example, longest,",
      'pair[side] = shorten(example, len(example["input_ids"]),'),
@@ -315,6 +316,8 @@ DPO = [
 ]
 
 PPO = [
+    ("values stand at the end of the padding", "ppo: ",
+     "F.pad(values, (0, int((~used).sum())))", "F.pad(values, (int((~used).sum()), 0))"),
     ("the old values are the reward model's", BY_HAND["ppo"],
      'with common.using(model, "critic"):\n        batch["values"]',
      'with common.using(model, "reward"):\n        batch["values"]'),

@@ -257,6 +257,26 @@ def test_values_are_read_before_their_token(roles):
                                                     abs=2e-5)
 
 
+def test_a_micro_batch_computes_no_column_that_is_padding_in_all_its_rows(roles, monkeypatch):
+    """Its shapes stay those of the rollout, and what is read of each row stays the same."""
+    whole, full = outputs(roles), roles.batch
+    longest = full["attention_mask"].sum(1)
+    rows = longest < longest.max()
+    roles.batch = {name: value[rows] for name, value in full.items()}
+    read, forward = [], type(common.causal_lm(roles.model).base_model).forward
+
+    def listen(self, input_ids, **others):
+        read.append(input_ids.shape[1])
+        return forward(self, input_ids, **others)
+
+    monkeypatch.setattr(type(common.causal_lm(roles.model).base_model), "forward", listen)
+    some = outputs(roles)
+    roles.batch = full
+    assert set(read) == {longest[rows].max().item()} and 1 <= rows.sum() < len(rows)
+    for name, value in some.items():
+        torch.testing.assert_close(value, whole[name][rows], atol=2e-5, rtol=1e-4)
+
+
 def test_the_critic_starts_as_the_reward_model_with_weights_of_its_own(roles):
     """It gives the reward model's scores, of which no weight is shared or trained."""
     said = outputs(roles)

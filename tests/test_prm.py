@@ -409,7 +409,8 @@ def test_an_example_is_prompt_answer_ends_labels_and_masks(tokenizer):
     assert solution["labels"] == [1, 0] and solution["attention_mask"] == [1] * len(ids)
     assert solution["step_mask"] == solution["loss_mask"] == [1, 1]
     outcome = prm.encode_solution(ROW, tokenizer, 512, outcome=True)
-    assert outcome == {"prompt": example["prompt"], "solution": solution | {"loss_mask": [0, 1]}}
+    assert example["length"] == len(ids)
+    assert outcome == example | {"solution": solution | {"loss_mask": [0, 1]}}
 
 
 def test_a_text_prompt_is_a_question_to_the_assistant_if_there_is_a_template(tokenizer):
