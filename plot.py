@@ -9,9 +9,7 @@ figures before and after, and answers of the policy on the way with their scores
 import argparse
 import base64
 import io
-import itertools
 import json
-import math
 from pathlib import Path
 
 import jinja2
@@ -29,36 +27,35 @@ UNITS = {"kl": "nats per answer", "sampler_kl": "nats per token", "entropy": "na
          "chosen_logp": "nats per answer", "rejected_logp": "nats per answer",
          "z": "nats per answer", "length": "tokens", "trained_tokens": "tokens",
          "peak_memory_gib": "GiB", "seconds": "s", "rollout_seconds": "s"}
-plt.style.use("tableau-colorblind10")
+plt.style.use("petroff10")  # colours that the colour-blind can tell apart
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ runs | join(", ") }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 80rem; margin: auto; padding: 0 1rem }
 :root { color-scheme: light dark } img { width: 100% } summary { padding: .5rem 0 }
 header { position: sticky; top: 0; padding: .5rem 0; background: Canvas; border-bottom: 1px solid }
-header span { margin-right: 1.5rem; white-space: nowrap }
-table { display: block; overflow-x: auto; border-collapse: collapse }
+table { display: block; overflow-x: auto; border-collapse: collapse } td { min-width: 7rem }
 th, td { padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #8886; text-align: left }
 .grid { display: grid; grid: auto / repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
 dl { display: grid; grid: auto / max-content 1fr; column-gap: 1rem } dt { opacity: .7 }
-@media (prefers-color-scheme: dark) { img, b { filter: invert(1) hue-rotate(180deg) } }
-dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }</style></head><body>
+@media (prefers-color-scheme: dark) { img, b {filter: invert() hue-rotate(.5turn) brightness(1.4)} }
+td, dd { white-space: pre-wrap; overflow-wrap: anywhere } dd { margin: 0 }</style></head><body>
 {% macro table(rows) %}<table><tr><th></th>{% for run in runs %}<th>{{ run }}</th>{% endfor %}</tr>
 {% for name, row in rows %}<tr><th>{{ name }}</th>{% for x in row %}
 <td>{{ "%.4g" | format(x) if x is float else x }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endmacro %}
-<header>{% for run in runs %}
-<span><b style="color: {{ colors[loop.index0 % 10] }}">■</b> {{ run }}</span>{% endfor %}</header>
-<h2>Settings</h2>{{ table(differing) if differing }}
+<header>{% for run in runs %}<b style="color: {{ colors[loop.index0 % 10] }}">■</b>&nbsp;{{ run }}
+&emsp; {% endfor %}</header><h2>Settings</h2>{{ table(differing) if differing }}
 <details{{ " open" if not differing }}><summary>The same in all</summary>{{ table(same) }}</details>
 <h2>Curves</h2><div class="grid">{% for name, svg in panels %}
 <img alt="{{ name }}" src="data:image/svg+xml;base64,{{ svg }}">{% endfor %}</div>
 {% if held_out %}<h2>Held out, before → after</h2>{{ table(held_out) }}{% endif %}
-<div class="grid">{% for run, groups in samples if groups %}<div><h2>Samples of {{ run }}</h2>
-{% for title, group in groups.items() %}
-<details{{ " open" if loop.first or loop.last }}><summary>{{ title }}</summary>
-{% for sample in group %}<dl>{% for name, x in sample.items() %}
-<dt>{{ name }}</dt><dd>{{ "%.4g" | format(x) if x is float else x }}</dd>{% endfor %}</dl>
+<div class="grid">{% for run, said in samples if said %}<div><h2>Samples of {{ run }}</h2>
+{% for step, group in said | groupby("step", default="") %}
+<details{{ " open" if loop.first or loop.last }}><summary>
+{{ "step %d" | format(step) if step else "held out" }}</summary>
+{% for sample in group %}<dl>{% for name, x in sample.items() if name != "step" %}<dt>{{ name }}
+</dt><dd>{{ "%.4g" | format(x) if x is float else x }}</dd>{% endfor %}</dl>
 {% endfor %}</details>{% endfor %}</div>{% endfor %}</div></body></html>"""
 
 
@@ -72,10 +69,8 @@ def read_metrics(run):
     return steps
 
 
-def numbers(logged):
-    """The names of what any of the runs logged as a number, or as a gap between numbers."""
-    names = [name for steps in logged.values() for step in steps for name, value in step.items()
-             if isinstance(value, int | float | None)]
+def names_of(logged):
+    names = [name for steps in logged.values() for step in steps for name in step]
     return [name for name in dict.fromkeys(names) if name != "step"]
 
 
@@ -83,7 +78,7 @@ def panels(names, logged):
     """A figure with a panel for each of the names, and in it a line per run."""
     units = {"rollout" if "rollout_seconds" in x[0] else "optimizer step" for x in logged.values()}
     columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
+    rows = (len(names) + columns - 1) // columns
     figure, axes = plt.subplots(
         rows, columns, figsize=(4.6 * columns, 2.9 * rows), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
@@ -104,7 +99,7 @@ def panels(names, logged):
 def draw(runs, output):
     """Writes a picture with a panel for every number that any of the runs logged."""
     logged = {run: read_metrics(run) for run in runs}
-    figure = panels(numbers(logged), logged)
+    figure = panels(names_of(logged), logged)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
     with common.phase(f"writing {output}"):
@@ -117,37 +112,34 @@ def as_svg(figure):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def read_about(run, steps):
-    """Settings, held-out figures and samples by title; a run in progress has no summary yet."""
+def read_about(run):
+    """Settings, held-out figures and samples of a run; one in progress has no summary yet."""
     with common.phase(f"reading the settings of {run}"):
         about = {"method": "–"}
         for file in Path(run, "args.json"), Path(run, "summary.json"):
             about |= json.loads(file.read_text()) if file.exists() else {}
+        about["data"] = about.get("data", "–")[:8]  # a hash
         before, after = about.pop("before", {}), about.pop("after", {})
         held_out = {name: f"{before[name]:.3f} → {after[name]:.3f}" for name in after}
-        samples = {f"step {step['step']}": step["samples"] for step in steps if "samples" in step}
-        samples |= {"held out": about.pop("samples")} if "samples" in about else {}
-        about["data"] = about.get("data", "–")[:8]  # a hash
-    return about, held_out, samples
+    return about, held_out, about.pop("samples", [])
 
 
 def as_rows(columns):
     """For each key of any of these dicts: the key, and its value in each of them."""
-    names = dict.fromkeys(itertools.chain(*columns))
+    names = {name: None for column in columns for name in column}
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
 def write_page(runs, file):
     """Writes the page, in which all that comes from data is escaped."""
     logged = {run: read_metrics(run) for run in runs}
-    about = [read_about(run, steps) for run, steps in logged.items()]
-    settings, held_out, samples = zip(*about, strict=True)
+    settings, held_out, samples = zip(*map(read_about, logged), strict=True)
     differing = [row for row in as_rows(settings) if len(set(map(str, row[1]))) > 1]
     with common.phase(f"writing {file}"):
         text = jinja2.Environment(autoescape=True).from_string(PAGE).render(
             runs=logged, colors=plt.rcParams["axes.prop_cycle"].by_key()["color"],
             differing=differing, same=[row for row in as_rows(settings) if row not in differing],
-            panels=[(name, as_svg(panels([name], logged))) for name in numbers(logged)],
+            panels=[(name, as_svg(panels([name], logged))) for name in names_of(logged)],
             held_out=as_rows(held_out), samples=zip(logged, samples, strict=True))
         file.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 

@@ -1,15 +1,21 @@
-"""Tokens per second of `sample` in grpo.py against `model.generate`, on the same prompts.
+"""Tokens per second of `sample` in grpo.py, of `model.generate` and of TRL's GRPO rollout.
 
-    python benchmarks/sampling.py
-    python benchmarks/sampling.py --model Qwen/Qwen2.5-0.5B --prompts prompts.jsonl
+    python benchmarks/sampling.py                                    # tiny/chat
+    python benchmarks/sampling.py --model FOLDER --stop-share 0.02 --trl --output results.json
+    python benchmarks/sampling.py --model FOLDER --adapter --load-in-4bit on
 
-Both draw G completions of each prompt from the model's own distribution. The two alternate, round
-by round, and the ratio is taken within a round, so that a machine that slows down does so for both.
+All draw G completions of each prompt from the model's own distribution. They take turns, and a
+ratio is taken within a round, so that a machine that slows down does so for all: CPU seconds on a
+CPU (of one thread, with OMP_NUM_THREADS=1), seconds on a GPU. Random weights never say eos: with
+--stop-share that share of the vocabulary ends an answer, which then is 1 / share tokens long in the
+mean. TRL 1.16.0 is asked through a method of its own trainer that is not public.
 """
 import argparse
+import datetime
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,8 +33,13 @@ add("--prompts", default="tiny/data/prompt_heldout.jsonl", help="a .jsonl file")
 add("--prompt-count", type=common.count, default=8, help="prompts at a time")
 add("--group-size", type=common.count, default=8, help="completions per prompt")
 add("--max-new-tokens", type=common.count, default=64)
+add("--stop-share", type=common.share, default=0.0, help="of the vocabulary that ends an answer")
 add("--temperature", type=common.positive, default=1.0)
-add("--rounds", type=common.count, default=7)
+add("--adapter", action="store_true", help="with LoRA matrices, as a policy has them")
+add("--load-in-4bit", choices=["on", "off"], default="off")
+add("--trl", action="store_true", help="also measure TRL")
+add("--rounds", type=common.count, default=5)
+add("--output", help="a .json file, to which the figures are added")
 
 
 def ours(model, tokenizer, prompts, args, seed):
@@ -40,6 +51,7 @@ def theirs(model, tokenizer, prompts, args, seed):
     torch.manual_seed(seed)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    model.eval()
     ids = model.generate(
         **batch.to(model.device), do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
         repetition_penalty=1.0, max_new_tokens=args.max_new_tokens, eos_token_id=stop_ids,
@@ -50,29 +62,78 @@ def theirs(model, tokenizer, prompts, args, seed):
     return ends.sum().item()
 
 
-def tokens_per_second(function, model, *args):
-    began = time.perf_counter()
-    tokens = function(model, *args)
-    if model.device.type == "cuda":
+def make_trainer(model, tokenizer, args):
+    """TRL's trainer around the same model; its stop tokens are those of the others."""
+    import datasets
+    import trl
+    on_gpu = torch.cuda.is_available()
+    config = trl.GRPOConfig(
+        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=not on_gpu, bf16=False,
+        num_generations=args.group_size, max_completion_length=args.max_new_tokens, top_k=0,
+        per_device_train_batch_size=args.prompt_count * args.group_size,
+        temperature=args.temperature)
+    rows = datasets.Dataset.from_dict({"prompt": ["a"] * args.prompt_count})
+    trainer = trl.GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), config,
+                              train_dataset=rows, processing_class=tokenizer)
+    trainer.eos_token_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    trainer.generation_config.eos_token_id = trainer.eos_token_ids
+    return trainer
+
+
+def trls(trainer, tokenizer, prompts, args, seed):
+    torch.manual_seed(seed)
+    repeated = [prompt for prompt in prompts for _ in range(args.group_size)]
+    answers, _ = trainer._generate_single_turn(repeated, None, {}, args.group_size)
+    return sum(len(answer) for answer in answers)
+
+
+def tokens_per_second(function, *args):
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return tokens / (time.perf_counter() - began)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    began = clock()
+    tokens = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return tokens / (clock() - began)
 
 
 def main(args):
     tokenizer = common.load_tokenizer(args.model)
-    model = common.load_model(args.model, trainable=False)
+    model = common.load_model(args.model, args.load_in_4bit, trainable=args.adapter)
+    if args.stop_share:
+        vocabulary = model.config.vocab_size
+        chosen = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
+        model.generation_config.eos_token_id = chosen[:round(args.stop_share * vocabulary)].tolist()
     lines = Path(common.find(args.prompts)).read_text().split("\n")[:args.prompt_count]
     prompts = [common.encode_prompt(tokenizer, json.loads(line)["prompt"]) for line in lines]
-    ratios = []
+    programs = {"sample": (ours, model), "generate": (theirs, model)}
+    if args.trl:
+        programs["TRL"] = (trls, make_trainer(model, tokenizer, args))
+    rounds = []
     for seed in range(args.rounds + 1):
-        sample = tokens_per_second(ours, model, tokenizer, prompts, args, seed)
-        generate = tokens_per_second(theirs, model, tokenizer, prompts, args, seed)
+        speeds = {name: tokens_per_second(function, subject, tokenizer, prompts, args, seed)
+                  for name, (function, subject) in programs.items()}
         if seed > 0:  # the first round is a warm-up
-            ratios.append(sample / generate)
-            print(f"round {seed}: sample {sample:8.0f} tokens/s   generate {generate:8.0f} tokens/s"
-                  f"   ratio {ratios[-1]:.2f}")
-    print(f"ratio: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to "
-          f"{max(ratios):.2f}")
+            rounds.append(speeds)
+            print(f"round {seed}: " + ", ".join(f"{name} {x:.1f}" for name, x in speeds.items()))
+    result = {name: statistics.median(speeds[name] for speeds in rounds) for name in programs}
+    for name in list(programs)[1:]:
+        ratios = [speeds["sample"] / speeds[name] for speeds in rounds]
+        result[f"times_{name}"] = statistics.median(ratios)
+        print(f"sample is {statistics.median(ratios):.2f} times as fast as {name} "
+              f"({min(ratios):.2f} to {max(ratios):.2f})")
+    if args.output:
+        save(args.output, result)
+
+
+def save(file, result):
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    line = {"date": datetime.date.today().isoformat(), "machine": device,
+            "torch": torch.__version__, "tokens_per_second": result,
+            "command": " ".join(["python", "benchmarks/sampling.py", *sys.argv[1:]])}
+    before = json.loads(Path(file).read_text()) if Path(file).exists() else []
+    Path(file).write_text(json.dumps([*before, line], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""Docstrings and comments as HTML: their prose, commands, lists, and typeset equations.
+
+The scripts write equations as Unicode text, `loss = −log σ(h)`; here that becomes TeX, which KaTeX
+typesets in the browser. An equation that cannot be translated raises ValueError.
+"""
+import re
+from html import escape
+from itertools import groupby
+
+# ---- equations: from Unicode text to TeX ---------------------------------------------------------
+
+NAMES = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "λ": "lambda",
+         "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "Σ": "sum", "Π": "prod", "½": "tfrac12",
+         "⅛": "tfrac18", "log": "log", "exp": "exp", "min": "min", "max": "max", "·": "cdot",
+         "argmin": "operatorname{argmin}", "argmax": "operatorname{argmax}", "…": "dots",
+         "...": "dots", "≤": "le", "≥": "ge", "∝": "propto", "≻": "succ", "~": "sim", "{": "{",
+         "}": "}", "|": "mid"}
+TEX = {text: rf"\{name} " for text, name in NAMES.items()} | {mark: mark for mark in "=+<',()[]"}
+TEX |= {"−": "-", "²": "^2", "E": r"\mathbb{E}\,", "‖": r"\,\Vert\,"}
+BRACKET = r"\((?:[^()]|\([^()]*\))*\)"  # with brackets in it, but none in those
+OPERAND = rf"(?:{BRACKET}|\|\w+\||\w+'?(?:{BRACKET})?)"
+TOKEN = re.compile(
+    rf"(?P<over>{OPERAND}) ?/ ?(?P<under>{OPERAND})|[_^](?P<index>{{[^{{}}]*}}|{BRACKET}|<?\w+?"
+    r"(?![^\W_]))|\s+|[A-Za-z]+(?:\d+|'[a-z]+)?|\d+(?:\.\d+)?|\.\.\.|.")
+
+
+def runs(text, inside=False):
+    """An equation as [text, [TeX, ...]] pairs, where words between equations have no TeX.
+
+    Words inside of brackets are set upright. ValueError if anything is unknown or left open.
+    """
+    found, opened = [["", []]], []
+    for match in TOKEN.finditer(text):
+        token, following = match.group(), text[match.end():][:1]
+        word = token == "a" or re.fullmatch(r"[A-Za-z']{2,}", token) and token not in TEX
+        word = word and following not in ("(", "[", "_")  # or it is the name of something
+        if not (inside or opened) and (word or token in ",:;."):
+            tex = []
+        elif match["over"]:
+            tex = [rf"\frac{{{bare(match['over'])}}}{{{bare(match['under'])}}}"]
+        elif match["index"]:
+            index = match["index"]
+            index = rf"\text{{{index}}}" if re.fullmatch("[A-Za-z]{2,}", index) else bare(index)
+            tex = [f"{token[0]}{{{index}}}"]
+        elif token.isspace():
+            tex = [" "] if found[-1][1] else []
+        elif word:
+            tex = [rf"\text{{{token}}}"]
+        elif token in TEX or re.fullmatch(r"[A-Za-z]|\d[\d.]*", token):
+            tex = [TEX.get(token, token)]
+        elif re.fullmatch(r"[A-Za-z]+\d*", token):
+            tex = [rf"\operatorname{{{token}}}"]
+        else:
+            raise ValueError(f"{token!r} in the equation {text!r}")
+        if bool(tex) != bool(found[-1][1]):
+            found.append(["", []])
+        found[-1][0] += token
+        found[-1][1] += tex
+        if token in ("(", "[", "{"):
+            opened.append((token, found[-1][1], len(found[-1][1]) - 1))
+        elif token in (")", "]", "}"):
+            bracket, parts, start = opened.pop() if opened else ("", [], 0)
+            if bracket + token not in ("()", "[]", "{}"):
+                raise ValueError(f"the brackets of the equation {text!r}")
+            if re.search(r"\\(frac|sum)", "".join(parts[start:])):  # tall ones around what is tall
+                parts[start], parts[-1] = r"\Bigl" + parts[start], r"\Bigr" + parts[-1]
+    if opened:
+        raise ValueError(f"the brackets of the equation {text!r}")
+    return found
+
+
+def bare(text):
+    """TeX of what a fraction bar or an index holds together, so that it needs no brackets."""
+    if text.startswith("|"):
+        return f"|{bare(text[1:-1])}|"
+    text = text[1:-1] if re.fullmatch(rf"{BRACKET}|{{.*}}", text) else text
+    return "".join(tex for _, parts in runs(text, inside=True) for tex in parts)
+
+
+# ---- prose: docstrings and comments --------------------------------------------------------------
+
+# what looks like a flag, a file, a shape, a paper, or symbols such as π_ref, y' or π(y|x)
+INLINE = re.compile(
+    r"(?P<code>`[^`]+`|(?<![\w-])--[a-z][a-z0-9-]*|\b[a-z_]+\.py\b"
+    r"|\[\d*[A-Z][A-Z\d, +.-]*\])"
+    r"|(?P<paper>\b(?:arXiv:)?\d{4}\.\d{5}\b)"
+    r"|(?P<math>(?<![\w.'-])(?:\d*[B-HJ-Zb-hj-zα-ωΠΣ]|(?:[AaIi]|min|max)(?=_)"
+    r"|KL(?=\())(?:_(?:\{\w+\}|[^\W_]+))?'?"
+    r"(?:\^(?:\w|\([\w−+]+\)))?"
+    r"(?:\((?:[\w|,.'·+−≤≻‖ ]|\([\w, ]*\))*\))?(?![\w'-]|\.\w))")
+TERM = re.compile(r"(\[\d+\]|[a-z/][a-z_@/]*(?: [A-Z]+)?(?=  ))\s+(?![\s=])(.*(?:\n .*)*)")
+
+
+def math(text, style=""):
+    """Words, and symbols that KaTeX typesets in the browser; without it the text stands there."""
+    html = ""
+    for said, tex in runs(text):
+        tex = "".join(tex).strip()
+        tex = re.sub(r"(?<=[^,]) (?=\\text)", r"\\ ", tex)  # the spaces around words count
+        tex = re.sub(r"(\\text{\w+}) ", r"\1\\ ", tex)
+        tex += "{}" * tex.endswith(("+", "-", "="))  # spaced as before a term, which is a word
+        end = said[len(said.rstrip()):]
+        html += escape(said) if not tex else (
+            f'<span data-tex="{escape(style + tex)}">{escape(said.rstrip())}</span>{end}')
+    return html
+
+
+def inline(text):
+    """A paragraph of a docstring or comment as HTML."""
+    html, end = "", 0
+    for match in INLINE.finditer(text):
+        html += escape(text[end:match.start()])
+        said, end = match.group(), match.end()
+        if match["math"]:
+            html += math(said)
+        elif match["paper"]:
+            html += f'<a href="https://arxiv.org/abs/{said.removeprefix("arXiv:")}">{said}</a>'
+        else:
+            html += f"<code>{escape(said.strip('`'))}</code>"
+    return html + escape(text[end:])
+
+
+def spans(line, style):
+    """The parts of a set-apart line, which stand two or more spaces apart."""
+    line = re.sub(r"\s{2,}([=+−])\s+", r" \1 ", line.strip())  # lined up by hand
+    html, parts = "", re.split(r"\s{2,}", line)
+    for number, part in enumerate(parts):
+        margin = number and number + 1 == len(parts) and not parts[number - 1].endswith(",")
+        html += '<span class="margin">' if margin else "<span>"
+        for text in re.split(r"(\([A-Z]\w+ et al\..*?\))", part):
+            equation = re.search("[=−]", text) or style and number == 0
+            html += math(text, style) if equation else inline(text)
+        html += "</span> "
+    return html
+
+
+def apart(text):
+    """A set-apart block: commands, a list of terms with their meaning, or equations, one a line."""
+    if re.match(r"(python|torchrun|pip) ", text):
+        return f"<pre>{escape(text)}</pre>"
+    if TERM.sub("", text).strip():
+        lines = [spans(line, r"\displaystyle ") for line in text.splitlines()]
+        return "".join(f'<div class="eq">{line}</div>' for line in lines)
+    terms = [(term, spans(re.sub(r"\n +", " ", said), "")) for term, said in TERM.findall(text)]
+    return "<dl>" + "".join(f"<dt>{term}</dt><dd>{said}</dd>" for term, said in terms) + "</dl>"
+
+
+def blocks(docstring):
+    """Its paragraphs and set-apart blocks as (is it set apart, text)."""
+    lines = docstring.splitlines()
+    for indented, group in groupby(lines, lambda line: line.startswith("    ") if line else None):
+        if indented is not None:
+            yield indented, "\n".join(line[4 * indented:] for line in group)
+
+
+def prose(docstring):
+    return "".join(apart(text) if indented else f"<p>{inline(text)}</p>"
+                   for indented, text in blocks(docstring))

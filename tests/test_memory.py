@@ -1,0 +1,189 @@
+"""The estimate of benchmarks/memory.py against what small models really take on this CPU."""
+import argparse
+import runpy
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import common
+import dpo
+import grpo
+import reward_model
+import sft
+
+MEMORY = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/memory.py")))
+SHAPE = (192, 6, 6, 2, 768, 4096, True)  # as in MEMORY.SHAPES
+RANK = 16
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are still alive, and the most of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inside = [x.untyped_storage() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        made = function(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            given = any(storage is other for other in inside)
+            if storage is not None and storage not in self.known and not given:
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                self.most = max(self.most, self.live)
+                weakref.finalize(storage, self.release, storage.nbytes())
+        return made
+
+    def release(self, size):
+        self.live -= size
+
+
+def shape_of(vocabulary):
+    return MEMORY.shape(*SHAPE[:5], vocabulary, True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of models of SHAPE with random weights, by their vocabulary."""
+    folders = {}
+
+    def folder(vocabulary):
+        if vocabulary not in folders:
+            hidden, layers, heads, kv_heads, intermediate, _, tied = SHAPE
+            config = Qwen2Config(
+                hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=kv_heads, intermediate_size=intermediate,
+                vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=2048)
+            place = folders[vocabulary] = str(tmp_path_factory.mktemp("model"))
+            torch.manual_seed(0)
+            Qwen2ForCausalLM(config).save_pretrained(place)
+            common.load_tokenizer("tiny/chat").save_pretrained(place)
+        return folders[vocabulary]
+
+    return folder
+
+
+@pytest.fixture
+def folder(models):
+    return models(SHAPE[5])
+
+
+def backward_peak(folder, script, score, batch):
+    """Most bytes over those of model and gradients in the passes of a second micro-batch."""
+    task = "SEQ_CLS" if script == "reward_model" else "CAUSAL_LM"
+    model = common.load_model(folder, "off", RANK, "on", task=task)
+    score(model, batch).backward()
+    with Peak() as peak:
+        score(model, batch).backward()
+    return peak.most
+
+
+def example(length, shift):
+    asked = length // 4
+    return {"input_ids": [(7 * i + shift) % 60 for i in range(length)],
+            "attention_mask": [1] * length, "loss_mask": [0] * asked + [1] * (length - asked)}
+
+
+def pairs(count, length, names):
+    rows = [{name: example(length, i)[name] for name in names} for i in range(2 * count)]
+    return [{"chosen": rows[2 * i], "rejected": rows[2 * i + 1], "margin": 0.0}
+            for i in range(count)]
+
+
+def dpo_loss(model, batch):
+    args = argparse.Namespace(loss="dpo", beta=0.1, label_smoothing=0.0, gamma=1.0)
+    return dpo.score_pairs(model, batch, args, 0)[0].sum()
+
+
+def reward_loss(model, batch):
+    return reward_model.score_comparisons(
+        model, batch, argparse.Namespace(centering=0.01), 0)[0].sum()
+
+
+def sft_loss(model, batch):
+    logps, mask = sft.score_rows(model, batch, 0)
+    return sft.sft_loss(logps, mask, 100)
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
+@pytest.mark.parametrize("count, length, vocabulary", [(2, 384, 4096), (4, 160, 64), (1, 900, 64)])
+def test_a_pass_takes_what_was_estimated(script, count, length, vocabulary, models):
+    """Within 15%, of all but weights and gradients, whether layers or logits are the widest."""
+    names = ["input_ids", "attention_mask"]
+    if script == "sft":
+        batch = [{"tokens": example(length, i)} for i in range(count)]
+        score = sft_loss
+    elif script == "dpo":
+        batch, score = pairs(count, length, [*names, "loss_mask"]), dpo_loss
+    else:
+        batch, score = pairs(count, length, names), reward_loss
+    measured = backward_peak(models(vocabulary), script, score, batch)
+    model, rows = shape_of(vocabulary), MEMORY.ROWS[script] * count
+    # on a CPU SDPA does not repeat keys and values; so few positions are one chunk of logits
+    widest = MEMORY.layer(model, rows, length, 4, four_bit=False, repeated=False)
+    if script != "reward_model":
+        widest = max(widest, MEMORY.logits(model, rows * (length - length // 4)))
+    expected = MEMORY.checkpoints(model, rows, length, 4) + widest
+    assert measured == pytest.approx(expected, rel=0.15)
+
+
+def test_adapter_and_optimizer_take_16_bytes_for_each_weight(folder):
+    model = common.load_model(folder, "off", RANK, "on")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    taken = sum(x.nbytes for x in [*weights, *moments, *(p.grad for p in weights)])
+    assert taken == MEMORY.training(MEMORY.shape(*SHAPE), RANK, 1)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_weights_are_those_of_the_model(four_bit, folder):
+    """Norms and biases, which the estimate leaves out, are below 1%."""
+    model = common.load_model(folder, "on" if four_bit else "off", 0, "off", trainable=False)
+    taken = sum(p.nbytes for p in model.parameters())
+    if four_bit:  # and the scales of its 64 weights each, which are no parameters
+        states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+        taken += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    assert taken == pytest.approx(MEMORY.weights(MEMORY.shape(*SHAPE), 4, four_bit), rel=0.02)
+
+
+def test_a_cache_holds_keys_and_values_of_all_answers(folder):
+    """The most that sampling takes, within 15%."""
+    model = common.load_model(folder, "off", 0, "off", trainable=False)
+    tokenizer = common.load_tokenizer(folder)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    args = argparse.Namespace(max_new_tokens=300, temperature=1.0)
+    with Peak() as peak:
+        grpo.sample(model, tokenizer, [[5] * 20] * 4, 8, args, 0)
+    shape = MEMORY.shape(*SHAPE)
+    expected = MEMORY.cache(shape, 32, 320, 4) + MEMORY.logits(shape, 32)
+    assert peak.most == pytest.approx(expected, rel=0.15)
+
+
+def test_a_7b_fits_with_every_scripts_defaults(capsys):
+    args = MEMORY.flags.parse_args(["--sizes", "7B"])
+    MEMORY.main(args)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == len(MEMORY.ROWS) and all(line.split()[2] == "yes" for line in lines)
+
+
+def test_the_largest_batch_fits_and_twice_as_much_does_not():
+    model, limit = MEMORY.shape(*MEMORY.SHAPES["3B"]), 13.8 * 2**30
+    defaults = grpo.flags.parse_args([])
+    size = MEMORY.largest(model, "grpo", defaults, "micro_batch_size", limit)
+    for micro, fits in (size, True), (2 * size, False):
+        args = SimpleNamespace(**vars(defaults) | {"micro_batch_size": micro})
+        assert (sum(MEMORY.estimate(model, "grpo", args).values()) <= limit) == fits
+
+
