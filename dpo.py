@@ -227,13 +227,6 @@ def sample_answers(model, tokenizer, prompts, length, seed):
     return ids[:, batch["input_ids"].shape[1]:].tolist()
 
 
-def show_answers(tokenizer, prompts, before, after):
-    for rows in zip(prompts, before, after, strict=True):
-        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        for name, text in zip(("prompt", "before", "after"), texts, strict=True):
-            print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
-
-
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
     tokenizer = common.load_tokenizer(args.model)
@@ -297,8 +290,13 @@ def train(args):
 
     # 7. The same held-out pairs and prompts once more.
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
+    for row in zip(prompts, state["answers"], answers, strict=True):
+        texts = tokenizer.batch_decode(row, skip_special_tokens=True)
+        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
     finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
-    show_answers(tokenizer, prompts, state["answers"], answers)
+    for sample in state["samples"]:
+        for name, text in sample.items():
+            print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
 
 
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
@@ -362,7 +360,7 @@ def write(file, text):
 
 def restore(args, parts):
     """The state of the run, at its start or where it was interrupted; `parts` are put back."""
-    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
     if file.exists():
         with common.phase(f"reading {file}"):
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -399,7 +397,7 @@ def finish(args, state, model, tokenizer, after):
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
-        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:

@@ -31,7 +31,7 @@ What to watch: the reward rises, group_std falls, kl and length grow slowly. The
 with one update per rollout all ρ are 1, the advantages of a group add up to 0, and that of grpo and
 gspo is β k3. High zero_spread: prompts too easy or hard. Entropy collapses: lower --learning-rate.
 
-Shapes: P prompts x G completions = B rows of T tokens, N of completions; width D, vocabulary V.
+Shapes: P prompts × G completions = B rows of T tokens, N of completions; width D, vocabulary V.
 """
 import argparse
 import fcntl
@@ -43,7 +43,6 @@ import math
 import os
 import re
 import runpy
-import sys
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -240,7 +239,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     cache = DynamicCache(config=causal.config)
     logits = causal(batch["input_ids"].to(causal.device), attention_mask=mask,
                     position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
-    # each prompt was read once, for all of its answers: from here on B = P x copies
+    # each prompt was read once, for all of its answers: from here on B = P × copies
     cache.batch_repeat_interleave(copies)
     logits = logits.repeat_interleave(copies, 0)  # [B, 1, V]
     mask = mask.repeat_interleave(copies, 0)
@@ -394,13 +393,12 @@ def group_gradients(model, batch, scaler, args):
     return sums
 
 
-def show_samples(tokenizer, examples, answers, scores):
-    """Some prompts, in green what the policy answers, and what that is worth."""
-    with tqdm.external_write_mode(file=sys.stdout):
-        for example, answer, score in list(zip(examples, answers, scores, strict=False))[:4]:
-            mask = [0] * len(example["prompt"]) + [1] * len(answer)
-            common.show(tokenizer, example["prompt"] + answer, mask)
-            print(f"score {score:.2f}\n")
+def some_samples(tokenizer, step, examples, answers, scores):
+    """A few prompts, what the policy answers, and what that is worth."""
+    some = list(zip(examples, answers, scores.tolist(), strict=False))[:4]
+    return [{"step": step, "prompt": common.visible(tokenizer.decode(example["prompt"])),
+             "answer": common.visible(tokenizer.decode(answer)), "score": score}
+            for example, answer, score in some]
 
 
 def train(args):
@@ -478,12 +476,14 @@ def train(args):
         progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step in (1, args.max_steps):
+            group = mine[:1] * args.group_size
+            state["samples"] += some_samples(tokenizer, step, group, answers, batch["rewards"])
             save(args, state, parts)
-            show_samples(tokenizer, mine[:1] * args.group_size, answers, batch["rewards"])
+            for sample in state["samples"][-4:]:  # the answers in green
+                tqdm.write("{prompt}\033[32m{answer}\033[0m\nscore {score:.2f}\n".format(**sample))
 
     # 8. The same held-out prompts and random numbers once more; the adapter is saved
-    after = evaluate(model, scorers, held_out, tokenizer, args)
-    finish(args, state, model, tokenizer, after)
+    finish(args, state, model, tokenizer, evaluate(model, scorers, held_out, tokenizer, args))
 
 
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
@@ -547,7 +547,7 @@ def write(file, text):
 
 def restore(args, parts):
     """The state of the run, at its start or where it was interrupted; `parts` are put back."""
-    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
     if file.exists():
         with common.phase(f"reading {file}"):
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -584,7 +584,7 @@ def finish(args, state, model, tokenizer, after):
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
-        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:

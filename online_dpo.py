@@ -304,8 +304,7 @@ def train(args):
     parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
     state = restore(args, parts)
     asked = model, reward, held_out, tokenizer, args, args.seed
-    if "before" not in state:
-        state["before"] = describe(rollout(*asked), args)
+    state["before"] = state.get("before") or describe(rollout(*asked), args)
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
@@ -329,9 +328,10 @@ def train(args):
         progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
         log_step(args, state, metrics | {"seconds": time.time() - began})
         if step % args.save_every == 0 or step == args.max_steps:
+            text = common.visible(tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True))
+            state["samples"] += [{"step": step, "text": text, "score": batch["rewards"][0].item()}]
             save(args, state, parts)
-            text = tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True)
-            print(f"\n{common.visible(text)}\nscore {batch['rewards'][0]:.2f}")
+            print(f"\n{text}\nscore {batch['rewards'][0]:.2f}")
     # 7. The same held-out prompts and random numbers once more; the adapter is saved
     finish(args, state, model, tokenizer, describe(rollout(*asked), args))
 
@@ -397,7 +397,7 @@ def write(file, text):
 
 def restore(args, parts):
     """The state of the run, at its start or where it was interrupted; `parts` are put back."""
-    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
     if file.exists():
         with common.phase(f"reading {file}"):
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -434,7 +434,7 @@ def finish(args, state, model, tokenizer, after):
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
-        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:

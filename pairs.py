@@ -149,7 +149,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     cache = DynamicCache(config=causal.config)
     logits = causal(batch["input_ids"].to(causal.device), attention_mask=mask,
                     position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
-    # each prompt was read once, for all of its answers: from here on B = P x copies
+    # each prompt was read once, for all of its answers: from here on B = P × copies
     cache.batch_repeat_interleave(copies)
     logits = logits.repeat_interleave(copies, 0)  # [B, 1, V]
     mask = mask.repeat_interleave(copies, 0)

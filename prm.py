@@ -371,7 +371,7 @@ def write(file, text):
 
 def restore(args, parts):
     """The state of the run, at its start or where it was interrupted; `parts` are put back."""
-    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": []}
+    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
     if file.exists():
         with common.phase(f"reading {file}"):
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -408,7 +408,7 @@ def finish(args, state, model, tokenizer, after):
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
-        summary |= {"step": state["step"], "before": state["before"], "after": after}
+        summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:

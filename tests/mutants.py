@@ -419,7 +419,8 @@ GRPO = [
      'state["before"] = evaluate(model, scorers, held_out',
      'state["before"] = evaluate(model, scorers, examples'),
     ("after training, training prompts are evaluated", BY_HAND["grpo"],
-     "after = evaluate(model, scorers, held_out", "after = evaluate(model, scorers, examples"),
+     "tokenizer, evaluate(model, scorers, held_out",
+     "tokenizer, evaluate(model, scorers, examples"),
     ("all ratios are 1", "grpo_run: ratio_is_1 and [3]",
      'micro.get("logps", logps.detach())', "logps.detach()"),
     ("the old policy is the reference", "grpo_run: ratio_is_1 and [3]",
@@ -541,6 +542,24 @@ EVALUATE = [
 ]
 
 # the same in all five scripts, put into one of them
+CHAT = [
+    ("what is sampled ignores the temperature and comes from the model compared with",
+     "chat: plain_forward", "torch.multinomial(logps[0].exp(), 1",
+     "torch.multinomial(logits[0, -1].float().softmax(-1), 1"),
+    ("the model compared with reads the newest token only", "chat: plain_forward",
+     "common.causal_lm(m)(unread, past",
+     "common.causal_lm(m)(unread if m is model else unread[:, -1:], past"),
+    ("a stopped answer is no part of the history", "chat: ctrl_c_stops_one",
+     "    if len(ids) > start:", "    if ids[-1] in stops:"),
+    ("/reset forgets the system message", "chat: own_history",
+     'checkpoint["history"] = system',
+     'checkpoint["history"] = system if command == "/system" else []'),
+    ("the log-ratio of a shown token counts for the next one, too", "chat: sum_of_its_tokens",
+     "done, waiting = len(text), 0.0", "done = len(text)"),
+    ("parts of characters are shown", "chat: streamed_is_the_whole",
+     'if not text.endswith("\\ufffd"):', "if text:"),
+]
+
 ONLINE_DPO = [
     ("IPO's target is 1/β", "online_dpo: equation_written and ipo",
      "1 / (2 * beta)) ** 2", "1 / beta) ** 2"),
@@ -823,6 +842,7 @@ MISTAKES = [(file, *mistake) for file, table in (
     ("common.py", COMMON), ("sft.py", SFT), ("reward_model.py", REWARD_MODEL), ("dpo.py", DPO),
     ("ppo.py", PPO), ("grpo.py", GRPO), ("evaluate.py", EVALUATE),
     ("prm.py", PRM), ("kto.py", KTO), ("online_dpo.py", ONLINE_DPO), ("pairs.py", PAIRS),
+    ("chat.py", CHAT),
 ) for mistake in table]
 MISTAKES += [(f"{script}.py", *mistake) for script, *mistake in HOUSEKEEPING]
 MISTAKES += OTHERS

@@ -1,4 +1,4 @@
-"""Small runs of all five scripts, for several test files.
+"""Small runs of all scripts, for several test files.
 
     torchrun --nproc-per-node 2 runs_helper.py FOLDER    # runs them in two processes
 """
@@ -117,13 +117,28 @@ def die(*args, **kwargs):
     raise RuntimeError("as planned")
 
 
+def stop_at_step_2(args, state, metrics):
+    """In place of log_step: what was saved is step 1."""
+    if metrics["step"] == 2:
+        raise InterruptedError
+
+
 def two_processes(folder):
-    """All scripts one after the other; then one process fails, and the other must not wait."""
+    """All scripts, each interrupted and going on; then one fails, and the other must not wait."""
     if common.RANK == 1:
         Path.write_text = torch.save = common.save_model = refuse
     for name, module in SCRIPTS.items():
         module.sample, module.sample_mixture = answers_by_prompt, draws_by_prompt
-        module.train(small_args(name, folder, folder / "two" / name, max_steps=3))
+        args = small_args(name, folder, folder / "two" / name, max_steps=3, save_every=1)
+        log_step = module.log_step
+        with mock.patch.object(module, "log_step", lambda *args, log=log_step: (
+                log(*args), stop_at_step_2(*args))), as_one_command():
+            with contextlib.suppress(InterruptedError):
+                module.train(args)
+        steps = torch.load(folder / "two" / name / "resume.pt", weights_only=True)["step"]
+        assert steps == 1, f"{name} was not interrupted"
+        with as_one_command():
+            module.train(args)
     os.chdir(folder)
     if common.RANK == 1:
         SCRIPTS["dpo"].update = die

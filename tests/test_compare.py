@@ -15,6 +15,7 @@ import common
 import dpo
 import grpo
 import ppo
+import reward_model
 import sft
 
 spec = importlib.util.spec_from_file_location("compare", ROOT / "docs/compare.py")
@@ -156,6 +157,29 @@ def test_what_is_done_is_not_done_again(name, tmp_path, monkeypatch):
     assert not (folder / "steps").exists() and not (folder / "states").exists()
 
 
+def test_what_several_runs_need_is_made_once(tmp_path, monkeypatch):
+    """The preferred answers, as rows that sft.py reads; a reward model that ppo.py can load."""
+    calls = []
+
+    def call(words, folder):
+        calls.append(words)
+        folder.mkdir()
+        (folder / "summary.json").touch()
+
+    monkeypatch.setattr(compare, "call", call)
+    compare.prepare(tmp_path)
+    compare.prepare(tmp_path)
+    assert len(calls) == 1 and calls[0][-1] == str(tmp_path / "blind")
+    reward_model.flags.parse_args(calls[0][1:])
+    rows = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    pairs = (ROOT / "tiny/data/preference_train.jsonl").read_text().splitlines()
+    assert [row["completion"] for row in rows] == [json.loads(pair)["chosen"] for pair in pairs]
+    assert sft.encode_conversation(rows[0], common.load_tokenizer("tiny/chat"), 64)
+    commands = [" ".join(run["training"]) for run in RUNS]
+    assert sum("--reward r/blind " in command for command in commands) == 2
+    assert sum("--dataset r/chosen.jsonl " in command for command in commands) == 3
+
+
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.py").write_text("raise SystemExit('no disk')")
     (tmp_path / "good.py").write_text(
@@ -208,6 +232,21 @@ def test_answers_and_seconds_add_up_along_the_way(tmp_path, refused):
         assert compare.answers_per_step(summary) == count
 
 
+def test_the_least_kl_is_that_of_tilting_each_prompt_alike():
+    """Below the KL of any policy over some prompts; reached where all prompts are equally hard."""
+    torch.manual_seed(0)
+    old, new = torch.rand(2, 5, 4).softmax(-1)  # [5 prompts, 4 answers], of which two are right
+    kl = (new * (new / old).log()).sum(-1).mean().item()
+    least = compare.least_kl(new[:, :2].sum(-1).mean().item(), old[:, :2].sum(-1).mean().item())
+    assert 0 < least < kl
+    tilted = old[:1] * torch.tensor([3.0, 3, 1, 1])
+    tilted /= tilted.sum()
+    kl = (tilted * (tilted / old[:1]).log()).sum().item()
+    shares = tilted[0, :2].sum().item(), old[0, :2].sum().item()
+    assert compare.least_kl(*shares) == pytest.approx(kl, abs=1e-6)
+    assert compare.least_kl(1.0, 0.5) == pytest.approx(0.6931, abs=1e-4)
+
+
 @pytest.fixture
 def results():
     """Four points of every planned run; a number for each that follows from method and seed."""
@@ -217,6 +256,7 @@ def results():
         keys = {key for _, _, _, panels in compare.SICK.values() for _, key, _ in panels}
         keys |= {"answers", "cpu_seconds", "greedy", "stopped"}
         points = [dict.fromkeys(keys, i + step) | {"step": step} for step in range(4)]
+        points[0]["sampled"] = 0.5  # tiny/chat
         logged = points if run["training"][0] != "ppo.py" else [
             p | {"rollout_seconds": 1} for p in points]
         made.append({"name": run["name"], "seed": run["seed"], "points": points, "logged": logged})
@@ -252,7 +292,8 @@ def test_pictures_show_all_methods_with_units_on_their_axes(results, tmp_path, m
         assert axes[0].get_ylabel() == axes[2].get_ylabel() == compare.RIGHT
         drawn = {line.get_label(): line for axis in axes for line in axis.lines}
         assert set(labels) < set(drawn)
-        assert list(drawn["KTO"].get_ydata()) == pytest.approx([i + s + 0.1 for s in range(4)])
+        assert list(drawn["KTO"].get_ydata()) == pytest.approx(
+            [0.5, *(i + step + 0.1 for step in (1, 2, 3))])
 
     for name, (_, healthy, sick, panels) in compare.SICK.items():
         assert [axis.get_ylabel() for axis in figures[name].axes] == [panel[2] for panel in panels]
@@ -261,7 +302,7 @@ def test_pictures_show_all_methods_with_units_on_their_axes(results, tmp_path, m
             for line, (run, label) in zip(axis.lines, (healthy, sick), strict=True):
                 i = list(compare.METHODS | compare.EXTRA).index(run)
                 assert line.get_label() == label
-                assert list(line.get_ydata()) == [i, i + 1, i + 2, i + 3]
+                assert list(line.get_ydata())[1:] == [i + 1, i + 2, i + 3]
 
 
 def test_families_differ_by_colour_and_methods_by_marker_and_line():

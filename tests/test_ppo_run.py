@@ -389,7 +389,7 @@ def assert_same_run(finished, folder, summary):
 
 def test_evaluation_changes_nothing(finished, data, tmp_path, monkeypatch):
     """A run that never looked at its held-out prompts before it trained is the same run."""
-    state = {"step": 0, "metrics": [], "before": finished.summary["before"]}
+    state = {"step": 0, "metrics": [], "samples": [], "before": finished.summary["before"]}
     monkeypatch.setattr(ppo, "restore", lambda args, parts: state)
     _, summary = run(tmp_path / "run", **data | SHORT)
     assert_same_run(finished, tmp_path / "run", summary)

@@ -64,7 +64,7 @@ def results(folder):
     steps = []
     for step in metrics_of(folder):
         steps.append({name: x for name, x in step.items() if not name.endswith("seconds")})
-    return {"steps": steps, "before": summary["before"], "after": summary["after"],
+    return {"steps": steps, **{name: summary[name] for name in ("before", "after", "samples")},
             "settings": summary.keys()}
 
 
@@ -407,7 +407,10 @@ def two(data):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_processes_equal_one(name, data, two, tmp_path, monkeypatch):
-    """Also in batches that leave a process without a row; one writes, or the other would fail."""
+    """Interrupted and going on, too, and in batches that leave a process without a row.
+
+    One of them writes, or the other would fail.
+    """
     assert "as planned" in two.stderr, two.stderr
     monkeypatch.setattr(SCRIPTS[name], "sample", runs_helper.answers_by_prompt, raising=False)
     monkeypatch.setattr(SCRIPTS[name], "sample_mixture", runs_helper.draws_by_prompt, raising=False)
