@@ -36,7 +36,7 @@ NEIGHBOURS = {  # and what plays the same part under another name
     ("dpo", "kto"): {"encode_pair": "encode_labelled", "preference_loss": "kto_loss",
                      "score_pairs": "score_labelled"},
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
-                              "sequence_rewards": "token_logps", "show_worst": "show_answers",
+                              "sequence_rewards": "token_logps",
                               "score_comparisons": "score_pairs"}}
 MARKDOWN = {file.stem.lower(): file for file in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}

@@ -66,8 +66,10 @@ SAMPLING = ("pairs.py tiny/chat --format best --size 1000 --samples 4 --seed {se
 # a reward model that has seen 400 pairs in place of 9000: right about 8 of 10, and blind to much
 BLIND = "reward_model.py --max-steps 25 --output-dir {runs}/blind"
 EXTRA = {  # with the first seed: the sick, and their healthy ones that are no method of above
-    "sft_short": "sft.py --eval-every 10 --save-every 94",
-    "sft_long": "sft.py --epochs 10 --max-steps 940 --eval-every 10 --save-every 188",
+    "sft_short": "sft.py --dataset {runs}/few.jsonl --eval-dataset tiny/data/sft_heldout.jsonl"
+                 " --epochs 8 --eval-every 4 --save-every 25",
+    "sft_long": "sft.py --dataset {runs}/few.jsonl --eval-dataset tiny/data/sft_heldout.jsonl"
+                " --epochs 50 --eval-every 10 --save-every 94",
     "dpo_beta": "dpo.py --beta 0.1 --save-every 40",
     "ppo_blind": "ppo.py --reward {runs}/blind --save-every 5",
     "ppo_beta": "ppo.py --reward {runs}/blind --beta 0.05 --save-every 5",
@@ -103,15 +105,17 @@ SICK = {
         ("logged", "explained_variance", "explained variance\n(1: perfect critic)"),
         ("logged", "reward", "reward of the reward model\n(its units, mean of a rollout)"),
         ("held out", "sampled", RIGHT)]),
-    "sick_grpo_rate": ("GRPO with too high a rate", ("grpo", "1e-3"), ("grpo_rate", "1e-2"), [
+    "sick_grpo_rate": ("GRPO with too high a rate", ("grpo", "rate 1e-3"),
+                       ("grpo_rate", "rate 1e-2"), [
         ("logged", "entropy", "entropy (nats per token)"),
-        ("logged", "zero_spread", "groups that teach nothing (share)"),
+        ("logged", "zero_spread", "groups of equal rewards (share)"),
         ("held out", "sampled", RIGHT)]),
     "sick_grpo_length": ("GRPO with a reward that pays by the character",
                          ("grpo", "right or wrong"), ("grpo_length", "+ 0.1 per character"), [
         ("logged", "reward", "reward that is trained on\n(mean of a rollout)"),
         ("held out", "length", "length, held out (tokens)"), ("held out", "sampled", RIGHT)]),
-    "sick_sft_long": ("SFT for too long", ("sft_short", "2 epochs"), ("sft_long", "10 epochs"), [
+    "sick_sft_long": ("SFT on 300 rows for too long", ("sft_short", "8 epochs"),
+                      ("sft_long", "50 epochs"), [
         ("logged", "loss", "loss in training (nats per token)"),
         ("logged", "eval_loss", "loss, held out (nats per token)"),
         ("held out", "sampled", RIGHT)]),
@@ -135,12 +139,15 @@ def plan(args):
 
 
 def prepare(runs):
-    """What several runs need: the preferred answers of the pairs, and a reward model to fool."""
+    """What several runs need: preferred answers, few demonstrations, a reward model to fool."""
     if not (runs / "chosen.jsonl").exists():
         rows = common.load_rows("tiny/data/preference_train.jsonl", "train", 10**9, 0)
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (runs / "chosen.jsonl").write_text(text)
+    if not (runs / "few.jsonl").exists():
+        lines = (ROOT / "tiny/data/sft_train.jsonl").read_text().splitlines(keepends=True)
+        (runs / "few.jsonl").write_text("".join(lines[:300]))
     if not (runs / "blind/summary.json").exists():
         call(BLIND.format(runs=runs).split(), runs / "blind")
 
@@ -401,7 +408,7 @@ def draw_sick(results, picture, file):
                 axis.set_xlabel("rollout" if has_rollouts else "optimizer step")
         axis.set_ylabel(label)
     figure.suptitle(title)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     save_figure(figure, file)
 

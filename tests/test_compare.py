@@ -65,7 +65,8 @@ def test_labels_of_healthy_runs_are_the_defaults_of_the_scripts():
     assert said["sick_dpo_beta"] == f"β = {dpo.TINY['beta']:g}"
     assert said["sick_ppo_beta"] == f"β = {ppo.TINY['beta']:g}"
     assert float(said["sick_grpo_rate"].split()[-1]) == grpo.TINY["learning_rate"]
-    assert said["sick_sft_long"] == f"{sft.TINY['epochs']} epochs"
+    for name, label in compare.SICK["sick_sft_long"][1:3]:
+        assert f" --epochs {label.split()[0]} " in compare.EXTRA[name]
 
 
 # ---- the runs ------------------------------------------------------------------------------------
@@ -175,6 +176,8 @@ def test_what_several_runs_need_is_made_once(tmp_path, monkeypatch):
     pairs = (ROOT / "tiny/data/preference_train.jsonl").read_text().splitlines()
     assert [row["completion"] for row in rows] == [json.loads(pair)["chosen"] for pair in pairs]
     assert sft.encode_conversation(rows[0], common.load_tokenizer("tiny/chat"), 64)
+    few = (tmp_path / "few.jsonl").read_text().splitlines()
+    assert few == (ROOT / "tiny/data/sft_train.jsonl").read_text().splitlines()[:300]
     commands = [" ".join(run["training"]) for run in RUNS]
     assert sum("--reward r/blind " in command for command in commands) == 2
     assert sum("--dataset r/chosen.jsonl " in command for command in commands) == 3

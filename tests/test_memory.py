@@ -114,7 +114,7 @@ def sft_loss(model, batch):
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
-@pytest.mark.parametrize("count, length, vocabulary", [(2, 384, 4096), (4, 160, 64), (1, 900, 64)])
+@pytest.mark.parametrize("count, length, vocabulary", [(2, 384, 4096), (4, 160, 64)])
 def test_a_pass_takes_what_was_estimated(script, count, length, vocabulary, models):
     """Within 15%, of all but weights and gradients, whether layers or logits are the widest."""
     names = ["input_ids", "attention_mask"]
@@ -163,11 +163,11 @@ def test_a_cache_holds_keys_and_values_of_all_answers(folder):
     model = common.load_model(folder, "off", 0, "off", trainable=False)
     tokenizer = common.load_tokenizer(folder)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    args = argparse.Namespace(max_new_tokens=300, temperature=1.0)
+    args = argparse.Namespace(max_new_tokens=120, temperature=1.0)
     with Peak() as peak:
         grpo.sample(model, tokenizer, [[5] * 20] * 4, 8, args, 0)
     shape = MEMORY.shape(*SHAPE)
-    expected = MEMORY.cache(shape, 32, 320, 4) + MEMORY.logits(shape, 32)
+    expected = MEMORY.cache(shape, 32, 140, 4) + MEMORY.logits(shape, 32)
     assert peak.most == pytest.approx(expected, rel=0.15)
 
 

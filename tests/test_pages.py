@@ -47,7 +47,7 @@ class Page(HTMLParser):
             self.lines.append([int(found["data-number"]), ""])
 
     def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
+        assert tag in VOID or self.open.pop()[0] == tag  # <img /> has no end of its own
 
     def handle_data(self, text):
         if any(found.get("class") == "line" for _, found in self.open):
