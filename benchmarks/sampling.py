@@ -128,10 +128,11 @@ def main(args):
 
 
 def save(file, result):
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     line = {"date": datetime.date.today().isoformat(), "machine": device,
             "torch": torch.__version__, "tokens_per_second": result,
-            "command": " ".join(["python", "benchmarks/sampling.py", *sys.argv[1:]])}
+            "command": " ".join(["python", "benchmarks/sampling.py", *words])}
     before = json.loads(Path(file).read_text()) if Path(file).exists() else []
     Path(file).write_text(json.dumps([*before, line], indent=1) + "\n")
 

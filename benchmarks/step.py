@@ -291,11 +291,12 @@ def main(args):
 def save(file, lines):
     import transformers
     import trl
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     about = {"date": datetime.date.today().isoformat(), "machine": device,
              "python": platform.python_version(), "torch": torch.__version__,
              "transformers": transformers.__version__, "trl": trl.__version__,
-             "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]])}
+             "command": " ".join(["python", "benchmarks/step.py", *words])}
     before = json.loads(Path(file).read_text()) if Path(file).exists() else []
     Path(file).write_text(json.dumps(before + [about | {"lines": lines}], indent=1) + "\n")
 
