@@ -106,7 +106,7 @@ def collate(examples, pad_id, device):
 
 def sequence_rewards(model, batch, head):
     """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    used = batch["attention_mask"].any(0)  # [T]: not the columns that are padding in every row
+    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     last = inputs["attention_mask"].sum(-1) - 1  # [B]

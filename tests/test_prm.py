@@ -482,8 +482,7 @@ def test_outcome_is_a_flag_of_the_command_line(tmp_path, write_jsonl, monkeypatc
     """It reaches the rows, and the folder remembers it."""
     args, _ = short_run(tmp_path, write_jsonl)
     assert args.outcome is False
-    monkeypatch.setattr("sys.argv", ["prm.py", "--outcome"])
-    assert common.parse(prm.flags, {**prm.TINY}).outcome is True
+    assert run_args(prm, outcome=[]).outcome is True
     args.outcome, masks = True, []
     score = prm.score_solutions
 
