@@ -66,8 +66,7 @@ SAMPLING = ("pairs.py tiny/chat --format best --size 1000 --samples 4 --seed {se
 # a reward model that has seen 400 pairs in place of 9000: right about 8 of 10, and blind to much
 BLIND = "reward_model.py --max-steps 25 --output-dir {runs}/blind"
 EXTRA = {  # with the first seed: the sick, and their healthy ones that are no method of above
-    "sft_short": "sft.py --dataset {runs}/few.jsonl --eval-dataset tiny/data/sft_heldout.jsonl"
-                 " --epochs 8 --eval-every 4 --save-every 25",
+    "sft_all": "sft.py --epochs 5 --eval-every 10 --save-every 94",
     "sft_long": "sft.py --dataset {runs}/few.jsonl --eval-dataset tiny/data/sft_heldout.jsonl"
                 " --epochs 50 --eval-every 10 --save-every 94",
     "dpo_beta": "dpo.py --beta 0.1 --save-every 40",
@@ -114,8 +113,8 @@ SICK = {
                          ("grpo", "right or wrong"), ("grpo_length", "+ 0.1 per character"), [
         ("logged", "reward", "reward that is trained on\n(mean of a rollout)"),
         ("held out", "length", "length, held out (tokens)"), ("held out", "sampled", RIGHT)]),
-    "sick_sft_long": ("SFT on 300 rows for too long", ("sft_short", "8 epochs"),
-                      ("sft_long", "50 epochs"), [
+    "sick_sft_long": ("SFT for too long on what it has: 470 steps", ("sft_all", "3000 rows"),
+                      ("sft_long", "300 rows"), [
         ("logged", "loss", "loss in training (nats per token)"),
         ("logged", "eval_loss", "loss, held out (nats per token)"),
         ("held out", "sampled", RIGHT)]),
