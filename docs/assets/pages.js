@@ -17,6 +17,11 @@ if (matchMedia("(max-width: 60rem)").matches) {
   for (const list of document.querySelectorAll("nav details")) list.open = false;
 }
 
+// Paper cannot be unfolded.
+addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("main details")) folded.open = true;
+});
+
 // A table of many columns becomes a list where the screen is narrow.
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.querySelectorAll("th")].map((head) => head.textContent);
