@@ -33,7 +33,7 @@ from transformers import DynamicCache
 import common
 
 COMMANDS = "/reset, /system TEXT, /quit; Ctrl-C stops an answer, Ctrl-D is /quit"
-STEPS = (0.1, 0.5, 2.0)  # nats from which on a colour is pale, middling, strong
+LEVELS = (0.1, 0.5, 2.0)  # nats from which on a colour is pale, middling, strong
 BLUE, ORANGE = (153, 111, 69), (223, 215, 208)  # of a terminal's 256, and not red and green
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 add = flags.add_argument
@@ -77,18 +77,20 @@ def encode_history(tokenizer, history):
     """The ids up to the next answer: by the chat template, or without one of the text so far."""
     if tokenizer.chat_template:
         return common.encode_prompt(tokenizer, history)
-    parts = ["\n" * (message["role"] == "user") + message["content"] for message in history]
-    return common.encode_prompt(tokenizer, "".join(parts).removeprefix("\n"))
+    text = ""
+    for message in history:  # what the user says begins a line
+        text += "\n" + message["content"] if message["role"] == "user" else message["content"]
+    return common.encode_prompt(tokenizer, text.removeprefix("\n"))
 
 
 @torch.no_grad()
-def answer(model, first, ids, length, stops, temperature, seed):
+def answer(model, compared, ids, length, stops, temperature, seed):
     """Appends up to `length` sampled tokens to `ids`, and yields after each its log-ratio.
 
     From exactly softmax(logits / temperature): no top-k, no top-p, no penalties. The log-ratio is
-    to the model `first`, or 0 without one.
+    to the model `compared`, or 0 without one.
     """
-    models = [model, first] if first else [model]
+    models = [model, compared] if compared else [model]
     caches = [DynamicCache(config=common.causal_lm(m).config) for m in models]
     generator = torch.Generator(model.device).manual_seed(seed)
     unread = torch.tensor([ids], device=model.device)  # [1, T], later [1, 1]
@@ -144,7 +146,7 @@ def printable(text):
 
 def paint(text, ratio, colours):
     """A token in the colour of its log-ratio, or followed by it where there are no colours."""
-    strength = sum(abs(ratio) >= step for step in STEPS)
+    strength = sum(abs(ratio) >= step for step in LEVELS)
     if not strength or not text:
         return text
     if not colours:
@@ -156,15 +158,15 @@ def paint(text, ratio, colours):
 def legend(name, colours):
     """The scale of the log-ratios, in one line."""
     if not colours:
-        return f"[+0.0] after a token: its log-ratio to {name} in nats, if beyond ±{STEPS[0]}"
-    steps = [-step for step in reversed(STEPS)] + [0.0, *STEPS]
+        return f"[+0.0] after a token: its log-ratio to {name} in nats, if beyond ±{LEVELS[0]}"
+    steps = [-step for step in reversed(LEVELS)] + [0.0, *LEVELS]
     return f"log-ratio to {name} in nats: {' '.join(paint(f' {x:+g} ', x, True) for x in steps)}"
 
 
 def speak(checkpoint, prompt, first, args, seed, colours):
-    """Prints the answer to a prompt while it is sampled; with a token at least, both are history.
+    """Prints the answer to a prompt while it is sampled; if it has a token, both join the history.
 
-    The prompt ids are those of the whole history: the cache serves one answer.
+    The whole history is read anew for each answer: a cache does not outlive one.
     """
     tokenizer, stops = checkpoint["tokenizer"], checkpoint["stops"]
     asked = checkpoint["history"] + [{"role": "user", "content": prompt}]
@@ -175,7 +177,8 @@ def speak(checkpoint, prompt, first, args, seed, colours):
         if room < 1:
             raise ValueError(full)
     except Exception as error:  # templates raise types of their own
-        return print(f"[not asked: {printable(str(error))}]")
+        print(f"[not asked: {printable(str(error))}]")
+        return
     compared = first["model"] if args.tokens and first is not checkpoint else None
     ratios = answer(checkpoint["model"], compared, ids, min(args.max_new_tokens, room), stops,
                     args.temperature, seed)
@@ -209,7 +212,7 @@ def main(args):
     for turn in itertools.count():
         try:
             line = input("> ")
-            if not (sys.stdin.isatty() and sys.stdout.isatty()):  # which shows what is typed
+            if not (sys.stdin.isatty() and sys.stdout.isatty()):  # they show typed text
                 print(printable(line))
             command, _, text = line.partition(" ")
             if command == "/quit":
@@ -230,7 +233,8 @@ def main(args):
         except KeyboardInterrupt:
             print(f"\n{COMMANDS}")
         except EOFError:
-            return print()
+            print()
+            return
 
 
 if __name__ == "__main__":

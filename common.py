@@ -17,7 +17,7 @@ import time
 import warnings
 from pathlib import Path
 
-for chatty in "bitsandbytes", "huggingface_hub":  # advertises a kernel; reports every retry
+for chatty in "bitsandbytes", "huggingface_hub":  # they advertise a kernel and report every retry
     logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 import bitsandbytes
@@ -108,13 +108,13 @@ def running(memory_flags: str):
 
 def number(kind: type, low: float, high: float = 1e9):
     """An argparse type that refuses what is out of range, NaN included."""
-    def parse(text):
+    def within(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not within {low:g} and {high:g}")
         return kind(text)
 
-    parse.__name__ = kind.__name__  # for argparse's message
-    return parse
+    within.__name__ = kind.__name__  # for argparse's message
+    return within
 
 
 count = number(int, 1)
@@ -150,7 +150,7 @@ def choose_device() -> torch.device:
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:
-    """fp32 on a CPU, bf16 from compute capability 8.0 on: older GPUs like the T4 emulate it."""
+    """fp32 on a CPU; bf16 from compute capability 8.0 on, which a T4 only emulates; else fp16."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -166,7 +166,7 @@ def grad_scaler(model):
     """For fp16, in which small gradients round to 0. With bf16 and fp32 it does nothing."""
     fp16 = choose_dtype(model.device) == torch.float16
     scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
-    scaler.scale(torch.zeros((), device=model.device))  # or without a share of a batch it has none
+    scaler.scale(torch.zeros((), device=model.device))  # its scale is made at first use
     return scaler
 
 
@@ -251,7 +251,7 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
 
 
 def add_lora(model, adapter_name: str | None, rank: int, task: str):
-    """New LoRA matrices on all linear layers; a reward model may start from an LM's adapter."""
+    """New LoRA matrices on all linear layers but the head; a reward model may take an LM's."""
     new = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     config = adapter_config(adapter_name) if adapter_name else new
     config.task_type = task
@@ -275,7 +275,7 @@ def load_weights(model, name: str, role: str, head: dict | None = None) -> dict:
 
 
 def causal_lm(model):
-    """The transformers model, with LoRA layers inside: `.base_model` is all but its head."""
+    """The model without peft's wrapper, LoRA layers inside: `.base_model` is all but its head."""
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
@@ -288,7 +288,7 @@ def check_weights(model):
 
 @torch.no_grad()
 def check_forward(model, task: str):
-    """Refuses broken weights, and logits that are capped or scaled after the head."""
+    """Refuses broken weights, and logits changed after the head, which scripts apply themselves."""
     check_weights(model)
     causal = causal_lm(model).eval()
     input_ids = torch.arange(4, device=causal.device)[None]
@@ -304,18 +304,18 @@ def check_forward(model, task: str):
 def using(model, role: str | None):
     """Inside, `model` wears the adapter `role`, or with None it is the bare base."""
     outer = model.active_adapter
-    flags = [(p, p.requires_grad) for p in model.parameters()]  # peft changes them on the way
+    trained = [(p, p.requires_grad) for p in model.parameters()]  # peft changes them on the way
     with contextlib.nullcontext() if role else model.disable_adapter():
         if role:
             model.set_adapter(role)
         yield
     model.set_adapter(outer)
-    for p, flag in flags:
-        p.requires_grad_(flag)
+    for p, is_trained in trained:
+        p.requires_grad_(is_trained)
 
 
 def reference(model):
-    """Inside, `model` is what training started from: the base, or a copy of the first adapter."""
+    """Inside, `model` is what training started from: the base, or a frozen copy of its adapter."""
     return using(model, "reference" if "reference" in model.peft_config else None)
 
 
@@ -336,7 +336,7 @@ def reward_config(name: str, policy: str) -> peft.PeftConfig:
 def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:
     """Puts on `model` the adapter of the reward model `name`, or a new one; returns its head."""
     own = model.peft_config["default"]
-    flags = {key: p.requires_grad for key, p in model.named_parameters()}
+    trained = {key: p.requires_grad for key, p in model.named_parameters()}
     config = peft.LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
     score = torch.zeros(1, causal_lm(model).config.hidden_size)
     if name:
@@ -346,7 +346,7 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
         if name:
             score = load_weights(model, name, role)[SCORE]
     for key, p in model.named_parameters():
-        p.requires_grad_(flags.get(key, trainable))
+        p.requires_grad_(trained.get(key, trainable))
     head = torch.nn.Linear(score.shape[1], 1, bias=False, device=model.device)
     head.weight.data.copy_(score)
     return head.requires_grad_(trainable)
@@ -504,7 +504,7 @@ def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bo
 
 
 def encode_chat(tokenizer, chat: list, turns: list[int], tools) -> list[tuple[list[int], bool]]:
-    """A conversation up to the last of the `turns`, each from its header through its end token."""
+    """A conversation as pieces; an answer goes from behind its header through its end token."""
     ids = to_ids(tokenizer, render(tokenizer, chat, tools))
     ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
     pieces, done = [], 0
@@ -542,8 +542,8 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
     chosen, rejected = sides[0][0], sides[1][0]
     if not prompt and isinstance(answers[0], str):  # half a word gives other tokens than a whole
         texts = [asked + answer for (asked, _), (answer, _) in (chosen, rejected)]
-        shared = shared_length(*texts)
-        chosen, rejected = ([(ids[:shared], False), (ids[shared:], True)] for ids in texts)
+        border = shared_length(*texts)
+        chosen, rejected = ([(ids[:border], False), (ids[border:], True)] for ids in texts)
     shared = shared_length(chosen[0][0], rejected[0][0])
     if not 0 < shared == min(len(chosen[0][0]), len(rejected[0][0])) or not chosen[1][0]:
         raise ValueError("chosen and rejected do not answer the same prompt")
@@ -553,7 +553,7 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
 
 
 def show(tokenizer, input_ids: list[int], loss_mask: list[int]):
-    """Prints an example as the model sees it, what is trained in green."""
+    """Prints an example as the model sees it, in green where the mask is 1."""
     for trained, group in itertools.groupby(zip(input_ids, loss_mask, strict=True), lambda x: x[1]):
         text = visible(tokenizer.decode([token for token, _ in group]))
         print(f"\033[32m{text}\033[0m" if trained else text, end="")
@@ -581,15 +581,15 @@ def without_nones(value):
     return [without_nones(item) for item in value] if isinstance(value, list) else value
 
 
-def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: int) -> list[dict]:
-    """What `encode` makes of the rows: an example each, or a list of them. It may refuse a row."""
+def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int) -> list[dict]:
+    """What `make` makes of the rows: an example each, or a list of them. It may refuse a row."""
     encoded, refused = [], []
-    for number, row in enumerate(rows, 1):
+    for place, row in enumerate(rows, 1):
         try:
-            made = encode(row, tokenizer, min(max_length, tokenizer.model_max_length))
+            made = make(row, tokenizer, min(max_length, tokenizer.model_max_length))
             encoded.append(made if isinstance(made, list) else [made])
         except Exception as error:  # templates and tokenizers raise types of their own
-            refused.append(f"row {number}: {error}")
+            refused.append(f"row {place}: {error}")
     examples = list(itertools.chain(*encoded))
     report = f"{source}: {len(rows)} rows, {len(examples)} examples"
     if divided := sum(len(several) > 1 for several in encoded):
@@ -602,15 +602,15 @@ def encode_rows(source: str, rows: list[dict], encode, tokenizer, max_length: in
     return examples
 
 
-def load_examples(args, encode, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples; without --eval-dataset, at most a fifth is kept out."""
+def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out examples; without --eval-dataset of other prompts, at most a fifth."""
     if args.eval_dataset and Path(args.eval_dataset).resolve() == Path(args.dataset).resolve():
         fail(f"--eval-dataset {args.dataset} is what is trained on: without it, some is held out")
     rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed)
-    examples = encode_rows(args.dataset, rows, encode, tokenizer, args.max_length)
+    examples = encode_rows(args.dataset, rows, make, tokenizer, args.max_length)
     if args.eval_dataset:
         rows = load_rows(args.eval_dataset, args.split, args.eval_size, args.seed)[:args.eval_size]
-        return examples, encode_rows(args.eval_dataset, rows, encode, tokenizer, args.max_length)
+        return examples, encode_rows(args.eval_dataset, rows, make, tokenizer, args.max_length)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed))
     held_out = [examples[i] for i in order[:min(args.eval_size, len(examples) // 5)]]
     prompts = {tuple(example["prompt"]) for example in held_out}

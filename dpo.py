@@ -12,8 +12,8 @@ says for which reward a given policy is the best:
     π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                    (eq. 4)
     r(x, y) = β log[π(y|x) / π_ref(y|x)] + a term in x alone                               (eq. 5)
 
-Bradley and Terry (1952) model a preference as P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). With
-eq. 5 the term in x cancels, and minus the log-likelihood is a loss for the policy itself:
+Bradley and Terry (1952) model a preference as P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). Put
+eq. 5 in: the term in x cancels, and minus the log of P is a loss for the policy itself:
 
     loss = −log σ( β log[π(y_w|x) / π_ref(y_w|x)] − β log[π(y_l|x) / π_ref(y_l|x)] )        (eq. 7)
 
@@ -58,10 +58,11 @@ add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out pairs")
 add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo")
-add("--beta", type=common.positive, default=0.1, help="price of leaving the reference; simpo: 2; "
-    "with cpo, 0.1 is nearly SFT on the chosen answers")
+add("--beta", type=common.positive, default=0.1, help="price of leaving the reference; without "
+    "one, factor of log π (simpo: 2; cpo: 0.1 is nearly SFT on chosen answers) or λ (orpo)")
 add("--gamma", type=common.weight, default=1.0, help="simpo: the margin that rewards must exceed")
-add("--label-smoothing", type=common.share, default=0.0, help="dpo: share of mislabelled pairs")
+add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0,
+    help="dpo: share of mislabelled pairs")
 add("--max-length", type=common.number(int, 4), default=1024, help="of prompt + answer, in tokens")
 add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
 add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
@@ -77,7 +78,7 @@ add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices
 add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
 add("--output-dir", default="runs/dpo", help="the same command again goes on where it stopped")
 BY_LOSS = {"simpo": dict(beta=2.0)}  # other defaults, as in its paper
-# tiny answers differ in a digit or two: at β 0.1 the model would unlearn to stop after wrong ones
+# tiny answers differ in a digit or two: at β 0.1 the end token would become rare after wrong ones
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3, epochs=2,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=32)
 
@@ -87,6 +88,7 @@ TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=
 def encode_pair(row, tokenizer, max_length):
     """{"chosen": example, "rejected": example, "prompt": ids}; the loss mask is 1 on the answer."""
     chosen, rejected = map(with_mask, common.encode_preference(tokenizer, row))
+    # where the first answer begins: a token that spans the border is part of one of them only
     start = min(chosen["loss_mask"].index(1), rejected["loss_mask"].index(1))
     longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
     pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, start, max_length)
@@ -105,12 +107,12 @@ def with_mask(pieces):
 
 
 def shorten(example, length, start, max_length):
-    """Too long: the prompt loses its start (half of max_length stays), then the answer its end.
+    """Too long: the prompt loses its start (down to half of max_length), then the answer its end.
 
     The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
     """
     cut = max(0, min(length - max_length, start - max_length // 2))
-    return {name: ids[cut:cut + max_length] for name, ids in example.items()}
+    return {name: values[cut:cut + max_length] for name, values in example.items()}
 
 
 def collate(examples, pad_id, device):
@@ -128,7 +130,7 @@ def collate(examples, pad_id, device):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
@@ -147,19 +149,19 @@ def chunk_logps(hidden, targets, head, temperature):
 
 
 def preference_loss(logps, ref_logps, lengths, loss="dpo", beta=0.1, label_smoothing=0, gamma=1):
-    """Losses [P] and rewards [2P]; log π(y|x), log π_ref(y|x) (0 without one) and |y| are [2P]."""
+    """Losses [P], rewards [2P]; the sums log π(y|x), log π_ref(y|x) (or 0) and |y|: [2P] each."""
     if loss in ("simpo", "orpo"):  # means over the tokens, so that length earns nothing
         logps = logps / lengths  # [2P]
     rewards = beta * (logps - ref_logps)  # [2P], eq. 5: what the policy implicitly rewards
     chosen, rejected = rewards.chunk(2)  # [P] each
     margin = chosen - rejected
     chosen_logps, rejected_logps = logps.chunk(2)
-    if loss == "dpo":  # eq. 7; smoothing (Mitchell 2023): with probability ε, the label is wrong
+    if loss == "dpo":  # eq. 7; ε: the share of wrong labels (ericmitchell.ai/cdpo.pdf, eq. 3)
         ε = label_smoothing
         losses = -(1 - ε) * F.logsigmoid(margin) - ε * F.logsigmoid(-margin)  # [P]
-    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: 1/(2β) apart, no more
+    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: log-ratios 1/(2β) apart
         losses = (margin / beta - 1 / (2 * beta)) ** 2
-    elif loss == "hinge":  # SLiC (arXiv:2305.10425) on DPO's margin, as in arXiv:2309.06657
+    elif loss == "hinge":  # SLiC's (2305.10425) on DPO's margin: Liu et al. 2023, 2309.06657
         losses = F.relu(1 - margin)
     elif loss == "simpo":  # Meng et al. 2024, arXiv:2405.14734, eq. 6
         losses = -F.logsigmoid(margin - gamma)
@@ -182,11 +184,11 @@ def score_pairs(model, pairs, args, pad_id):
     batch = collate(examples, pad_id, model.device)
     with common.autocast(model):
         logps = token_logps(model, batch).sum(-1)  # [2P]
-        ref_logps = torch.zeros_like(logps)
+        ref_logps = torch.zeros_like(logps)  # [2P]
         if args.loss not in ("simpo", "orpo", "cpo"):  # which do without it
             with torch.no_grad(), common.reference(model):  # what training started from
                 ref_logps = token_logps(model, batch).sum(-1)
-    lengths = batch["loss_mask"][:, 1:].sum(-1)
+    lengths = batch["loss_mask"][:, 1:].sum(-1)  # [2P], |y|
     losses, rewards = preference_loss(
         logps, ref_logps, lengths, args.loss, args.beta, args.label_smoothing, args.gamma)
     chosen, rejected = rewards.chunk(2)
@@ -213,7 +215,7 @@ def evaluate(model, pairs, args, pad_id):
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
     """An answer of up to `length` tokens to each prompt, sampled at temperature 1."""
-    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # or there is no room
+    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # room for the answer
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
@@ -302,7 +304,7 @@ def train(args):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -313,7 +315,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

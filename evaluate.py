@@ -9,16 +9,19 @@ A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt
     sampled   share of right answers at --temperature, with a 95% interval
     greedy    share of right answers where each token is the likeliest, with the same interval
     pass@k    chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)
-    reward    mean score of the sampled answers by --reward; prm.py's is that of the worst line
-    kl        KL from the first checkpoint, in nats per sampled answer
+    reward    mean score of the sampled answers by --reward; prm.py's: p of the worst line, or with
+              --outcome of the last
+    kl        KL(π ‖ first checkpoint), in nats per sampled answer: mean of the log-ratio's sum
     length    tokens of a sampled answer
     stopped   share of the sampled answers that end by themselves, before --max-new-tokens
 
 With --best-of N, shares of right answers when one of N samples is picked: the first; one with the
-number that most of them end in; the best by --reward, or that which --judge, a language model,
-prefers to all other samples as in pairs.py; and, as if one knew, a right one (oracle).
+number that most of them end in (majority: self-consistency, Wang et al. 2022, arXiv:2203.11171);
+the best by --reward (Cobbe et al. 2021, arXiv:2110.14168) or by the preferences of --judge, as in
+pairs.py; and, as if one knew, a right one (oracle).
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -48,7 +51,7 @@ add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:confi
 add("--split", default="test", help="of a Hub dataset")
 add("--size", type=common.count, default=300, help="prompts at most")
 add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
-add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
+add("--k", type=common.count, default=4, help="of pass@k; the more --samples-per-prompt, the surer")
 add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
 add("--judge", help="a language model that compares answers, in place of --reward")
@@ -93,7 +96,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
@@ -161,14 +164,14 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    right = [last_number(str(text)) for text in answer]
-    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
+    truth = [last_number(str(text)) for text in answer]
+    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
 def last_number(text):
-    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
-    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
+    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
+    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def call_reward(name, reward, examples, texts):
@@ -208,13 +211,15 @@ def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tool
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
-        if by_steps and isinstance(prompt, str) and tokenizer.chat_template:  # as in prm.py
-            prompt = [{"role": "user", "content": prompt}]
+        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
+        text = "\n".join(steps) if by_steps else text  # as in prm.py, without empty lines
+        if by_steps and isinstance(prompt, str):  # as in prm.py: a chat, or lines below the prompt
+            chat = [{"role": "user", "content": prompt}]
+            prompt = chat if tokenizer.chat_template else prompt + "\n"
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
         if text.strip():  # an empty answer is the token that ends it
             (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
-        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
@@ -276,7 +281,7 @@ def load_judge(args, flips):
         parts = re.split(r"^<(system|user|assistant)>\n", rest, flags=re.MULTILINE)
         template = words, list(zip(parts[1::2], map(jinja2.Template, parts[2::2]), strict=True))
         if len(set(words)) != 2 or "{{ verdict }}" not in "".join(parts[2::2]) or not principles:
-            raise ValueError("verdicts: A B, {{ verdict }} in a message or a principle is missing")
+            raise ValueError("needed: a line verdicts: A B; {{ verdict }} in a message; principles")
     tokenizer = common.load_tokenizer(args.judge)
     model = common.load_model(args.judge, args.load_in_4bit, 0, "off", trainable=False)
     return functools.partial(judge_scores, model, tokenizer, template, principles, args, flips)
@@ -288,7 +293,7 @@ def judge_scores(model, tokenizer, template, principles, args, flips, prompts, c
     prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     duels = sorted(itertools.combinations(range(len(won)), 2), key=lambda duel: duel[1] - duel[0])
-    for i, j in duels[:max(args.comparisons, len(won) - 1)]:  # neighbours first: all meet alike
+    for i, j in duels[:max(args.comparisons, len(won) - 1)]:  # neighbours first: each meets another
         principle = random.Random(f"{args.seed} {prompt} {i} {j}").choice(principles)
         questions = []
         for first, second in (i, j), (j, i):
@@ -303,7 +308,7 @@ def judge_scores(model, tokenizer, template, principles, args, flips, prompts, c
 
 
 def encode_verdict(tokenizer, words, messages, values):
-    """The ids up to where the chats with either verdict part, and the two tokens there."""
+    """The ids that the chats with either verdict share, and the token of each where they part."""
     both = []
     for word in words:
         chat = [{"role": role, "content": text.render(values, verdict=word).strip()}
@@ -331,9 +336,9 @@ def first_wins(model, tokenizer, questions):
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def pass_at_k(right, count, k):
-    """One minus the chance of drawing k wrong ones, where `right` of `count` samples were right."""
-    return 1 - math.comb(count - right, k) / math.comb(count, k)
+def pass_at_k(hits, count, k):
+    """One minus the chance of drawing k wrong ones, where `hits` of `count` samples were right."""
+    return 1 - math.comb(count - hits, k) / math.comb(count, k)
 
 
 def wilson(share, count, z=1.96):
@@ -353,12 +358,15 @@ def pick(count, texts, scores, right):
 
 
 @torch.no_grad()
-def measure(name, tokenizer, examples, reward, first, args):
-    """A checkpoint's line, and the first one's (model, tokenizer), which `first` is but for it."""
+def measure(name, first, tokenizer, examples, reward, args):
+    """The line of a checkpoint; its KL is from the checkpoint `first`, if that is not None."""
     model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False)
-    same_tokens = first and first[1].get_vocab() == tokenizer.get_vocab()
-    greedy = argparse.Namespace(**vars(args) | {"temperature": 1e-6})  # the likeliest always wins
-    figures = {name: [] for name in SHARES + OTHERS + (PICKS if args.best_of else ())}
+    on_first = first and common.adapter_config(name) and common.base_of(name) == common.find(first)
+    other = model if on_first else None  # with its adapter off it is the first checkpoint
+    if first and not on_first:
+        other = common.load_model(first, args.load_in_4bit, 0, "off", trainable=False)
+    greedy = argparse.Namespace(**vars(args) | {"temperature": 1e-6})  # of equals, one by chance
+    figures = {column: [] for column in SHARES + OTHERS + (PICKS if args.best_of else ())}
     samples = args.samples_per_prompt
     size = max(1, args.micro_batch_size // samples)
     for i in tqdm(range(0, len(examples), size), desc=name, leave=False):
@@ -376,7 +384,8 @@ def measure(name, tokenizer, examples, reward, first, args):
         for j in range(0, len(texts), samples):
             group = slice(j, j + samples)  # a judge compares answers to one prompt
             scores = call_reward(args.judge or args.reward, reward, part[group], texts[group])
-            figures["reward"] += [] if args.judge else scores  # its wins and losses: always a half
+            if not args.judge:  # whose preferences among the answers are a half in the mean
+                figures["reward"] += scores
             figures["pass@k"].append(pass_at_k(round(sum(right[group])), samples, args.k))
             if args.best_of:
                 for way, share in pick(args.best_of, texts[group], scores, right[group]).items():
@@ -384,15 +393,17 @@ def measure(name, tokenizer, examples, reward, first, args):
         batch = join_answers([example["prompt"] for example in part], answers, tokenizer, model)
         figures["length"] += [len(answer) for answer in answers]
         figures["stopped"] += batch["stopped"].tolist()
-        if same_tokens:
+        if other:
             with common.autocast(model):
-                own, other = (token_logps(m, batch, args.temperature) for m in (model, first[0]))
-            figures["kl"] += (own - other).sum(1).tolist()  # [B, T-1] each
+                logps = token_logps(model, batch, args.temperature)  # [B, T-1]
+                with common.using(model, None) if on_first else contextlib.nullcontext():
+                    first_logps = token_logps(other, batch, args.temperature)  # [B, T-1]
+            figures["kl"] += (logps - first_logps).sum(1).tolist()
     line = {"checkpoint": name}
     line |= {column: sum(x) / len(x) if x else None for column, x in figures.items()}
     for column in SHARES + (PICKS if args.best_of else ()):
         line[f"{column}_interval"] = wilson(line[column], len(examples))
-    return line, first or (model, tokenizer)
+    return line
 
 
 def tiny_runs():
@@ -428,18 +439,21 @@ def main(args):
     reward = load_judge(args, flips=[]) if args.judge else load_scorer(args.reward, args)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens, needs_answer=True)
-    tokenizers, examples = {}, {}
+    tokenizers, examples, used = {}, {}, {}
     for name in names:  # what is wrong with one of them shows before the first is measured
         tokenizers[name] = common.load_tokenizer(name)
         examples[name] = common.encode_rows(args.dataset, rows, encode, tokenizers[name], 10**9)
-        used, wanted = ([x["row"].get("question") or x["row"]["prompt"] for x in examples[key]]
-                        for key in (name, names[0]))  # a prompt's form follows from the tokenizer
-        if used != wanted:
+        kept = [example["row"] for example in examples[name]]
+        # a prompt made of a question has the form that fits the tokenizer
+        used[name] = [row.get("question") or row["prompt"] for row in kept]
+        if used[name] != used[names[0]]:
             common.fail(f"{name} can use other rows of {args.dataset} than {names[0]}")
-    lines, first = [], None
+    lines = []
     for name in names:
-        line, first = measure(name, tokenizers[name], examples[name], reward, first, args)
-        lines.append(line)
+        tokenizer = tokenizers[name]
+        same_tokens = tokenizer.get_vocab() == tokenizers[names[0]].get_vocab()
+        first = names[0] if lines and same_tokens else None
+        lines.append(measure(name, first, tokenizer, examples[name], reward, args))
     if args.output:
         Path(args.output).write_text(json.dumps(lines, indent=2))
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}")

@@ -16,20 +16,20 @@ The relatives change a line or two. --loss names how the loss of a token is made
     dr_grpo  neither std(r), which favours prompts that nearly all or no answers solve, nor 1/|o_i|,
              which lets long failures off (Liu et al. 2025, 2503.20783)
     dapo     all tokens count alike, the upper clip is wider, groups without spread and truncated
-             completions are left out (Yu et al. 2025, 2503.14476; their soft length penalty is not)
-    gspo     one ratio for a whole sequence, as one reward is (Zheng et al. 2025, 2507.18071)
-    cispo    the clipped ratio is a weight without gradient: no token drops out (2506.13585)
+             completions do not count (Yu et al. 2025, 2503.14476, without its soft length penalty)
+    gspo     one ratio for a whole sequence, as it has one reward (Zheng et al. 2025, 2507.18071)
+    cispo    the bounded ratio is a mere weight: no token drops out (MiniMax 2025, 2506.13585)
 
-and --baseline what a reward is compared with: its group, the mean of the others (rloo; the method
-RLOO, Ahmadian et al. 2024, 2402.14740, is that with --loss dr_grpo), or nothing (none: REINFORCE).
+and --baseline what is taken off a reward: the mean of its group, that of the others (rloo: RLOO,
+Ahmadian et al. 2024, 2402.14740, with --loss dr_grpo, but for its KL) or nothing (none: REINFORCE).
 
     python grpo.py                                            # the tiny model, two minutes
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K in 4 bits on a 16 GB T4
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-What to watch: the reward rises, group_std falls, kl and length grow slowly. The loss says nothing:
-with one update per rollout all ρ are 1, the advantages of a group add up to 0, and that of grpo and
-gspo is β k3. High zero_spread: prompts too easy or hard. Entropy collapses: lower --learning-rate.
+What to watch: the reward rises, group_std falls, kl and length grow slowly. With --updates 1 all ρ
+are 1: no clip binds, gspo is grpo, and their loss says nothing: as the advantages of a group add up
+to 0, it is β k3. High zero_spread: prompts too easy or hard. Entropy collapses: lower the rate.
 
 Shapes: P prompts × G completions = B rows of T tokens, N of completions; width D, vocabulary V.
 """
@@ -71,7 +71,7 @@ add("--baseline", choices=["group", "rloo", "none"], default="group")
 add("--beta", type=common.weight, default=0.04, help="of the KL to the reference")
 add("--epsilon", type=common.positive, default=0.2, help="how far below 1 the ratio counts")
 add("--epsilon-high", type=common.positive, default=0.2, help="above 1; cispo: the bound itself")
-add("--updates", type=common.count, default=1, help="optimizer steps on the same completions")
+add("--updates", type=common.count, default=1, help="steps on the same samples; gspo, cispo: > 1")
 add("--group-size", type=common.number(int, 2), default=8, help="completions per prompt, G")
 add("--batch-size", type=common.count, default=8, help="prompts in a rollout")
 add("--micro-batch-size", type=common.count, default=2, help="completions in a forward pass")
@@ -129,7 +129,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
@@ -182,7 +182,7 @@ def token_losses(logps, old_logps, advantages, mask, loss, epsilon, epsilon_high
 
 
 def token_kl(logps, ref_logps):
-    """k3 of each token [B, T-1], eq. 4: never negative; its mean over samples is KL(π ‖ π_ref).
+    """k3 of each token [B, T-1], eq. 4: never negative; its mean over samples of π is the KL.
 
     Its gradient, on policy and in the mean, is that of KL(π_ref ‖ π): both pull π back to π_ref.
     """
@@ -191,12 +191,12 @@ def token_kl(logps, ref_logps):
 
 
 def token_weights(mask, loss, sequences, tokens, longest):
-    """What each token counts, [B, T-1], in a batch of so many sequences and tokens."""
+    """What each token counts, [B, T-1], among so many sequences and tokens; longest: a limit."""
     if loss in ("grpo", "gspo"):  # the mean of the sequences' means
         return mask / (lengths(mask) * sequences)
     if loss == "dr_grpo":  # a constant: with 1/|o_i|, a wrong answer costs less the longer it is
         return mask / (longest * sequences)
-    return mask / tokens.clamp(min=1)  # dapo, cispo: the mean of all tokens
+    return mask / tokens.clamp(min=1)  # dapo, cispo: the mean of all tokens (papers: of a group's)
 
 
 def lengths(mask):
@@ -268,14 +268,14 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    right = [last_number(str(text)) for text in answer]
-    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
+    truth = [last_number(str(text)) for text in answer]
+    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
 def last_number(text):
-    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
-    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
+    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
+    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def load_reward(name, policy):
@@ -309,8 +309,8 @@ def score_answers(reward, name, model, batch, examples, texts, args):
 
 
 def sequence_rewards(model, batch, head):
-    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    """The reward of each sequence, [B], read at its last real token; padding is on the right."""
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     last = inputs["attention_mask"].sum(-1) - 1  # [B]
@@ -366,14 +366,14 @@ def evaluate(model, scorers, examples, tokenizer, args):
 
 
 def group_gradients(model, batch, scaler, args):
-    """Adds up the gradients of the completions that are used; returns the FIGURES."""
+    """Adds up the gradients of the completions that are kept; returns the FIGURES."""
     sequences = args.batch_size * args.group_size
     tokens = batch["loss_mask"].sum()
-    used_tokens = (batch["loss_mask"] * batch["used"][:, None]).sum()
-    sum_over_processes([tokens, used_tokens])
+    kept_tokens = (batch["loss_mask"] * batch["kept"][:, None]).sum()
+    sum_over_processes([tokens, kept_tokens])
     sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
-    for pick in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
-        micro = {name: value[pick] for name, value in batch.items()}
+    for rows in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
+        micro = {name: value[rows] for name, value in batch.items()}
         mask = micro["loss_mask"][:, 1:]  # [b, T-1]
         with common.autocast(model):
             logps = token_logps(model, micro, args.temperature)  # [b, T-1]
@@ -381,10 +381,10 @@ def group_gradients(model, batch, scaler, args):
         losses, clipped = token_losses(logps, old_logps, micro["advantages"], mask, args.loss,
                                        args.epsilon, args.epsilon_high)
         losses = losses + args.beta * token_kl(logps, micro["ref_logps"])
-        weights = token_weights(mask, args.loss, sequences, used_tokens, args.max_new_tokens)
-        loss = (losses * weights * micro["used"][:, None]).sum()
+        weights = token_weights(mask, args.loss, sequences, kept_tokens, args.max_new_tokens)
+        loss = (losses * weights * micro["kept"][:, None]).sum()
         scaler.scale(loss).backward()
-        kl = ((logps - micro["ref_logps"]) * mask).sum() / sequences
+        kl = (logps - micro["ref_logps"]).sum() / sequences  # k1 here, k3 in the loss
         entropy = -logps.sum() / tokens
         clip_fraction = (clipped * mask).sum() / tokens
         error = ((logps - old_logps).exp() - 1).abs().sum() / tokens
@@ -453,9 +453,9 @@ def train(args):
         advantages = group_advantages(grouped, args.baseline, scale=args.loss != "dr_grpo")
         batch["advantages"] = advantages.flatten()  # [B]
         spread = has_spread(grouped)  # [P]
-        batch["used"] = torch.ones_like(batch["stopped"])  # [B], what the loss is made of
+        batch["kept"] = torch.ones_like(batch["stopped"])  # [B], what the loss is made of
         if args.loss == "dapo":  # the paper samples others instead; here the mean is of the rest
-            batch["used"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
+            batch["kept"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
         # 6. Optimizer steps on these completions: after the first, π is not the sampler π_old
         if args.updates > 1:
@@ -476,7 +476,7 @@ def train(args):
         progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step in (1, args.max_steps):
-            group = mine[:1] * args.group_size
+            group = mine[:1] * args.group_size  # the first G answers are to the first prompt
             state["samples"] += some_samples(tokenizer, step, group, answers, batch["rewards"])
             save(args, state, parts)
             for sample in state["samples"][-4:]:  # the answers in green
@@ -489,7 +489,7 @@ def train(args):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -500,7 +500,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -1,21 +1,21 @@
 """KTO: Kahneman-Tversky Optimization (Ethayarajh et al. 2024, arXiv:2402.01306).
 
-The data are single answers: a prompt x, an answer y, a thumb up or down. As in DPO, the log-ratio ρ
-of the policy π to π_ref, the model that it was at the start, is what π implicitly rewards:
+The data are single answers: a prompt x, an answer y, a thumb up or down. As in DPO, the policy π
+implicitly rewards what became likelier than it was for π_ref, the model that π was at the start:
 
-    ρ(x, y) = log[π(y|x) / π_ref(y|x)]                          the reward of y is β ρ(x, y)
+    r(x, y) = β log[π(y|x) / π_ref(y|x)]                        eq. 5 of DPO, but for a term in x
 
 DPO compares the two answers of a pair. KTO compares each answer with a reference point z, as people
 do: they feel gains and losses against what they are used to, and each further bit of either less
 (Kahneman and Tversky 1979). The value of y is λ times a sigmoid around z, the loss what it lacks:
 
-    loss = λ_D (1 − σ(β (ρ(x, y) − z)))                         if y is desirable
-    loss = λ_U (1 − σ(β (z − ρ(x, y))))                         if y is undesirable
-    z    = max(0, mean of ρ(x, y') over the step)               where y' answers another prompt
+    loss = λ_D (1 − σ(r(x, y) − β z))                           if y is desirable
+    loss = λ_U (1 − σ(β z − r(x, y)))                           if y is undesirable
+    z    = max(0, mean of log[π(y'|x) / π_ref(y'|x)])           where y' answers another prompt
 
-λ_D and λ_U are weights. z stands for KL(π ‖ π_ref), how far π has moved as a whole, and has no
-gradient; sampling π for it would be slow. KTO keeps DPO's reference and masks; a step needs answers
-of both labels, no pairs. It lets go of one far on the wrong side, where σ is flat: mislabelled?
+λ_D and λ_U are weights. z, a mean over the step, stands for KL(π ‖ π_ref), how far π has moved as a
+whole, without sampling; it has no gradient. Kept from DPO: reference and masks. Dropped: the pairs.
+An answer far on the wrong side of z, perhaps mislabelled, has no pull any more: there σ is flat.
 
     python kto.py                                           # the embedded tiny model, on a laptop
     python kto.py --model Qwen/Qwen2.5-0.5B                 # 4-bit LoRA on a 16 GB T4
@@ -25,7 +25,8 @@ What to watch: the loss starts at 0.5 if both λ are 1; the margin, desirable mi
 reward, grows. z is 0 while answers behind wrong prompts only get less likely. Where grad_norm dies
 and the loss stays at the share of one label, all its answers were let go: raise its weight.
 
-Shapes: B rows of T tokens; N answer tokens, width D, vocabulary V.
+Shapes: B answers (of a micro-batch or a whole step) of T tokens; N answer tokens, width D,
+vocabulary V; L of the T columns hold tokens.
 """
 import argparse
 import fcntl
@@ -106,12 +107,12 @@ def with_mask(pieces):
 
 
 def shorten(example, length, start, max_length):
-    """Too long: the prompt loses its start (half of max_length stays), then the answer its end.
+    """Too long: the prompt loses its start (down to half of max_length), then the answer its end.
 
     The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
     """
     cut = max(0, min(length - max_length, start - max_length // 2))
-    return {name: ids[cut:cut + max_length] for name, ids in example.items()}
+    return {name: values[cut:cut + max_length] for name, values in example.items()}
 
 
 def collate(examples, pad_id, device):
@@ -129,7 +130,7 @@ def collate(examples, pad_id, device):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
@@ -148,22 +149,22 @@ def chunk_logps(hidden, targets, head, temperature):
 
 
 def kto_loss(log_ratios, labels, z, beta, desirable_weight, undesirable_weight):
-    """The loss of each answer [B], from its ρ [B], whether it is desirable [B], and z."""
-    gains = beta * (log_ratios - z)  # [B], against the reference point
+    """The loss of each answer [B], from its log π/π_ref [B], whether it is desirable [B], and z."""
+    gains = beta * (log_ratios - z)  # [B]: r − βz
     desirable = desirable_weight * (1 - torch.sigmoid(gains))  # [B]
     undesirable = undesirable_weight * (1 - torch.sigmoid(-gains))  # [B]
     return torch.where(labels, desirable, undesirable)
 
 
 def score_labelled(model, examples, z, args, tokenizer):
-    """The loss, ρ and log π(y|x) of B answers: [3, B]."""
+    """The loss, log π(y|x)/π_ref(y|x) and log π(y|x) of B answers: [3, B]."""
     rows = [tokens_of(example, args, tokenizer) for example in examples]
     batch = collate(rows, tokenizer.pad_token_id, model.device)
     with common.autocast(model):
         logps = token_logps(model, batch).sum(-1)  # [B]
         with torch.no_grad(), common.reference(model):  # what training started from
             ref_logps = token_logps(model, batch).sum(-1)  # [B]
-    log_ratios = logps - ref_logps
+    log_ratios = logps - ref_logps  # [B]
     labels = torch.tensor([example["label"] for example in examples], device=logps.device)  # [B]
     losses = kto_loss(
         log_ratios, labels, z, args.beta, args.desirable_weight, args.undesirable_weight)
@@ -171,7 +172,7 @@ def score_labelled(model, examples, z, args, tokenizer):
 
 
 def score_step(model, examples, z, args, tokenizer, scaler):
-    """Loss, ρ and log π(y|x) of all the answers, which the processes share between them: [3, B].
+    """score_labelled for all the answers, which the processes share between them: [3, B].
 
     With a scaler (in training), this is also the backward pass: gradients add up to that of the
     mean loss, as each answer counts 1 / len(examples), whatever its micro-batch and process.
@@ -179,20 +180,20 @@ def score_step(model, examples, z, args, tokenizer, scaler):
     scores = torch.zeros(3, len(examples), dtype=torch.float64, device=model.device)
     mine = list(range(len(examples)))[common.RANK::common.WORLD]
     for i in range(0, len(mine), args.micro_batch_size):
-        part = mine[i:i + args.micro_batch_size]
-        figures = score_labelled(model, [examples[i] for i in part], z, args, tokenizer)
-        if scaler:
-            scaler.scale(figures[0].sum() / len(examples)).backward()
-        scores[:, part] = figures.detach().double()
+        rows = mine[i:i + args.micro_batch_size]
+        scored = score_labelled(model, [examples[row] for row in rows], z, args, tokenizer)
+        if scaler is not None:
+            scaler.scale(scored[0].sum() / len(examples)).backward()
+        scores[:, rows] = scored.detach().double()
     sum_over_processes([scores])
     return scores
 
 
 @torch.no_grad()
 def reference_point(model, examples, args, tokenizer):
-    """z: the mean ρ of the answers, each behind the prompt of the next example that has another.
+    """z: the mean log-ratio of the answers, each behind the next prompt that is another, or 0.
 
-    One that begins with the other may be the same text, split elsewhere. If there is none, z is 0.
+    Where one prompt begins with the other, they may be one text, split elsewhere: not another.
     """
     mismatched = []
     for i, example in enumerate(examples):
@@ -201,17 +202,17 @@ def reference_point(model, examples, args, tokenizer):
             if common.shared_length(*prompts) < min(map(len, prompts)):
                 mismatched.append(example | {"prompt": other["prompt"]})
                 break
-    _, log_ratios, _ = score_step(model, mismatched, 0.0, args, tokenizer, None)  # ρ needs no z
+    _, log_ratios, _ = score_step(model, mismatched, 0.0, args, tokenizer, None)  # losses unused
     return (log_ratios.sum() / max(1, len(mismatched))).clamp(min=0)
 
 
 def describe(scores, examples, z, args):
     """Means over all answers, and by label: as in dpo.py, chosen is desirable, rejected is not."""
     labels = torch.tensor([example["label"] for example in examples], device=scores.device)
-    _, chosen_ρ, chosen_logp = scores[:, labels].mean(1).tolist()
-    _, rejected_ρ, rejected_logp = scores[:, ~labels].mean(1).tolist()
-    return {"loss": scores[0].mean().item(), "margin": args.beta * (chosen_ρ - rejected_ρ),
-            "chosen_reward": args.beta * chosen_ρ, "rejected_reward": args.beta * rejected_ρ,
+    _, chosen_gain, chosen_logp = scores[:, labels].mean(1).tolist()
+    _, rejected_gain, rejected_logp = scores[:, ~labels].mean(1).tolist()
+    return {"loss": scores[0].mean().item(), "margin": args.beta * (chosen_gain - rejected_gain),
+            "chosen_reward": args.beta * chosen_gain, "rejected_reward": args.beta * rejected_gain,
             "chosen_logp": chosen_logp, "rejected_logp": rejected_logp, "z": z.item()}
 
 
@@ -225,7 +226,7 @@ def plan_batches(labels, args):
     size = min(args.batch_size, len(labels))
     n_D = min(max(1, round(size * sum(labels) / len(labels))), size - 1)
     ratio = n_D * args.desirable_weight / ((size - n_D) * args.undesirable_weight)
-    if not 1 <= ratio <= 4 / 3:
+    if not 1 <= ratio <= 4 / 3:  # the advice of the paper's first version; its last: up to 3/2
         print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step, better are 1 to 4/3: try "
               f"--desirable-weight {args.desirable_weight / ratio * 7 / 6:.3g}")
     generator = torch.Generator().manual_seed(args.seed)
@@ -252,7 +253,7 @@ def evaluate(model, examples, args, tokenizer):
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
     """An answer of up to `length` tokens to each prompt, sampled at temperature 1."""
-    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # or there is no room
+    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # room for the answer
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
@@ -337,7 +338,7 @@ def train(args):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -348,7 +349,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -10,7 +10,7 @@ from the policy π and y', token by token, from π^(1−m) π_ref^m / Z, where �
     nash_md  m = ⅛  −( P(y ≻ y') − ½ − r(x, y) ) log π(y|x)           Munos et al. 2023, 2312.00886
 
 P(y ≻ y') is σ of the difference of scores; no gradient flows through the bracket; m is --mixture.
-Equal scores: no pair, loss 0, but for nash_md. From grpo.py: prompts, samples, reward; no groups.
+Equal scores: no pair, loss 0, but for nash_md. As in DPO: the reference, the loss. New: the pairs.
 
     python online_dpo.py                                      # the tiny model, two minutes
     python online_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct   # GSM8K in 4 bits on a 16 GB T4
@@ -53,7 +53,7 @@ add("--loss", choices=["dpo", "ipo", "xpo", "nash_md"], default="dpo")
 add("--beta", type=common.positive, default=0.1, help="price of leaving the reference; Nash-MD's τ")
 add("--alpha", type=common.weight, default=1e-5, help="xpo: how much to explore")
 add("--mixture", type=common.share, default=0.0, help="m, the part of π_ref in y'; Nash-MD's β")
-add("--preference", choices=["sigmoid", "hard"], default="sigmoid", help="hard: P is 1, ½ or 0")
+add("--preference", choices=["sigmoid", "hard"], default="sigmoid", help="nash_md; hard: 1, ½ or 0")
 add("--missing-eos-penalty", type=common.weight, default=1.0, help="score lost by not ending")
 add("--batch-size", type=common.number(int, common.WORLD), default=32, help="prompts per step")
 add("--micro-batch-size", type=common.count, default=2, help="pairs at a time; scoring: answers")
@@ -106,7 +106,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
@@ -125,10 +125,10 @@ def chunk_logps(hidden, targets, head, temperature):
 
 
 def online_loss(logps, ref_logps, wins, loss, beta, alpha):
-    """Losses [P], 0 without a pair. Inputs are [2P], y before y'; wins: P to beat the other."""
-    reward, other_reward = (beta * (logps - ref_logps)).chunk(2)  # [P]: r(x, y) and r(x, y')
+    """Losses [P] of log π, log π_ref and wins, the chance to beat the other: [2P], y before y'."""
+    implicit, other = (beta * (logps - ref_logps)).chunk(2)  # [P]: r(x, y) and r(x, y')
     lead = wins.chunk(2)[0] - 0.5  # [P]: above 0 where y is better
-    margin = lead.sign() * (reward - other_reward)  # [P]: r(x, y_w) − r(x, y_l)
+    margin = lead.sign() * (implicit - other)  # [P]: r(x, y_w) − r(x, y_l)
     if loss == "dpo":
         losses = -F.logsigmoid(margin)  # [P]
     elif loss == "ipo":
@@ -136,7 +136,7 @@ def online_loss(logps, ref_logps, wins, loss, beta, alpha):
     elif loss == "xpo":
         losses = -F.logsigmoid(margin) + alpha * logps.chunk(2)[1]
     elif loss == "nash_md":
-        return -(lead - reward).detach() * logps.chunk(2)[0]  # its value means nothing
+        return -(lead - implicit).detach() * logps.chunk(2)[0]  # its value means nothing
     return losses * (lead != 0)  # equal scores: no pair, and (unlike the paper) no α term of xpo
 
 
@@ -152,11 +152,11 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     token, mask = batch["input_ids"].to(causal.device), batch["attention_mask"].to(causal.device)
     caches = DynamicCache(config=causal.config), DynamicCache(config=causal.config)
-    alive = answers = [[] for _ in prompts]  # alive: those that have not ended
+    alive = answers = [[] for _ in prompts]  # alive: the same lists, but for those that ended
     for _ in range(args.max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1]:]  # as token: [P, T] first
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1]:]  # [P, T]; [alive, 1]
         mixed = 0
-        roles = common.using(model, "default"), common.reference(model)  # π, π_ref; for one token
+        roles = common.using(model, "default"), common.reference(model)  # π, π_ref: new contexts
         for role, cache, weight in zip(roles, caches, (1 - m, m), strict=True):
             if weight > 0:
                 with role:
@@ -182,14 +182,14 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    right = [last_number(str(text)) for text in answer]
-    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
+    truth = [last_number(str(text)) for text in answer]
+    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
 def last_number(text):
-    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
-    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
+    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
+    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def load_reward(name, policy):
@@ -223,8 +223,8 @@ def score_answers(reward, name, model, batch, examples, texts, args):
 
 
 def sequence_rewards(model, batch, head):
-    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    """The reward of each sequence, [B], read at its last real token; padding is on the right."""
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     last = inputs["attention_mask"].sum(-1) - 1  # [B]
@@ -243,9 +243,9 @@ def rollout(model, reward, examples, tokenizer, args, seed):
         answers += sample_mixture(model, tokenizer, prompts, args.mixture, args, seed + 1)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     batch = join_answers(prompts * 2, answers, tokenizer, model)
-    batch["rewards"] = score_answers(reward, args.reward, model, batch, examples * 2, texts, args)
-    scores = batch["rewards"] - args.missing_eos_penalty * ~batch["stopped"]  # [2P]
-    gap = (scores - scores.roll(len(prompts))).double()  # to the rival; in fp32 a tiny one ties
+    batch["scores"] = score_answers(reward, args.reward, model, batch, examples * 2, texts, args)
+    penalised = batch["scores"] - args.missing_eos_penalty * ~batch["stopped"]  # [2P]
+    gap = (penalised - penalised.roll(len(prompts))).double()  # fp32 would round its σ to ½
     batch["wins"] = gap.sigmoid() if args.preference == "sigmoid" else 0.5 + 0.5 * gap.sign()
     batch["logps"] = in_parts(token_logps, model, batch, args.temperature, args).sum(1)
     with common.reference(model):
@@ -271,7 +271,7 @@ def describe(batch, args):
     margin = implicit - implicit.roll(len(wins) // 2)  # over the other answer to the prompt
     losses = online_loss(batch["logps"], batch["ref_logps"], wins, args.loss, args.beta, args.alpha)
     y, won = slice(len(wins) // 2), wins > 0.5
-    figures = {"reward": batch["rewards"][y], "stopped": batch["stopped"][y], "kl": log_ratios[y],
+    figures = {"reward": batch["scores"][y], "stopped": batch["stopped"][y], "kl": log_ratios[y],
                "length": batch["loss_mask"].sum(1)[y], "ties": wins[y] == 0.5, "loss": losses,
                "preference": wins[y], "margin": margin[won], "chosen_reward": implicit[won],
                "accuracy": (margin[won].sign() + 1) / 2, "rejected_reward": implicit[wins < 0.5]}
@@ -316,7 +316,7 @@ def train(args):
         metrics = {"step": step, **describe(batch, args), "rollout_seconds": time.time() - began}
         # 5. Gradients of micro-batches and processes add up to that of the mean over all prompts
         for rows in torch.arange(2 * len(mine)).view(2, -1).split(args.micro_batch_size, dim=1):
-            micro = {name: value[rows.flatten()] for name, value in batch.items()}  # p y, their y'
+            micro = {name: value[rows.flatten()] for name, value in batch.items()}  # y, then y'
             with common.autocast(model):
                 logps = token_logps(model, micro, args.temperature).sum(1)  # [2p], with gradient
             losses = online_loss(
@@ -329,9 +329,9 @@ def train(args):
         log_step(args, state, metrics | {"seconds": time.time() - began})
         if step % args.save_every == 0 or step == args.max_steps:
             text = common.visible(tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True))
-            state["samples"] += [{"step": step, "text": text, "score": batch["rewards"][0].item()}]
+            state["samples"] += [{"step": step, "text": text, "score": batch["scores"][0].item()}]
             save(args, state, parts)
-            print(f"\n{text}\nscore {batch['rewards'][0]:.2f}")
+            print(f"\n{text}\nscore {batch['scores'][0]:.2f}")
     # 7. The same held-out prompts and random numbers once more; the adapter is saved
     finish(args, state, model, tokenizer, describe(rollout(*asked), args))
 
@@ -339,7 +339,7 @@ def train(args):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -350,7 +350,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -9,10 +9,11 @@ and --format says what is kept:
 
 Equal scores make no pair. With `best` they make a row even where all answers are wrong: --min-score
 1 keeps those out. --reward is a function of the answer, or a run of reward_model.py, or one of
-prm.py: min_k p_k over the lines of y. Or the score is AI feedback, RLAIF (Bai et al. 2022,
-arXiv:2212.08073; Lee et al. 2023, arXiv:2309.00267): --judge, a language model, reads x, two
-answers and a principle drawn from a constitution, and says A or B. Judges favour a place (position
-bias), so each pair is read twice:
+prm.py: min_k p_k over the lines of y. Or the score is AI feedback: --judge, a language model, reads
+x, two answers and a principle drawn from a constitution (Bai et al. 2022, arXiv:2212.08073, section
+4.1), and says A or B. Judges favour a place (position bias), so each pair is read twice (Lee et al.
+2023, arXiv:2309.00267, section 2.1.1). RLAIF trains a reward model on such preferences and a policy
+on that; here the best and the worst answer make a pair:
 
     P_A(y, y') = p(A) / (p(A) + p(B))                           A: the first answer, y, is better
     P(y ≻ y')  = ½ [P_A(y, y') + 1 − P_A(y', y)],    s_i = mean of P(y_i ≻ y_j) over the y_j it met
@@ -25,7 +26,8 @@ N different answers make N (N − 1) / 2 pairs; --comparisons C judges C of them
 
 What to watch: how far the best answers score above the first; prompts without different scores,
 which are wasted; best answers that are longer than the worst: the scorer likes length. A judge
-most of whose verdicts flip names a place and not an answer. One process does it all.
+most of whose verdicts flip names a place and not an answer, unless its template shows one answer at
+a time (judge_claim.txt): then it may say the same of both. One process does it all.
 
 Shapes: B answers or comparisons of T tokens, S steps in an answer; width D, vocabulary V.
 """
@@ -94,12 +96,14 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
 # ---- the method: what is kept of the scored answers to a prompt ----------------------------------
 
 def make_rows(row, answers, args):
-    """New rows, of the different answers to a prompt: "text", "length", "count" and "score"."""
+    """Rows of the new dataset. An answer has "text", "length", "count" and "score"."""
     scores = [answer["score"] for answer in answers]
     if max(scores) < args.min_score:
         return []
     kept = {name: value for name, value in row.items() if name not in TAKEN}
-    said = [as_answer(row["prompt"], answer["text"]) for answer in answers]
+    said = [answer["text"] for answer in answers]
+    if not isinstance(row["prompt"], str):  # in the form of the prompt
+        said = [[{"role": "assistant", "content": text}] for text in said]
     if args.format == "best":
         return [kept | {"completion": said[scores.index(max(scores))]}]
     if args.format == "pairs":
@@ -114,13 +118,8 @@ def make_rows(row, answers, args):
             for text, score in zip(said, scores, strict=True) if score != level]
 
 
-def as_answer(prompt, text):
-    """In the form of the prompt: a text, or a list with a message."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
 def best_and_worst(scores, lengths, ratio):
-    """The indices of a best answer and of the worst at most `ratio` times as long, or as short."""
+    """The indices of a best answer, and of the worst neither `ratio` times longer nor shorter."""
     pairs = itertools.product(range(len(scores)), repeat=2)
     pairs = [(i, j) for i, j in pairs if scores[i] == max(scores)
              and max(lengths[i], lengths[j]) <= ratio * min(lengths[i], lengths[j])]
@@ -194,14 +193,14 @@ def read_answers(tokenizer, prompt, answers, stop_ids):
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    right = [last_number(str(text)) for text in answer]
-    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
+    truth = [last_number(str(text)) for text in answer]
+    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
 def last_number(text):
-    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
-    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
+    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
+    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def call_reward(name, reward, examples, texts):
@@ -241,13 +240,15 @@ def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tool
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
-        if by_steps and isinstance(prompt, str) and tokenizer.chat_template:  # as in prm.py
-            prompt = [{"role": "user", "content": prompt}]
+        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
+        text = "\n".join(steps) if by_steps else text  # as in prm.py, without empty lines
+        if by_steps and isinstance(prompt, str):  # as in prm.py: a chat, or lines below the prompt
+            chat = [{"role": "user", "content": prompt}]
+            prompt = chat if tokenizer.chat_template else prompt + "\n"
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
         if text.strip():  # an empty answer is the token that ends it
             (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
-        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
@@ -309,7 +310,7 @@ def load_judge(args, flips):
         parts = re.split(r"^<(system|user|assistant)>\n", rest, flags=re.MULTILINE)
         template = words, list(zip(parts[1::2], map(jinja2.Template, parts[2::2]), strict=True))
         if len(set(words)) != 2 or "{{ verdict }}" not in "".join(parts[2::2]) or not principles:
-            raise ValueError("verdicts: A B, {{ verdict }} in a message or a principle is missing")
+            raise ValueError("needed: a line verdicts: A B; {{ verdict }} in a message; principles")
     tokenizer = common.load_tokenizer(args.judge)
     model = common.load_model(args.judge, args.load_in_4bit, 0, "off", trainable=False)
     return functools.partial(judge_scores, model, tokenizer, template, principles, args, flips)
@@ -321,7 +322,7 @@ def judge_scores(model, tokenizer, template, principles, args, flips, prompts, c
     prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     duels = sorted(itertools.combinations(range(len(won)), 2), key=lambda duel: duel[1] - duel[0])
-    for i, j in duels[:max(args.comparisons, len(won) - 1)]:  # neighbours first: all meet alike
+    for i, j in duels[:max(args.comparisons, len(won) - 1)]:  # neighbours first: each meets another
         principle = random.Random(f"{args.seed} {prompt} {i} {j}").choice(principles)
         questions = []
         for first, second in (i, j), (j, i):
@@ -336,7 +337,7 @@ def judge_scores(model, tokenizer, template, principles, args, flips, prompts, c
 
 
 def encode_verdict(tokenizer, words, messages, values):
-    """The ids up to where the chats with either verdict part, and the two tokens there."""
+    """The ids that the chats with either verdict share, and the token of each where they part."""
     both = []
     for word in words:
         chat = [{"role": role, "content": text.render(values, verdict=word).strip()}
@@ -365,7 +366,7 @@ def first_wins(model, tokenizer, questions):
 # ---- the run -------------------------------------------------------------------------------------
 
 def summarise(groups, flips, args):
-    """What the answers are worth, and what picking among them is."""
+    """Prints how good the answers are, and what picking among them gains."""
     every = list(itertools.chain(*groups))
     ended = sum(answer["count"] for answer in every)
     print(f"\n{ended} of {len(groups) * args.samples} answers ended and are not empty")

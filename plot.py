@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 flags.add_argument("runs", nargs="+", help="folders of runs")
-flags.add_argument("--output", help="a new picture; the page beside it has its name and .html")
+flags.add_argument("--output", help="new picture, its page beside it (else in the first run)")
 UNITS = {"kl": "nats per answer", "sampler_kl": "nats per token", "entropy": "nats per token",
          "chosen_logp": "nats per answer", "rejected_logp": "nats per answer",
          "z": "nats per answer", "length": "tokens", "trained_tokens": "tokens",
@@ -76,7 +76,7 @@ def names_of(logged):
 
 def panels(names, logged):
     """A figure with a panel for each of the names, and in it a line per run."""
-    units = {"rollout" if "rollout_seconds" in x[0] else "optimizer step" for x in logged.values()}
+    kinds = {"rollout" if "rollout_seconds" in x[0] else "optimizer step" for x in logged.values()}
     columns = min(3, len(names))
     rows = (len(names) + columns - 1) // columns
     figure, axes = plt.subplots(
@@ -88,7 +88,7 @@ def panels(names, logged):
             x, y = zip(*points, strict=True) if points else ((), ())
             axis.plot(x, y, label=run, marker=marker, linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel(" or ".join(sorted(units)))
+        axis.set_xlabel(" or ".join(sorted(kinds)))
         axis.set_ylabel(UNITS.get(name.removeprefix("eval_"), name.replace("_", " ")))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names):]:

@@ -9,20 +9,21 @@ critic (with LoRA matrices that are trained), reward model (its own) and referen
     policy loss = −E min[ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t]                        PPO, eq. 7
     critic loss = ½ E max[(V_t − R_t)², (clip(V_t, V_old − ε, V_old + ε) − R_t)²]
 
-V_t expects the sum of rewards from y_t on; V_old is the V of sampling time, which GAE (generalized
-advantage estimation, 1506.02438) uses: λ = 1 trusts the rewards, λ = 0 the next value. A_t is
-the advantage, R_t the return, ρ_t = π(y_t) / π_old(y_t). The critic tells good tokens from bad, the
-clip makes several updates on the same samples safe. What makes it work on language models:
+V_t: what the critic expects of the rewards from y_t on. A_t, the advantage: how far y_t beat that.
+R_t, the return: what V_t should have been. Both use V_old, the V of sampling time (generalized
+advantage estimation, 1506.02438: λ = 1 trusts the rewards, λ = 0 the next V). The clip of ρ_t =
+π(y_t) / π_old(y_t) makes several updates on a rollout safe. Dropped: PPO's entropy bonus (eq. 9),
+Ziegler's adaptive β and whitened rewards. What makes it work on language models:
 
     [1] each token pays β log π/π_ref (Ziegler et al. 2019, 1909.08593; their eq. 2 is per answer)
-    [2] the score comes at the last token (Ziegler et al. 2019)
-    [3] an answer that does not end by itself is penalised (Huang et al. 2024, 2403.17031)
-    [4] the critic starts as a copy of the reward model (Ouyang et al. 2022, appendix C.4)
+    [2] the score comes at the last token (Ziegler et al.'s code)
+    [3] an unended answer loses score (in Huang et al. 2024, 2403.17031, it gets a fixed low one)
+    [4] the critic starts as a copy of the reward model, if any (Ouyang et al. 2022, appendix C.4)
     [5] advantages get mean 0 and variance 1 over the tokens of a rollout (Huang et al. 2024)
     [6] the value loss is clipped (Ziegler et al.'s code)
     [7] several epochs of minibatches on the same samples (PPO, algorithm 1)
     [8] the epochs end once the policy is --target-kl away from the sampler (Dossa et al. 2021)
-    [9] sampling and scoring use the same temperature and no dropout, so that ρ starts at 1
+    [9] sampling and scoring use the same temperature and no dropout: the samples are those of π_old
 
     python ppo.py                                              # the tiny model, three minutes
     python ppo.py --model runs/sft --reward runs/sft-reward    # both on one base
@@ -65,13 +66,13 @@ add("--split", default="train", help="of a Hub dataset")
 add("--eval-dataset", help="held-out prompts, else some of --dataset")
 add("--eval-size", type=common.count, default=64, help="held-out prompts")
 add("--beta", type=common.weight, default=0.05, help="of the KL penalty [1]")
-add("--missing-eos-penalty", type=common.weight, default=1.0, help="[3]")
+add("--missing-eos-penalty", type=common.weight, default=1.0, help="score lost by not ending [3]")
 add("--gamma", type=common.share, default=1.0, help="discount")
 add("--lam", type=common.share, default=0.95, help="λ of the advantages")
 add("--epsilon", type=common.positive, default=0.2, help="clip range of ratio and value [6]")
 add("--value-weight", type=common.weight, default=0.5, help="of the critic loss")
 add("--epochs", type=common.count, default=4, help="passes over the same samples, at most [7]")
-add("--target-kl", type=common.positive, default=0.1, help="nats per token that end them [8]")
+add("--target-kl", type=common.positive, default=0.1, help="KL that ends them, nats per token [8]")
 add("--batch-size", type=common.count, default=64, help="answers in a rollout")
 add("--minibatches", type=common.count, default=4, help="optimizer steps in an epoch")
 add("--micro-batch-size", type=common.count, default=2, help="answers in a forward pass")
@@ -127,7 +128,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
@@ -146,8 +147,8 @@ def chunk_logps(hidden, targets, head, temperature):
 
 
 def token_values(model, batch, head):
-    """[B, T-1]: column t is the return that the critic expects before token t+1, else 0."""
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    """[B, T-1]: column t is the critic's V before token t+1 where the loss mask is 1, else 0."""
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     values = (hidden[:, :-1].float() * head.weight).sum(-1)  # [B, L-1]
@@ -156,9 +157,9 @@ def token_values(model, batch, head):
 
 def token_rewards(scores, logps, ref_logps, mask, beta):
     """Rewards [B, T-1]: the KL penalty at each token [1], the score [B] at the last one [2]."""
-    # k1 = log π/π_ref, not k3 (Schulman 2020): as a reward only k1 has the gradient of the KL
+    # log π/π_ref is k1 of joschu.net/blog/kl-approx.html; as a reward, k3 has another gradient
     rewards = -beta * (logps - ref_logps) * mask
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # [B], the column of the mask's last 1
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # [B]: its last 1
     rewards[torch.arange(len(last)), last] += scores
     return rewards
 
@@ -166,8 +167,7 @@ def token_rewards(scores, logps, ref_logps, mask, beta):
 def gae(rewards, values, mask, gamma, lam):
     """Advantages and returns, [B, T-1] each, from the last token to the first."""
     advantages = torch.zeros_like(rewards)
-    next_value = torch.zeros_like(rewards[:, 0])  # [B]: nothing comes after the last token
-    next_advantage = torch.zeros_like(next_value)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # [B]: nothing follows the last
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
@@ -261,14 +261,14 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion is that of the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    right = [last_number(str(text)) for text in answer]
-    return [float(r is not None and s == r) for s, r in zip(said, right, strict=True)]
+    truth = [last_number(str(text)) for text in answer]
+    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
 def last_number(text):
-    """As a number, or None. 1,000 is one number, 1,2345 and 7-3 are two, .5 is a half."""
-    all = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(all[-1].replace(",", "").replace("−", "-")) if all else None
+    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
+    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
+    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def load_reward(name, policy):
@@ -302,8 +302,8 @@ def score_answers(reward, name, model, batch, examples, texts, args):
 
 
 def sequence_rewards(model, batch, head):
-    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    """The reward of each sequence, [B], read at its last real token; padding is on the right."""
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     last = inputs["attention_mask"].sum(-1) - 1  # [B]
@@ -373,8 +373,8 @@ def minibatch_gradients(roles, batch, rows, scaler, args):
         log_ratio = logps - micro["logps"]
         error = log_ratio.exp() - 1
         k3 = error - log_ratio  # never negative, its mean is KL(π_old ‖ π)
-        figures = torch.stack([policy, value, k3, clipped.float(), -logps, error.abs()])
-        sums += (figures * mask).sum((1, 2)).detach() / tokens
+        per_token = torch.stack([policy, value, k3, clipped.float(), -logps, error.abs()])
+        sums += (per_token * mask).sum((1, 2)).detach() / tokens
     sum_over_processes([sums])
     return sums
 
@@ -433,8 +433,8 @@ def train(args):
         mask = batch["loss_mask"][:, 1:]  # [B, T-1]
 
         # 5. Rewards of the tokens, and how much better than the critic expected each of them was
-        scores = batch["scores"] - args.missing_eos_penalty * ~batch["stopped"]  # [B]; this is [3]
-        rewards = token_rewards(scores, batch["logps"], batch["ref_logps"], mask, args.beta)
+        penalised = batch["scores"] - args.missing_eos_penalty * ~batch["stopped"]  # [B], [3]
+        rewards = token_rewards(penalised, batch["logps"], batch["ref_logps"], mask, args.beta)
         advantages, returns = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         unexplained = moments(advantages, mask)[1] / (moments(returns, mask)[1] + 1e-8)  # A = R−V
         batch |= {"advantages": whiten(advantages, mask), "returns": returns}
@@ -456,10 +456,10 @@ def train(args):
 
         # 7. Log, show some answers, and save what is needed to go on
         metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
-        metrics |= {"explained_variance": 1 - unexplained, "updates": len(figures)}
-        metrics |= {"ratio_error": figures[0][-1].item(), **updated, "seconds": time.time() - began}
+        metrics["ratio_error"] = figures[0][-1].item()  # of the first update, where π is π_old
+        metrics |= {"explained_variance": 1 - unexplained, "updates": len(figures), **updated}
         progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
-        log_step(args, state, metrics)
+        log_step(args, state, metrics | {"seconds": time.time() - began})
         if step % args.save_every == 0 or step in (1, args.max_steps):
             state["samples"] += some_samples(tokenizer, step, mine, answers, batch["scores"])
             save(args, state, parts)
@@ -474,7 +474,7 @@ def train(args):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -485,7 +485,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

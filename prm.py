@@ -7,13 +7,17 @@ be labelled right:
     p_k = σ(r_k)
     loss = −Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]                 l_k = 1: right, 0: wrong
 
-in the mean over the steps of a batch. This is process supervision: Uesato et al. 2022,
-arXiv:2211.14275; Lightman et al. 2023, arXiv:2305.20050. p_k means what the labels mean. If all is
-wrong from the first mistake on (as in tiny/data), p_k is the chance that all went well so far, and
-p_S that of the solution. If a step is judged given that all before it is right, that is Π_k p_k.
-min_k p_k serves both: a solution is as good as its worst step. With --outcome the sum has only its
-last term, the verdict on the whole: that is an outcome reward model, which has to find out by
-itself at which step things went wrong. It is judged by the same held-out figures but for the loss.
+in the mean over the steps of a batch (eq. 2 of Math-Shepherd, Wang et al. 2023, arXiv:2312.08935,
+but for its sign). This is process supervision: Uesato et al. 2022, arXiv:2211.14275; Lightman et
+al. 2023, arXiv:2305.20050. p_k means what the labels mean. Uesato's, and those of tiny/data, say
+whether all is right so far: p_k is the chance of that, and p_S that of the solution. Lightman's say
+whether a step is right, and end at the first that is not: a solution has Π_k p_k. Math-Shepherd's,
+the default dataset, say whether any of 8 continuations from there found the answer: p_k is the
+chance that it is still within reach. min_k p_k, as in Math-Shepherd, serves all three: a solution
+is as good as its worst step. With --outcome the sum has only its last term, the verdict on the
+whole: an outcome reward model, which has to find out by itself at which step things went wrong.
+(In the papers it learns that verdict at every step or token, and is read at the last.) It is judged
+by the same held-out figures but for the loss.
 
 Kept from the reward model: the scalar, the adapter, the loop. Dropped: the pairs. A label stands by
 itself, so r = 0 has a meaning, a probability of a half, and the rewards need no centering.
@@ -27,7 +31,8 @@ commoner label, and says little where most steps are right. The hard figure is `
 wrong step: a hit is a solution whose first step with p < 1/2 is the first that is labelled wrong.
 `precision` is the share of hits among solutions with a p < 1/2, `recall` among those with a wrong
 label, both 0 where there are none, `f1` their harmonic mean. `accuracy_min`, `accuracy_product` and
-`accuracy_last` are shares of solutions that min_k p_k, Π_k p_k or p_S, against 1/2, judge right.
+`accuracy_last` are shares of solutions that min_k p_k, Π_k p_k or p_S, against 1/2, judge right: a
+solution is right if none of its steps is labelled wrong.
 
 Shapes: B solutions of T tokens and at most S steps; D is the model's width.
 """
@@ -249,8 +254,8 @@ def train(args):
     encode = functools.partial(encode_solution, outcome=args.outcome)
     examples, held_out = common.load_examples(
         args, encode, tokenizer, limit=args.max_steps * args.batch_size)
-    solution = examples[0]["solution"]  # the tokens at which a step is judged, in green
-    ids, ends = solution["input_ids"], set(solution["step_ends"])
+    solution = examples[0]["solution"]  # the tokens whose scalar is trained, in green
+    ids, ends = solution["input_ids"], solution["step_ends"][-1 if args.outcome else 0:]
     common.show(tokenizer, ids, [i in ends for i in range(len(ids))])
 
     # 2. A frozen base, with LoRA matrices and a scalar head: they alone are trained.
@@ -313,7 +318,7 @@ def train(args):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -324,7 +329,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -2,14 +2,14 @@
 
 A language model with a scalar in place of its head reads a prompt x and an answer y; the scalar at
 the last token is the reward r(x, y). Bradley and Terry (1952): a better answer y_w beats a worse
-one y_l with probability σ(r(x, y_w) − r(x, y_l)), and minus its log is the loss, plus two terms:
+one y_l with probability σ(r(x, y_w) − r(x, y_l)). The loss is minus its log, with two additions:
 
     loss = −log σ( r(x, y_w) − r(x, y_l) − m )  +  λ (r(x, y_w) + r(x, y_l))²
 
-Without m and λ it is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155. m, the data's column `margin`
-if it has one, says how far apart a pair should be (Touvron et al. 2023, arXiv:2307.09288, eq. 2).
-Only differences count in the first term; the second keeps the rewards around 0, and λ is small
-(Eisenstein et al. 2023, arXiv:2312.09244).
+Without m and λ it is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155, for two answers. m, the data's
+column `margin` if it has one, says how far apart a pair should be (Touvron et al. 2023,
+arXiv:2307.09288, eq. 2). Only differences count in the first term; the second keeps the rewards
+around 0, and λ is small (Eisenstein et al. 2023, arXiv:2312.09244).
 
 Kept from SFT: the model, the adapter, the loop. Dropped: the head over the vocabulary and the loss
 mask. DPO, the next script, has the same loss, with a log-ratio of probabilities for a reward.
@@ -20,10 +20,12 @@ mask. DPO, the next script, has the same loss, with a log-ratio of probabilities
     python ppo.py --reward runs/reward_model             # what it is for
 
 What to watch: the loss starts near log 2 = 0.693 and falls, the accuracy climbs from 0.5; on human
-preferences it ends around 0.65 to 0.75. Margin and spread of the rewards grow steadily. A held-out
-loss (--eval-every) that rises while the accuracy stands still is over-fitting.
+preferences it ends around 0.65 to 0.75. The spread of the rewards grows, and so does the logged
+margin, which is r(x, y_w) − r(x, y_l), not m. A held-out loss (--eval-every) that rises while the
+accuracy stands still is over-fitting.
 
-Shapes: P pairs are B = 2P sequences, the chosen ones first, of T tokens; D is the model's width.
+Shapes: P pairs (of a micro-batch, a step or a file) are B = 2P sequences of T tokens, the chosen
+ones first; L of the T columns hold tokens; D is the model's width.
 """
 import argparse
 import fcntl
@@ -74,22 +76,22 @@ TINY = dict(dataset="tiny/data/preference_train.jsonl", epochs=3, batch_size=16,
 # ---- data: two answers to a prompt, as token ids -------------------------------------------------
 
 def encode_comparison(row, tokenizer, max_length):
-    """{"chosen": example, "rejected": example, "prompt": ids, "margin": and "length": number}
+    """{"chosen": example, "rejected": example, "prompt": ids, "margin": m, "length": of the longer}
 
-    Both keep the token that ends the answer, as a sampled answer has it. Longer ones are refused:
-    half an answer deserves another reward.
+    Each ends with the token that ends its answer, as a sampled one does. What is longer than
+    max_length is refused: half an answer deserves another reward.
     """
     chosen, rejected = common.encode_preference(tokenizer, row)
-    comparison = {"prompt": chosen[0][0], "margin": float(row.get("margin", 0)), "length": 0}
+    pair = {"prompt": chosen[0][0], "margin": float(row.get("margin", 0)), "length": 0}
     for side, pieces in ("chosen", chosen), ("rejected", rejected):
         ids = sum((ids for ids, _ in pieces), [])
         if len(ids) > max_length:
             raise ValueError(f"it is longer than {max_length} tokens")
-        comparison[side] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        comparison["length"] = max(comparison["length"], len(ids))
-    if not math.isfinite(comparison["margin"]):
-        raise ValueError(f"the margin is {comparison['margin']}")
-    return comparison
+        pair[side] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        pair["length"] = max(pair["length"], len(ids))
+    if not math.isfinite(pair["margin"]):
+        raise ValueError(f"the margin is {pair['margin']}")
+    return pair
 
 
 def collate(examples, pad_id, device):
@@ -105,8 +107,8 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def sequence_rewards(model, batch, head):
-    """r(x, y) of each sequence, [B], read at its last real token; the padding is on the right."""
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    """The reward of each sequence, [B], read at its last real token; padding is on the right."""
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     last = inputs["attention_mask"].sum(-1) - 1  # [B]
@@ -115,9 +117,9 @@ def sequence_rewards(model, batch, head):
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
 
 
-def reward_loss(chosen, rejected, margin, centering):
-    """The loss of each pair [P], from rewards and margins, [P] each."""
-    preference = -F.logsigmoid(chosen - rejected - margin)  # Ouyang eq. 1; margin: Touvron eq. 2
+def reward_loss(chosen, rejected, m, centering):
+    """The loss of each pair [P], from its rewards and its m, [P] each."""
+    preference = -F.logsigmoid(chosen - rejected - m)  # Ouyang eq. 1; m: Touvron eq. 2
     return preference + centering * (chosen + rejected) ** 2  # pairs alone do not fix the level
 
 
@@ -125,14 +127,14 @@ def score_comparisons(model, pairs, args, pad_id):
     """Losses, chosen and rejected rewards of P pairs: [3, P]."""
     examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     batch = collate(examples, pad_id, model.device)
-    head = common.causal_lm(model).score  # the scalar
+    head = common.causal_lm(model).score  # the scalar: weight [1, D]
     with common.autocast(model):
         chosen, rejected = sequence_rewards(model, batch, head).chunk(2)  # [P] each
-    margin = torch.tensor([pair["margin"] for pair in pairs], device=chosen.device)  # [P]
-    return torch.stack([reward_loss(chosen, rejected, margin, args.centering), chosen, rejected])
+    m = torch.tensor([pair["margin"] for pair in pairs], device=chosen.device)  # [P]
+    return torch.stack([reward_loss(chosen, rejected, m, args.centering), chosen, rejected])
 
 
-def figures(scores):
+def describe(scores):
     """What is logged of the scores [3, P] of some pairs."""
     losses, chosen, rejected = scores
     right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half right
@@ -151,8 +153,8 @@ def evaluate(model, pairs, args, pad_id):
     scores = torch.zeros(3, len(pairs), dtype=torch.float64, device=model.device)
     mine = list(range(len(pairs)))[common.RANK::common.WORLD]
     for i in range(0, len(mine), args.micro_batch_size):
-        part = mine[i:i + args.micro_batch_size]
-        scores[:, part] = score_comparisons(model, [pairs[i] for i in part], args, pad_id).double()
+        rows = mine[i:i + args.micro_batch_size]
+        scores[:, rows] = score_comparisons(model, [pairs[k] for k in rows], args, pad_id).double()
     sum_over_processes([scores])
     model.train()
     return scores
@@ -202,7 +204,7 @@ def train(args):
     parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
     state = restore(args, parts)
     if "before" not in state:
-        state["before"] = figures(evaluate(model, held_out, args, pad_id))
+        state["before"] = describe(evaluate(model, held_out, args, pad_id))
 
     # the order follows from the seed, so that a run that goes on sees the same batches
     generator = torch.Generator().manual_seed(args.seed)
@@ -218,10 +220,10 @@ def train(args):
         scores = torch.zeros(3, len(batch), dtype=torch.float64, device=model.device)
         mine = list(range(len(batch)))[common.RANK::common.WORLD]
         for i in range(0, len(mine), args.micro_batch_size):
-            part = mine[i:i + args.micro_batch_size]
-            scored = score_comparisons(model, [batch[i] for i in part], args, pad_id)  # [3, P]
+            rows = mine[i:i + args.micro_batch_size]
+            scored = score_comparisons(model, [batch[k] for k in rows], args, pad_id)  # [3, P]
             scaler.scale(scored[0].sum() / len(batch)).backward()
-            scores[:, part] = scored.detach().double()
+            scores[:, rows] = scored.detach().double()
 
         # 5. One step down the gradient, which is summed over processes and clipped.
         rate = learning_rate(step, len(batches), args.learning_rate)
@@ -229,11 +231,11 @@ def train(args):
 
         # 6. Log, and save what is needed to go on.
         sum_over_processes([scores])
-        metrics = {"step": step, **figures(scores), **updated, "seconds": time.time() - began}
+        metrics = {"step": step, **describe(scores), **updated, "seconds": time.time() - began}
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
         progress.set_postfix(shown, refresh=False)
         if args.eval_every and step % args.eval_every == 0:
-            held = figures(evaluate(model, held_out, args, pad_id))
+            held = describe(evaluate(model, held_out, args, pad_id))
             metrics |= {f"eval_{name}": value for name, value in held.items()}
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step == len(batches):
@@ -242,14 +244,14 @@ def train(args):
     # 7. The same held-out pairs once more, and where the model is most wrong.
     scores = evaluate(model, held_out, args, pad_id)
     pad_apart(tokenizer)  # for those who load the model elsewhere: here lengths are known
-    finish(args, state, model, tokenizer, figures(scores))
+    finish(args, state, model, tokenizer, describe(scores))
     show_worst(tokenizer, held_out, scores)
 
 
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -260,7 +262,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -4,10 +4,10 @@ It is next-token prediction on written answers, the first stage of InstructGPT (
 arXiv:2203.02155). Of a conversation y, the model learns only what it should say: the turns of the
 assistant, each with the token that ends it. The rest is read, not learned:
 
-    loss = −1/N Σ_t log π(y_t | y_<t)     π: the model; N: the trained tokens of an optimizer step
+    loss = −1/N Σ_t log π(y_t | y_<t)     π: the model; t: the N trained tokens of an optimizer step
 
-Kept from pretraining: everything. Added: the loss mask. The mean is over the tokens of the whole
-step: not per micro-batch, so that its size changes only speed and memory, nor per conversation.
+Kept from pretraining: everything. Added: the loss mask. The mean is over the whole step, not over
+each conversation or micro-batch: the size of a micro-batch changes only speed and memory.
 
     python sft.py                                          # the embedded tiny model, on a laptop
     python sft.py --model Qwen/Qwen2.5-0.5B                # 4-bit LoRA on a 16 GB T4
@@ -79,15 +79,14 @@ def encode_conversation(row, tokenizer, max_length):
     examples = []
     given, answer = prompt_and_answer(row, is_chat=bool(tokenizer.chat_template))
     for pieces in common.encode(tokenizer, given, answer, row.get("tools")):  # (ids, is_answer)
-        example = with_mask(pieces)
-        example["loss_mask"][0] = 0  # there is nothing to predict the first token from
-        start = example["loss_mask"].index(1)
-        example = shorten(example, len(example["input_ids"]), start, max_length)
-        # the prompt to sample from; plain text has none (start is 1): its first quarter serves
-        start = example["loss_mask"].index(1)
-        shown = start if start > 1 else len(example["input_ids"]) // 4 + 1
-        examples.append({"tokens": example, "prompt": example["input_ids"][:shown],
-                         "length": len(example["input_ids"])})
+        tokens = with_mask(pieces)
+        tokens["loss_mask"][0] = 0  # there is nothing to predict the first token from
+        start = tokens["loss_mask"].index(1)
+        tokens = shorten(tokens, len(tokens["input_ids"]), start, max_length)
+        # samples start from what precedes the first answer, of plain text from its first quarter
+        start, length = tokens["loss_mask"].index(1), len(tokens["input_ids"])
+        shown = start if start > 1 else length // 4 + 1
+        examples.append({"tokens": tokens, "prompt": tokens["input_ids"][:shown], "length": length})
     return examples
 
 
@@ -118,12 +117,12 @@ def with_mask(pieces):
 
 
 def shorten(example, length, start, max_length):
-    """Too long: the prompt loses its start (half of max_length stays), then the answer its end.
+    """Too long: the prompt loses its start (down to half of max_length), then the answer its end.
 
     The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
     """
     cut = max(0, min(length - max_length, start - max_length // 2))
-    return {name: ids[cut:cut + max_length] for name, ids in example.items()}
+    return {name: values[cut:cut + max_length] for name, values in example.items()}
 
 
 def collate(examples, pad_id, device):
@@ -141,7 +140,7 @@ def collate(examples, pad_id, device):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: all rows of a part of a rollout may end earlier
+    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
@@ -162,8 +161,8 @@ def chunk_logps(hidden, targets, head, temperature):
 def sft_loss(logps, loss_mask, trained_tokens):
     """−Σ log p / N, from logps [B, T-1] and loss_mask [B, T].
 
-    N counts the trained tokens of the whole step, so that the gradients of its parts add up. A mean
-    over each part would weigh the tokens of short answers more.
+    N counts the trained tokens of the whole step, so that the gradients of micro-batches add up. A
+    mean over each would weigh tokens more where answers are short.
     """
     return -(logps * loss_mask[:, 1:]).sum() / trained_tokens  # []
 
@@ -172,8 +171,8 @@ def add_noise(alpha, base, inputs, kwargs):
     """A hook: embeddings with noise within ±α/√(L·D) (NEFTune, Jain et al. 2023, 2310.05914)."""
     if not base.training:
         return inputs, kwargs
-    embeddings = base.get_input_embeddings()(kwargs["input_ids"])  # [B, T, D]
-    lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1], the L of each row
+    embeddings = base.get_input_embeddings()(kwargs["input_ids"])  # [B, L, D]
+    lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1]: L of each row, unpadded
     bound = alpha / (lengths * embeddings.shape[-1]).sqrt()
     noise = bound * (2 * torch.rand_like(embeddings) - 1)
     return inputs, kwargs | {"input_ids": None, "inputs_embeds": embeddings + noise}
@@ -197,10 +196,11 @@ def evaluate(model, examples, args, pad_id):
     """The mean loss per trained token of held-out rows, which the processes share between them."""
     model.eval()
     mine = examples[common.RANK::common.WORLD]
-    tokens = count_trained(examples)
+    trained_tokens = count_trained(examples)
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
     for i in range(0, len(mine), args.micro_batch_size):
-        loss += sft_loss(*score_rows(model, mine[i:i + args.micro_batch_size], pad_id), tokens)
+        rows = mine[i:i + args.micro_batch_size]
+        loss += sft_loss(*score_rows(model, rows, pad_id), trained_tokens)
     sum_over_processes([loss])
     model.train()
     return {"loss": loss.item(), "perplexity": math.exp(min(loss.item(), 99))}
@@ -209,7 +209,7 @@ def evaluate(model, examples, args, pad_id):
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
     """An answer of up to `length` tokens to each prompt, sampled at temperature 1."""
-    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # or there is no room
+    prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # room for the answer
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     torch.manual_seed(seed)
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
@@ -271,13 +271,14 @@ def train(args):
         began = time.time()
         torch.manual_seed(args.seed + step * common.WORLD + common.RANK)  # of NEFTune's noise
         batch = sorted([examples[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
-        tokens = count_trained(batch)
+        trained_tokens = count_trained(batch)
         mine = batch[common.RANK::common.WORLD]
         loss = torch.zeros((), dtype=torch.float64, device=model.device)
         for i in range(0, len(mine), args.micro_batch_size):
-            part = sft_loss(*score_rows(model, mine[i:i + args.micro_batch_size], pad_id), tokens)
-            scaler.scale(part).backward()
-            loss += part.detach()
+            rows = mine[i:i + args.micro_batch_size]
+            micro_loss = sft_loss(*score_rows(model, rows, pad_id), trained_tokens)
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
 
         # 5. One step down the gradient, which is summed over processes and clipped.
         rate = learning_rate(step, len(batches), args.learning_rate)
@@ -285,7 +286,7 @@ def train(args):
 
         # 6. Log, and save what is needed to go on.
         sum_over_processes([loss])
-        metrics = {"step": step, "loss": loss.item(), "trained_tokens": tokens}
+        metrics = {"step": step, "loss": loss.item(), "trained_tokens": trained_tokens}
         metrics |= {**updated, "seconds": time.time() - began}
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if args.eval_every and step % args.eval_every == 0:
@@ -311,7 +312,7 @@ def train(args):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps, then falls along a cosine; no step is at rate 0."""
+    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
     falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
     return highest * min(step / (round(0.1 * steps) + 1), falling)
 
@@ -322,7 +323,7 @@ def sum_over_processes(tensors):
 
 
 def update(optimizer, scaler, rate):
-    """An optimizer step along the gradients that all processes have; returns what to log of it."""
+    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
     weights = optimizer.param_groups[0]["params"]
     for weight in weights:  # a process without a share of the batch has no gradient
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

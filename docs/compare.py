@@ -88,6 +88,7 @@ FAMILIES = {
 }
 FORMS = (("o", "-"), ("s", "--"), ("^", ":"))  # of the first, second and third of a family
 RIGHT = "right answers, held out (share)"
+GREEDY = "right answers, held out\n(share of the likeliest answers)"
 KL = "KL from tiny/chat, held out\n(nats per answer)"
 # picture: title, the healthy and the sick run with their labels, and panels: where from, what, axis
 SICK = {
@@ -98,7 +99,7 @@ SICK = {
                       ("ppo_blind", "β = 0.5"), ("ppo_beta", "β = 0.05"), [
         ("logged", "reward", "reward of the reward model\n(its units, mean of a rollout)"),
         ("held out", "kl", KL),
-        ("held out", "greedy", "right answers, held out\n(share of the likeliest answers)")]),
+        ("held out", "greedy", GREEDY)]),
     "sick_ppo_critic": ("PPO with the critic's learning off", ("ppo", "learns"),
                         ("ppo_critic", "--value-weight 0"), [
         ("logged", "explained_variance", "explained variance\n(1: perfect critic)"),
@@ -117,7 +118,7 @@ SICK = {
                       ("sft_long", "300 rows"), [
         ("logged", "loss", "loss in training (nats per token)"),
         ("logged", "eval_loss", "loss, held out (nats per token)"),
-        ("held out", "sampled", RIGHT)]),
+        ("held out", "greedy", GREEDY)]),
 }
 LOADING = threading.Lock()  # a model is loaded by one thread at a time
 

@@ -15,8 +15,8 @@ import plot
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["sft", "reward_model", "prm", "dpo", "kto", "online_dpo", "ppo", "grpo"]
 ROOM = {"common": 620, "sft": 425, "reward_model": 365, "dpo": 415, "ppo": 585, "grpo": 600,
-        "prm": 450, "kto": 450, "online_dpo": 450, "pairs": 450, "evaluate": 455, "plot": 160,
-        "chat": 240}
+        "prm": 450, "kto": 450, "online_dpo": 450, "pairs": 450, "evaluate": 470, "plot": 160,
+        "chat": 245}
 SCRIPTS = [ROOT / f"{name}.py" for name in ROOM]  # a reader may put files of his own beside them
 # what each script has in a form of its own: the loop, and what scores a batch
 OWN = {"main", "train", "evaluate", "describe", "rollout"}

@@ -513,11 +513,11 @@ def test_an_answer_without_an_end_loses_the_penalty_in_its_pair_alone(
     assert batch["stopped"].tolist() == [False, True, False, True, True, False]
     texts = [tokenizer.decode(ids) for ids in ([40, 41, 42, 43, 44], [40], [40, 41, 42, 43])]
     long, short, longer = map(len, texts)
-    assert batch["rewards"][[0, 1, 3, 4]].tolist() == [long, short, short, longer]
+    assert batch["scores"][[0, 1, 3, 4]].tolist() == [long, short, short, longer]
     lead = long - penalty - short
     assert batch["wins"].tolist() == [float(lead > 0), 0.0, 0.5, float(lead < 0), 1.0, 0.5]
     figures = online_dpo.describe(batch, args)
-    assert figures["reward"] == pytest.approx(batch["rewards"][:3].mean().item())
+    assert figures["reward"] == pytest.approx(batch["scores"][:3].mean().item())
 
 
 def test_preferences_are_those_of_score_differences_and_add_up_to_1(reward_file, monkeypatch):

@@ -19,6 +19,7 @@ import common
 import dpo
 import kto
 import pairs
+import prm
 import sft
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -282,28 +283,28 @@ def copy_reward(folder, method, **flags):
     return str(folder)
 
 
+@pytest.mark.parametrize("template", [True, False], ids=["chat", "text"])
 @pytest.mark.parametrize("outcome", [False, True])
-def test_a_process_reward_model_is_worth_its_worst_line(outcome, tmp_path):
-    """The least σ over the tokens that end a line that is not blank, found by decoding prefixes.
+def test_a_process_reward_model_is_worth_its_worst_line(outcome, template, tmp_path):
+    """The least σ at the ends of the steps, in the tokens that prm.py would train on.
 
-    One of outcomes is worth its last line. A text prompt is what a user says, as prm.py has it.
+    A line is a step, an empty one none. One of outcomes is worth its last line.
     """
     scorer = pairs.load_scorer(copy_reward(tmp_path, "prm", outcome=outcome), settings())
-    tokenizer = common.load_tokenizer("tiny/chat")
+    tokenizer = scorer.args[1]
+    scored = [*PAIRS_TO_SCORE, ("Count.", "one\n\n  two\n\nthree")]
+    if not template:
+        tokenizer.chat_template = None
+        scored = [pair for pair in scored if isinstance(pair[0], str)]
     expected = []
-    for prompt, text in PAIRS_TO_SCORE:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = whole_ids(tokenizer, prompt, text)
-        chances, done = plain_scores(text, ids).sigmoid(), 0
-        asked = tokenizer.decode(common.encode_prompt(tokenizer, prompt))
-        ends = []
-        for line in filter(str.strip, text.split("\n")):
-            done = (asked + text).index(line.strip(), max(done, len(asked))) + len(line.strip())
-            spoken = (len(tokenizer.decode(ids[:i + 1])) >= done for i in range(len(ids)))
-            ends.append(list(spoken).index(True))
-        expected.append((chances[ends][-1] if outcome else min(chances[ends])).item())
-        assert len(ends) == len([line for line in text.split("\n") if line.strip()])
-    prompts, texts = zip(*PAIRS_TO_SCORE, strict=True)
+    for prompt, text in scored:
+        steps = list(filter(str.strip, text.split("\n")))
+        row = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
+        solution = prm.encode_solution(row, tokenizer, 512, outcome)["solution"]
+        assert len(solution["step_ends"]) == len(steps) >= 1
+        chances = plain_scores(text, solution["input_ids"]).sigmoid()[solution["step_ends"]]
+        expected.append((chances[-1] if outcome else min(chances)).item())
+    prompts, texts = zip(*scored, strict=True)
     assert scorer(list(prompts), list(texts)) == pytest.approx(expected, abs=1e-5)
     assert 0 <= scorer([prompts[0]], [""])[0] <= 1
 

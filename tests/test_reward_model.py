@@ -101,7 +101,7 @@ def test_a_margin_asks_for_more_distance():
 def test_a_tie_is_half_right_and_figures_are_those_of_all_rewards():
     """Two of four pairs are right, one is a tie; mean and spread are over all eight rewards."""
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 2.0, 5.0], [1.0, 1.0, 0.0, 2.0]])
-    assert reward_model.figures(scores) == pytest.approx(
+    assert reward_model.describe(scores) == pytest.approx(
         {"loss": 2.5, "accuracy": 0.625, "margin": 1.0, "reward": 1.5, "reward_spread": 1.5})
 
 
