@@ -1,6 +1,6 @@
 """One task, every way: all methods from one start on the tiny world, and what makes them sick.
 
-    python docs/compare.py               # about 50 minutes on two cores
+    python docs/compare.py               # under an hour on two cores
     python docs/compare.py --seeds 0     # the first seed: about 25
 
 Every run is a command that you can type; it is written to the log beside its folder. What is done

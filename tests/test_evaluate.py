@@ -117,9 +117,13 @@ def test_each_figure_is_what_its_name_says(table, monkeypatch):
     assert "pass@2" in printed and "0.417" in printed
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_kl_is_that_of_the_sampled_answers(temperature, adapter, table, monkeypatch):
-    """The mean over answers of the sum of log π/π_first, from plain forward passes at T."""
+@pytest.mark.parametrize("first, temperature", [
+    ("tiny/chat", 1.0), ("tiny/chat", 1.5), ("tiny/base", 1.0)])
+def test_kl_is_that_of_the_sampled_answers(first, temperature, adapter, table, monkeypatch):
+    """The mean over answers of the sum of log π/π_first, from plain forward passes at T.
+
+    The first is what the other is an adapter on, or a model of its own.
+    """
     seen = []
     sample = evaluate.sample
 
@@ -131,9 +135,9 @@ def test_kl_is_that_of_the_sampled_answers(temperature, adapter, table, monkeypa
         return answers
 
     monkeypatch.setattr(evaluate, "sample", keep)
-    lines, _ = table("tiny/chat", adapter, rows=PROMPTS[:3], temperature=temperature)
+    lines, _ = table(first, adapter, rows=PROMPTS[:3], temperature=temperature)
     pairs = seen[-1]
-    models = [common.load_model(name, trainable=False) for name in (adapter, "tiny/chat")]
+    models = [common.load_model(name, trainable=False) for name in (adapter, first)]
     ratios = []
     for prompt, answer in pairs:
         logps = []
@@ -245,7 +249,7 @@ def test_a_trained_head_is_a_reward(method, table, tmp_path, monkeypatch):
 def test_a_judge_picks_what_it_prefers(table, monkeypatch):
     """What it prefers to the other samples of the same prompt; its scores are those of pairs.py."""
     answers = {"1 + 1": (["2"], ["1 + 1 = 3", "1 + 1 = 2", "1 + 1 = 2", "2"]),
-               "2 + 1": (["3"], ["2 + 1 = 3", "2 + 1 = 9", "3", "2 + 1 = 4"])}
+               "2 + 1": (["3"], ["2 + 1 = 3", "2 + 1 = 9", "it is 4", "2 + 1 = 4"])}
     monkeypatch.setattr(evaluate, "sample", scripted(answers)[0])
     flags = {"judge": "tiny/base", "judge_template": "examples/judge_claim.txt"}
     (line,), printed = table("tiny/chat", rows=PROMPTS[:2], best_of=4, **flags)
@@ -258,7 +262,8 @@ def test_a_judge_picks_what_it_prefers(table, monkeypatch):
         scores = judge([row["prompt"]] * 4, texts)
         assert sum(scores) / 4 == pytest.approx(0.5)  # what one wins another loses
         best.append(evaluate.last_number(texts[scores.index(max(scores))]) == int(row["answer"]))
-    assert line["best"] == sum(best) / 2 and line["reward"] is None
+    assert best == [True, False]  # it falls for "it is 4"
+    assert line["best"] == 0.5 and line["reward"] is None
 
 
 # ---- what is refused -----------------------------------------------------------------------------
