@@ -94,7 +94,7 @@ def encode_pair(row, tokenizer, max_length):
     pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, start, max_length)
     for side, example in ("chosen", chosen), ("rejected", rejected):
         pair[side] = shorten(example, longest, start, max_length)
-    return pair | {"length": longest}
+    return pair | {"length": min(longest, max_length)}
 
 
 def with_mask(pieces):

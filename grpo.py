@@ -290,16 +290,16 @@ def load_reward(name, policy):
         return runpy.run_path(common.find(file))[function]
 
 
-def score_answers(reward, name, model, batch, examples, texts, args):
+def score_answers(scorer, name, model, batch, examples, texts, args):
     """Scores [B] of answers, from a reward model's head or from a function of the rows' columns."""
-    if isinstance(reward, torch.nn.Linear):
+    if isinstance(scorer, torch.nn.Linear):
         with common.using(model, "reward"):
-            return in_parts(sequence_rewards, model, batch, reward, args)
+            return in_parts(sequence_rewards, model, batch, scorer, args)
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = torch.tensor([float(number) for number in reward(**columns)])
+        scores = torch.tensor([float(number) for number in scorer(**columns)])
         if len(scores) != len(rows):
             raise ValueError(f"{len(scores)} scores for {len(rows)} answers")
         for number, text, row in zip(scores.tolist(), texts, rows, strict=True):

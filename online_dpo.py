@@ -204,16 +204,16 @@ def load_reward(name, policy):
         return runpy.run_path(common.find(file))[function]
 
 
-def score_answers(reward, name, model, batch, examples, texts, args):
+def score_answers(scorer, name, model, batch, examples, texts, args):
     """Scores [B] of answers, from a reward model's head or from a function of the rows' columns."""
-    if isinstance(reward, torch.nn.Linear):
+    if isinstance(scorer, torch.nn.Linear):
         with common.using(model, "reward"):
-            return in_parts(sequence_rewards, model, batch, reward, args)
+            return in_parts(sequence_rewards, model, batch, scorer, args)
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = torch.tensor([float(number) for number in reward(**columns)])
+        scores = torch.tensor([float(number) for number in scorer(**columns)])
         if len(scores) != len(rows):
             raise ValueError(f"{len(scores)} scores for {len(rows)} answers")
         for number, text, row in zip(scores.tolist(), texts, rows, strict=True):
@@ -235,7 +235,7 @@ def sequence_rewards(model, batch, head):
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def rollout(model, reward, examples, tokenizer, args, seed):
+def rollout(model, scorer, examples, tokenizer, args, seed):
     """Answers y to all prompts, then all y', and what is said of them, no gradients: [2P, ...]."""
     prompts = [example["prompt"] for example in examples]
     with common.autocast(model):
@@ -243,7 +243,7 @@ def rollout(model, reward, examples, tokenizer, args, seed):
         answers += sample_mixture(model, tokenizer, prompts, args.mixture, args, seed + 1)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     batch = join_answers(prompts * 2, answers, tokenizer, model)
-    batch["scores"] = score_answers(reward, args.reward, model, batch, examples * 2, texts, args)
+    batch["scores"] = score_answers(scorer, args.reward, model, batch, examples * 2, texts, args)
     penalised = batch["scores"] - args.missing_eos_penalty * ~batch["stopped"]  # [2P]
     gap = (penalised - penalised.roll(len(prompts))).double()  # fp32 would round its σ to ½
     batch["wins"] = gap.sigmoid() if args.preference == "sigmoid" else 0.5 + 0.5 * gap.sign()
@@ -282,7 +282,7 @@ def describe(batch, args):
 
 def train(args):
     # 1. Prompts to learn from and others to be tested on, and what scores the answers
-    reward = load_reward(args.reward, args.model)
+    scorer = load_reward(args.reward, args.model)
     tokenizer = common.load_tokenizer(args.model)
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
                                needs_answer=args.reward == "correct_answer")
@@ -294,7 +294,7 @@ def train(args):
     # 2. A frozen base with LoRA matrices, which alone are trained
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
-    reward = reward or common.add_role(model, args.reward, "reward")
+    scorer = scorer or common.add_role(model, args.reward, "reward")
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
@@ -303,7 +303,7 @@ def train(args):
     open_run(args, [examples, held_out])
     parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
     state = restore(args, parts)
-    asked = model, reward, held_out, tokenizer, args, args.seed
+    asked = model, scorer, held_out, tokenizer, args, args.seed
     state["before"] = state.get("before") or describe(rollout(*asked), args)
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
@@ -312,7 +312,7 @@ def train(args):
         began = time.time()
         mine = [examples[i] for i in batches[step - 1][common.RANK::common.WORLD]]
         seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
-        batch = rollout(model, reward, mine, tokenizer, args, seed)
+        batch = rollout(model, scorer, mine, tokenizer, args, seed)
         metrics = {"step": step, **describe(batch, args), "rollout_seconds": time.time() - began}
         # 5. Gradients of micro-batches and processes add up to that of the mean over all prompts
         for rows in torch.arange(2 * len(mine)).view(2, -1).split(args.micro_batch_size, dim=1):

@@ -283,16 +283,16 @@ def load_reward(name, policy):
         return runpy.run_path(common.find(file))[function]
 
 
-def score_answers(reward, name, model, batch, examples, texts, args):
+def score_answers(scorer, name, model, batch, examples, texts, args):
     """Scores [B] of answers, from a reward model's head or from a function of the rows' columns."""
-    if isinstance(reward, torch.nn.Linear):
+    if isinstance(scorer, torch.nn.Linear):
         with common.using(model, "reward"):
-            return in_parts(sequence_rewards, model, batch, reward, args)
+            return in_parts(sequence_rewards, model, batch, scorer, args)
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = torch.tensor([float(number) for number in reward(**columns)])
+        scores = torch.tensor([float(number) for number in scorer(**columns)])
         if len(scores) != len(rows):
             raise ValueError(f"{len(scores)} scores for {len(rows)} answers")
         for number, text, row in zip(scores.tolist(), texts, rows, strict=True):
@@ -316,7 +316,7 @@ def sequence_rewards(model, batch, head):
 
 def rollout(roles, examples, tokenizer, args, seed):
     """Answers of the policy as ids, and what all roles say of them: a batch, [B, ...] each."""
-    model, reward, critic_head = roles
+    model, scorer, critic_head = roles
     prompts = [example["prompt"] for example in examples]
     answers = []
     for i in range(0, len(prompts), args.sample_batch_size):
@@ -330,7 +330,7 @@ def rollout(roles, examples, tokenizer, args, seed):
         batch["ref_logps"] = in_parts(token_logps, model, batch, args.temperature, args)
     with common.using(model, "critic"):
         batch["values"] = in_parts(token_values, model, batch, critic_head, args)  # [B, T-1]
-    batch["scores"] = score_answers(reward, args.reward, model, batch, examples, texts, args)
+    batch["scores"] = score_answers(scorer, args.reward, model, batch, examples, texts, args)
     return batch, answers
 
 
@@ -389,7 +389,7 @@ def some_samples(tokenizer, step, examples, answers, scores):
 
 def train(args):
     # 1. Prompts to learn from and others to be tested on, and what scores the answers
-    reward = load_reward(args.reward, args.model)
+    scorer = load_reward(args.reward, args.model)
     if args.batch_size < max(args.minibatches, common.WORLD):
         common.fail("--batch-size must not be below --minibatches or the number of processes")
     tokenizer = common.load_tokenizer(args.model)
@@ -402,9 +402,9 @@ def train(args):
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
-    critic_head = common.add_role(model, None if reward else args.reward, "critic", trainable=True)
-    reward = reward or common.add_role(model, args.reward, "reward")
-    roles = model, reward, critic_head
+    critic_head = common.add_role(model, None if scorer else args.reward, "critic", trainable=True)
+    scorer = scorer or common.add_role(model, args.reward, "reward")
+    roles = model, scorer, critic_head
     weights = [p for p in model.parameters() if p.requires_grad] + [critic_head.weight]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0

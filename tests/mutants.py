@@ -340,7 +340,7 @@ PPO = [
     ("the KL to the sampler is that of the other direction", BY_HAND["ppo"],
      "k3 = error - log_ratio", "k3 = (-log_ratio).exp() - 1 + log_ratio"),
     ("the critic does not start as the reward model", BY_HAND["ppo"],
-     'None if reward else args.reward, "critic"', 'None, "critic"'),
+     'None if scorer else args.reward, "critic"', 'None, "critic"'),
     ("answers that stop are penalised", BY_HAND["ppo"],
      '* ~batch["stopped"]', '* batch["stopped"]'),
     ("explained variance is that of whitened advantages", BY_HAND["ppo"],
@@ -623,7 +623,7 @@ ONLINE_DPO = [
     ("the margin counts ties", "online_dpo: equals_plain and dpo-sigmoid",
      "wins > 0.5", "wins >= 0.5"),
     ("held-out figures come from training prompts", "online_dpo: who_is_asked",
-     "asked = model, reward, held_out,", "asked = model, reward, examples,"),
+     "asked = model, scorer, held_out,", "asked = model, scorer, examples,"),
 ]
 
 PAIRS = [
