@@ -212,7 +212,7 @@ def main(args):
     for turn in itertools.count():
         try:
             line = input("> ")
-            if not (sys.stdin.isatty() and sys.stdout.isatty()):  # they show typed text
+            if not (sys.stdin.isatty() and sys.stdout.isatty()):  # a terminal shows it
                 print(printable(line))
             command, _, text = line.partition(" ")
             if command == "/quit":

@@ -603,7 +603,7 @@ def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int)
 
 
 def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples; without --eval-dataset of other prompts, at most a fifth."""
+    """Training and held-out examples; without --eval-dataset at most a fifth, no prompt in both."""
     if args.eval_dataset and Path(args.eval_dataset).resolve() == Path(args.dataset).resolve():
         fail(f"--eval-dataset {args.dataset} is what is trained on: without it, some is held out")
     rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed)

@@ -51,7 +51,7 @@ add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:confi
 add("--split", default="test", help="of a Hub dataset")
 add("--size", type=common.count, default=300, help="prompts at most")
 add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
-add("--k", type=common.count, default=4, help="of pass@k; the more --samples-per-prompt, the surer")
+add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
 add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
 add("--judge", help="a language model that compares answers, in place of --reward")
@@ -213,7 +213,7 @@ def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tool
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
         steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
         text = "\n".join(steps) if by_steps else text  # as in prm.py, without empty lines
-        if by_steps and isinstance(prompt, str):  # as in prm.py: a chat, or lines below the prompt
+        if by_steps and isinstance(prompt, str):  # a chat, or lines below the prompt
             chat = [{"role": "user", "content": prompt}]
             prompt = chat if tokenizer.chat_template else prompt + "\n"
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

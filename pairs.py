@@ -11,9 +11,9 @@ Equal scores make no pair. With `best` they make a row even where all answers ar
 1 keeps those out. --reward is a function of the answer, or a run of reward_model.py, or one of
 prm.py: min_k p_k over the lines of y. Or the score is AI feedback: --judge, a language model, reads
 x, two answers and a principle drawn from a constitution (Bai et al. 2022, arXiv:2212.08073, section
-4.1), and says A or B. Judges favour a place (position bias), so each pair is read twice (Lee et al.
-2023, arXiv:2309.00267, section 2.1.1). RLAIF trains a reward model on such preferences and a policy
-on that; here the best and the worst answer make a pair:
+4.1), and says A or B. RLAIF trains a reward model on such preferences, and a policy on that; here
+they are the scores. Judges favour a place (position bias), so each pair is read twice (Lee et al.
+2023, arXiv:2309.00267):
 
     P_A(y, y') = p(A) / (p(A) + p(B))                           A: the first answer, y, is better
     P(y ≻ y')  = ½ [P_A(y, y') + 1 − P_A(y', y)],    s_i = mean of P(y_i ≻ y_j) over the y_j it met
@@ -119,7 +119,7 @@ def make_rows(row, answers, args):
 
 
 def best_and_worst(scores, lengths, ratio):
-    """The indices of a best answer, and of the worst neither `ratio` times longer nor shorter."""
+    """The indices of a best answer, and of the worst that is within `ratio` times its length."""
     pairs = itertools.product(range(len(scores)), repeat=2)
     pairs = [(i, j) for i, j in pairs if scores[i] == max(scores)
              and max(lengths[i], lengths[j]) <= ratio * min(lengths[i], lengths[j])]
@@ -242,7 +242,7 @@ def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tool
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
         steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
         text = "\n".join(steps) if by_steps else text  # as in prm.py, without empty lines
-        if by_steps and isinstance(prompt, str):  # as in prm.py: a chat, or lines below the prompt
+        if by_steps and isinstance(prompt, str):  # a chat, or lines below the prompt
             chat = [{"role": "user", "content": prompt}]
             prompt = chat if tokenizer.chat_template else prompt + "\n"
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -7,17 +7,17 @@ be labelled right:
     p_k = σ(r_k)
     loss = −Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]                 l_k = 1: right, 0: wrong
 
-in the mean over the steps of a batch (eq. 2 of Math-Shepherd, Wang et al. 2023, arXiv:2312.08935,
-but for its sign). This is process supervision: Uesato et al. 2022, arXiv:2211.14275; Lightman et
-al. 2023, arXiv:2305.20050. p_k means what the labels mean. Uesato's, and those of tiny/data, say
-whether all is right so far: p_k is the chance of that, and p_S that of the solution. Lightman's say
-whether a step is right, and end at the first that is not: a solution has Π_k p_k. Math-Shepherd's,
-the default dataset, say whether any of 8 continuations from there found the answer: p_k is the
-chance that it is still within reach. min_k p_k, as in Math-Shepherd, serves all three: a solution
-is as good as its worst step. With --outcome the sum has only its last term, the verdict on the
-whole: an outcome reward model, which has to find out by itself at which step things went wrong.
-(In the papers it learns that verdict at every step or token, and is read at the last.) It is judged
-by the same held-out figures but for the loss.
+in the mean over the steps of a batch. This is process supervision: Uesato et al. 2022,
+arXiv:2211.14275; Lightman et al. 2023, arXiv:2305.20050. p_k means what the labels mean. Uesato's,
+and those of tiny/data, say whether all is right so far: p_k is the chance of that, and p_S that of
+the solution. Lightman's say whether a step is right, and end at the first that is not: a solution
+has Π_k p_k. Math-Shepherd's (Wang et al. 2023, arXiv:2312.08935), the default dataset, say whether
+any of 8 continuations from there found the answer: p_k is the chance that it is still within reach.
+min_k p_k, as in Math-Shepherd, serves all three: a solution is as good as its worst step. With
+--outcome the sum has only its last term, the verdict on the whole: an outcome reward model, which
+has to find out by itself at which step things went wrong. (In the papers it learns that verdict at
+every step or token, and is read at the last.) It is judged by the same held-out figures but for the
+loss.
 
 Kept from the reward model: the scalar, the adapter, the loop. Dropped: the pairs. A label stands by
 itself, so r = 0 has a meaning, a probability of a half, and the rewards need no centering.

@@ -717,22 +717,22 @@ def test_a_run_with_a_loss_scale_agrees_with_one_without(run, loss_scaling, monk
 
 def test_runs_in_16_bits_agree_with_one_in_fp32(run, monkeypatch):
     """Base and forward passes in 16 bits: the loss starts at log 2, trained weights are in fp32."""
-    full, scaler = run("fp32"), torch.amp.GradScaler
+    small = {"beta": 0.1}  # or β magnifies the rounding of log-probs
+    full, scaler = run("fp32", **small), torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(
         *args, **kwargs, init_scale=2.0**8))  # at its default, it first has to skip some steps
     for dtype in torch.float16, torch.bfloat16:
         with monkeypatch.context() as patch:
             patch.setattr(common, "choose_dtype", lambda device, dtype=dtype: dtype)
             patch.setattr(common, "autocast", lambda _, dtype=dtype: torch.autocast("cpu", dtype))
-            half = run(str(dtype))
+            half = run(str(dtype), **small)
         assert half.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert half.metrics[0]["loss_scale"] == (2**8 if dtype == torch.float16 else 1)
         for name, p in half.model.named_parameters():
             assert p.dtype == (torch.float32 if p.requires_grad else dtype), name
         for a, b in zip(full.metrics, half.metrics, strict=True):
-            for name in "loss", "chosen_logp", "rejected_logp":
+            for name in "loss", "chosen_logp", "rejected_logp", "grad_norm":
                 assert a[name] == pytest.approx(b[name], rel=0.05), (a["step"], name)
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.2), a["step"]
         assert {weight.dtype for weight in half.saved.values()} == {torch.float32}
 
 

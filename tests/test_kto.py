@@ -603,9 +603,8 @@ def test_runs_in_16_bits_agree_with_one_in_fp32(run, monkeypatch):
             half = run(str(dtype), beta=0.1, max_steps=2)
         assert half.metrics[0]["loss"] == 0.5 and half.metrics[0]["z"] == 0
         for a, b in zip(full.metrics, half.metrics, strict=True):
-            for name in "loss", "chosen_logp", "rejected_logp":
+            for name in "loss", "chosen_logp", "rejected_logp", "grad_norm":
                 assert a[name] == pytest.approx(b[name], rel=0.05), (a["step"], name)
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.2), a["step"]
         assert {weight.dtype for weight in half.saved.values()} == {torch.float32}
 
 

@@ -423,7 +423,7 @@ def test_two_processes_equal_one(name, data, two, tmp_path, monkeypatch):
     weights = [load_file(x / "adapter_model.safetensors")
                for x in (tmp_path / "one", data / "two" / name)]
     for key, weight in weights[0].items():  # Adam magnifies the rounding of small gradients
-        assert (weight - weights[1][key]).norm() <= 1e-2 * weight.norm(), key
+        assert (weight - weights[1][key]).norm() <= 1e-3 * weight.norm(), key
 
 
 def test_a_process_that_fails_ends_the_other(data, two):
