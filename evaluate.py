@@ -17,23 +17,19 @@ A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt
 
 With --best-of N, shares of right answers when one of N samples is picked: the first; one with the
 number that most of them end in (majority: self-consistency, Wang et al. 2022, arXiv:2203.11171);
-the best by --reward (Cobbe et al. 2021, arXiv:2110.14168) or by the preferences of --judge, as in
-pairs.py; and, as if one knew, a right one (oracle).
+the best by --reward (Cobbe et al. 2021, arXiv:2110.14168); and, as if one knew, a right one
+(oracle).
 """
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import math
-import random
 import re
 import runpy
-import statistics
 from decimal import Decimal
 from pathlib import Path
 
-import jinja2
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -54,10 +50,6 @@ add("--samples-per-prompt", type=common.count, default=4, help="sampled answers 
 add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
 add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
-add("--judge", help="a language model that compares answers, in place of --reward")
-add("--judge-template", default="examples/judge.txt", help="what the judge reads")
-add("--constitution", default="examples/constitution.txt", help="principles, one a line")
-add("--comparisons", type=common.count, default=28, help="pairs judged per prompt, at most")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
 add("--max-new-tokens", type=common.count, default=64, help="longest answer; GSM8K needs 512")
 add("--micro-batch-size", type=common.count, default=128, help="answers at a time")
@@ -266,74 +258,6 @@ def step_logits(model, batch, head):
     return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
 
 
-# ---- what compares two answers: AI feedback ------------------------------------------------------
-
-def load_judge(args, flips):
-    """A function that scores answers by what the judge prefers, and notes which verdicts flip.
-
-    A template is a line like "verdicts: A B", and messages in Jinja below lines like <user>, with
-    prompt (messages), principle, answer_a, answer_b, and verdict where the judge decides.
-    """
-    with common.phase(f"reading {args.judge_template} and {args.constitution}"):
-        principles = Path(common.find(args.constitution)).read_text().strip().splitlines()
-        first, _, rest = Path(common.find(args.judge_template)).read_text().partition("\n")
-        words = first.removeprefix("verdicts:").split()
-        parts = re.split(r"^<(system|user|assistant)>\n", rest, flags=re.MULTILINE)
-        template = words, list(zip(parts[1::2], map(jinja2.Template, parts[2::2]), strict=True))
-        if len(set(words)) != 2 or "{{ verdict }}" not in "".join(parts[2::2]) or not principles:
-            raise ValueError("needed: a line verdicts: A B; {{ verdict }} in a message; principles")
-    tokenizer = common.load_tokenizer(args.judge)
-    model = common.load_model(args.judge, args.load_in_4bit, 0, "off", trainable=False)
-    return functools.partial(judge_scores, model, tokenizer, template, principles, args, flips)
-
-
-def judge_scores(model, tokenizer, template, principles, args, flips, prompts, completions,
-                 **columns):
-    """The mean preference for each of some answers to one prompt over the others."""
-    prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
-    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    duels = sorted(itertools.combinations(range(len(won)), 2), key=lambda duel: duel[1] - duel[0])
-    for i, j in duels[:max(args.comparisons, len(won) - 1)]:  # neighbours first: each meets another
-        principle = random.Random(f"{args.seed} {prompt} {i} {j}").choice(principles)
-        questions = []
-        for first, second in (i, j), (j, i):
-            values = {"prompt": chat, "principle": principle,
-                      "answer_a": completions[first], "answer_b": completions[second]}
-            questions.append(encode_verdict(tokenizer, *template, values))
-        forth, back = first_wins(model, tokenizer, questions)
-        flips.append((forth > 0.5) != (back < 0.5))
-        won[i].append(0.5 + (forth - back) / 2)  # ½ [P_A(y_i, y_j) + 1 − P_A(y_j, y_i)]
-        won[j].append(0.5 - (forth - back) / 2)
-    return [statistics.fmean(several or [0.5]) for several in won]
-
-
-def encode_verdict(tokenizer, words, messages, values):
-    """The ids that the chats with either verdict share, and the token of each where they part."""
-    both = []
-    for word in words:
-        chat = [{"role": role, "content": text.render(values, verdict=word).strip()}
-                for role, text in messages]
-        both.append(common.to_ids(tokenizer, common.render(tokenizer, chat)))
-    parting = common.shared_length(*both)
-    if not 0 < parting < min(map(len, both)) or parting > tokenizer.model_max_length:
-        raise ValueError(f"the verdicts {words} part after {parting} tokens of {len(both[0])}")
-    return both[0][:parting], [ids[parting] for ids in both]
-
-
-@torch.no_grad()
-def first_wins(model, tokenizer, questions):
-    """P_A of each question: the softmax of its two verdicts' logits, at its last token."""
-    causal = common.causal_lm(model)
-    rows, verdicts = zip(*questions, strict=True)
-    batch = tokenizer.pad({"input_ids": list(rows)}, padding_side="right", return_tensors="pt")
-    last = batch["attention_mask"].sum(-1) - 1  # [B]
-    with common.autocast(model):
-        hidden = causal.base_model(**batch.to(model.device), use_cache=False)[0]  # [B, T, D]
-        logits = causal.get_output_embeddings()(hidden[torch.arange(len(rows)), last])  # [B, V]
-    logits = logits.float().cpu().gather(1, torch.tensor(verdicts))  # [B, 2]
-    return logits.softmax(-1)[:, 0].tolist()
-
-
 # ---- the table -----------------------------------------------------------------------------------
 
 def pass_at_k(hits, count, k):
@@ -382,10 +306,9 @@ def measure(name, first, tokenizer, examples, reward, args):
         right = call_reward("correct_answer", correct_answer, part, texts)
         figures["sampled"] += right
         for j in range(0, len(texts), samples):
-            group = slice(j, j + samples)  # a judge compares answers to one prompt
-            scores = call_reward(args.judge or args.reward, reward, part[group], texts[group])
-            if not args.judge:  # whose preferences among the answers are a half in the mean
-                figures["reward"] += scores
+            group = slice(j, j + samples)  # the answers to one prompt
+            scores = call_reward(args.reward, reward, part[group], texts[group])
+            figures["reward"] += scores
             figures["pass@k"].append(pass_at_k(round(sum(right[group])), samples, args.k))
             if args.best_of:
                 for way, share in pick(args.best_of, texts[group], scores, right[group]).items():
@@ -436,7 +359,7 @@ def main(args):
     if args.output and (Path(args.output).exists() or not Path(args.output).parent.is_dir()):
         common.fail(f"--output {args.output} is there already, or its folder is not")
     names = args.checkpoints or ["tiny/chat", *tiny_runs()]
-    reward = load_judge(args, flips=[]) if args.judge else load_scorer(args.reward, args)
+    reward = load_scorer(args.reward, args)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens, needs_answer=True)
     tokenizers, examples, used = {}, {}, {}
@@ -459,7 +382,7 @@ def main(args):
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}")
     show_table(lines, SHARES, OTHERS, args)
     if args.best_of:
-        print(f"\none of {args.best_of} samples, the best by {args.judge or args.reward}")
+        print(f"\none of {args.best_of} samples, the best by {args.reward}")
         show_table(lines, PICKS, [], args)
 
 

@@ -537,10 +537,6 @@ EVALUATE = [
      "texts[group], scores, right[group])", "texts[group], right[group], right[group])"),
     ("a run without its adapter is taken for any first checkpoint", "evaluate: ",
      " and common.base_of(name) == common.find(first)", ""),
-    ("a judge is not asked", "evaluate: judge_picks",
-     "load_judge(args, flips=[]) if args.judge else", "correct_answer if args.judge else"),
-    ("a judge compares answers to several prompts", "evaluate: judge_picks",
-     "part[group], texts[group])", "part[group], texts[j // samples::len(prompts)])"),
     ("reward models of steps are compared", "evaluate: tiny_runs_are_found",
      'not in ("reward_model", "prm")', 'not in ("reward_model",)'),
 ]

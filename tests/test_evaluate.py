@@ -246,34 +246,6 @@ def test_a_trained_head_is_a_reward(method, table, tmp_path, monkeypatch):
     assert (min(scores) < 0) == (method == "reward_model")
 
 
-def test_a_judge_picks_what_it_prefers(table, monkeypatch):
-    """What it prefers to the other samples of the same prompt; its scores are those of pairs.py."""
-    answers = {"1 + 1": (["2"], ["1 + 1 = 3", "1 + 1 = 2", "1 + 1 = 2", "2"]),
-               "2 + 1": (["3"], ["2 + 1 = 3", "2 + 1 = 9", "it is 4", "2 + 1 = 4"])}
-    monkeypatch.setattr(evaluate, "sample", scripted(answers)[0])
-    judged, judge_scores = [], evaluate.judge_scores
-
-    def keep(*args, completions, **columns):
-        judged.append(completions)
-        return judge_scores(*args, completions=completions, **columns)
-
-    monkeypatch.setattr(evaluate, "judge_scores", keep)
-    flags = {"judge": "tiny/base", "judge_template": "examples/judge_claim.txt"}
-    (line,), printed = table("tiny/chat", rows=PROMPTS[:2], best_of=4, **flags)
-    assert "the best by tiny/base" in printed
-    assert judged == [texts for _, texts in answers.values()]
-    names = [word for name, value in flags.items()
-             for word in ("--" + name.replace("_", "-"), value)]
-    judge = evaluate.load_judge(evaluate.flags.parse_args(names), flips=[])
-    best = []
-    for row, (_, texts) in zip(PROMPTS, answers.values(), strict=False):
-        scores = judge(prompts=[row["prompt"]] * 4, completions=texts)
-        assert sum(scores) / 4 == pytest.approx(0.5)  # what one wins another loses
-        best.append(evaluate.last_number(texts[scores.index(max(scores))]) == int(row["answer"]))
-    assert best == [True, False]  # it falls for "it is 4"
-    assert line["best"] == 0.5 and line["reward"] is None
-
-
 # ---- what is refused -----------------------------------------------------------------------------
 
 def refusal(refused, *argv):

@@ -1,8 +1,10 @@
 """What must hold for the project as a whole: how its files read, its pictures and its data."""
 import ast
+import io
 import json
 import re
 import sys
+import tokenize
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,9 +16,12 @@ import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["sft", "reward_model", "prm", "dpo", "kto", "online_dpo", "ppo", "grpo"]
-ROOM = {"common": 620, "sft": 425, "reward_model": 365, "dpo": 415, "ppo": 585, "grpo": 600,
-        "prm": 450, "kto": 450, "online_dpo": 450, "pairs": 450, "evaluate": 470, "plot": 160,
-        "chat": 245}
+# the most lines of code that a script may have: room, not a target
+ROOM = {"common": 580, "sft": 330, "reward_model": 275, "dpo": 325, "kto": 335, "online_dpo": 370,
+        "ppo": 450, "grpo": 460, "prm": 315, "pairs": 330, "evaluate": 340, "chat": 185,
+        "plot": 140}
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+           tokenize.ENDMARKER}
 SCRIPTS = [ROOT / f"{name}.py" for name in ROOM]  # a reader may put files of his own beside them
 # what each script has in a form of its own: the loop, and what scores a batch
 OWN = {"main", "train", "evaluate", "describe", "rollout"}
@@ -37,11 +42,31 @@ def depth(node):
     return max(inner, default=0) + isinstance(node, blocks)
 
 
+def code_lines(source):
+    """How many lines hold code: those that are not blank, not a comment and not in a docstring."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NO_CODE:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        documented = ast.Module | ast.FunctionDef | ast.ClassDef
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_code_lines_count_neither_prose_nor_blank_lines():
+    source = '"""A\ndocstring."""\n\n# a comment\nx = """\ntext\n"""  # another\n'
+    function = 'def f():\n    """Says."""\n    # why\n    return [\n\n        1]\n'
+    assert code_lines(source) == 3 and code_lines(source + function) == 6
+
+
 @each_script
 def test_a_script_has_its_room(path):
-    """Lines, and no line wider than 100 columns."""
-    lines = path.read_text().splitlines()
-    assert len(lines) <= ROOM[path.stem] and max(map(len, lines)) <= 100
+    """Lines of code, and no line wider than 100 columns."""
+    source = path.read_text()
+    assert code_lines(source) <= ROOM[path.stem]
+    assert max(map(len, source.splitlines())) <= 100
 
 
 def test_all_other_files_keep_to_100_columns():
@@ -61,10 +86,10 @@ def test_a_function_of_one_name_is_the_same_everywhere():
 
 
 def test_housekeeping_is_the_same_everywhere():
-    """From its heading to the end, and it is at most 115 lines."""
+    """From its heading to the end of the file."""
     parts = {(ROOT / f"{name}.py").read_text().partition("# ---- housekeeping")[2]
              .partition("\nif __name__")[0] for name in METHODS}
-    assert len(parts) == 1 and 0 < parts.pop().count("\n") <= 115
+    assert len(parts) == 1 and parts.pop()
 
 
 @each_method
@@ -72,7 +97,8 @@ def test_train_is_short_and_flat(name):
     """85 lines, 110 where there is sampling; numbered steps; nothing defined, no deep nesting."""
     path = ROOT / f"{name}.py"
     train = functions(path)["train"]
-    assert train.end_lineno - train.lineno < (110 if name in ("ppo", "grpo", "online_dpo") else 85)
+    source = ast.get_source_segment(path.read_text(), train)
+    assert code_lines(source) <= (110 if name in ("ppo", "grpo") else 85)
     nested = ast.FunctionDef | ast.Lambda | ast.ClassDef
     assert not any(isinstance(node, nested) for node in ast.walk(train) if node is not train)
     assert depth(train) <= 4
@@ -81,17 +107,11 @@ def test_train_is_short_and_flat(name):
 
 
 @each_method
-def test_the_method_begins_in_the_first_third(name):
-    lines = (ROOT / f"{name}.py").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("# ---- the method"))
-    assert start < len(lines) / 3
-
-
-@each_method
 def test_losses_are_short(name):
     for function, node in functions(ROOT / f"{name}.py").items():
         if function.endswith(("_loss", "_losses")):
-            assert node.end_lineno - node.lineno < 27, function  # with signature and docstring
+            source = ast.get_source_segment((ROOT / f"{name}.py").read_text(), node)
+            assert code_lines(source) <= 25, function
 
 
 @each_method
