@@ -42,6 +42,9 @@ add("--base", action="store_true", help="begin with the first checkpoint without
 add("--tokens", action="store_true", help="colour tokens by their log-ratio to the first one")
 add("--temperature", type=common.positive, default=1.0, help="of sampling; 1e-6 is greedy")
 add("--max-new-tokens", type=common.count, default=512, help="longest answer")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--load-in-4bit", **common.ON_GPU, help="quantise the base")
 add("--seed", type=common.natural, default=0, help="of the samples")
 
@@ -57,7 +60,8 @@ def load_checkpoints(args):
     if args.tokens and len(checkpoints) == 1:
         common.fail("--tokens compares with the first checkpoint: name a second one, or add --base")
     for checkpoint in checkpoints:  # what is wrong shows before the first model is loaded
-        tokenizer = checkpoint["tokenizer"] = common.load_tokenizer(checkpoint["run"])
+        tokenizer = checkpoint["tokenizer"] = common.load_tokenizer(
+            checkpoint["run"], args.chat_template, args.template_arguments)
         if args.tokens and tokenizer.get_vocab() != checkpoints[0]["tokenizer"].get_vocab():
             common.fail(f"--tokens: {checkpoint['name']} has other tokens than {runs[0]}")
     if args.base and not common.adapter_config(runs[0]):

@@ -7,6 +7,8 @@ base, in 4 bits on a GPU (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A row 
 # ruff: noqa: E402
 import argparse
 import contextlib
+import csv
+import gzip
 import itertools
 import json
 import logging
@@ -22,7 +24,9 @@ for chatty in "bitsandbytes", "huggingface_hub":  # they advertise a kernel and 
 
 import bitsandbytes
 import datasets
+import jinja2
 import peft
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import transformers
@@ -31,8 +35,16 @@ from transformers.integrations import sdpa_attention
 
 HERE = Path(__file__).resolve().parent
 SCORE = "base_model.model.score.weight"  # a reward model's head in the file of its adapter
-QUOTE = "\ufdd0"  # a code point that no text has
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+QUOTE, MARK = "\ufdd0", "\ufdd1"  # code points that no text has
+FORMATS = (".json", ".jsonl", ".csv", ".tsv")
+# other names of roles whose meaning is certain, and keys of a message that are not for templates
+ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
+NOT_FOR_TEMPLATES = ("from", "value", "weight", "train", "tool_calls")
+# the usual names of columns, of which the first that a row has is read, and others of a chat
+QUESTIONS = ("prompt", "instruction", "question", "problem", "query", "input")
+ANSWERS = ("completion", "output", "response", "solution", "answer")
+SPOKEN = {*QUESTIONS, *ANSWERS, "system", "system_prompt", "context", "messages", "conversations",
+          "history", "text", "chosen", "rejected", "completions", "labels"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
@@ -122,6 +134,21 @@ natural = number(int, 0)
 positive = number(float, 1e-9)
 weight = number(float, 0)
 share = number(float, 0, 1)
+
+
+def column(text: str) -> str:
+    """An argparse type: PROMPT=NAME, where the prompt stands in a column of another name."""
+    if not re.fullmatch("[^=]+=[^=]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is not like prompt=query")
+    return text
+
+
+def variables(text: str) -> dict:
+    """An argparse type: a JSON object, for variables of a chat template."""
+    values = json.loads(text)
+    if not isinstance(values, dict) or not all(key.isidentifier() for key in values):
+        raise argparse.ArgumentTypeError('it must be like {"enable_thinking": false}')
+    return values
 
 
 def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = None):
@@ -368,20 +395,24 @@ def settings(model) -> dict:
 
 # ---- tokens --------------------------------------------------------------------------------------
 
-def load_tokenizer(name: str):
-    """The tokenizer of a model, with a pad token and an end of turn that the model can say.
+def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict | None = None):
+    """The tokenizer of a model, with a pad token and an end of turn that the model can produce.
 
-    The template of a base model such as Qwen2.5-0.5B ends turns in <|im_end|>, which it was never
-    trained on and which LoRA below a frozen head cannot teach it. There answers end in eos.
+    `chat_template` names a file that replaces the model's template; `arguments` are variables that
+    the template reads, such as {"enable_thinking": false}. Both become part of the template, so
+    that whoever loads a saved run gets the same tokens.
+
+    The template of a base model such as Qwen2.5-0.5B ends turns in <|im_end|>, which the model was
+    never trained on and which LoRA below a frozen head cannot teach it. There answers end in eos.
     """
     with phase(f"loading the tokenizer of {name}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(find(name))
-        config = transformers.AutoConfig.from_pretrained(base_of(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(base_of(name), trust_remote_code=False)
         try:
             generation_config = transformers.GenerationConfig.from_pretrained(base_of(name))
         except OSError:  # the file is optional
             generation_config = transformers.GenerationConfig.from_model_config(config)
-        longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no eos token, which ends an answer")
@@ -391,13 +422,18 @@ def load_tokenizer(name: str):
         highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, *spoken)
         if highest >= config.get_text_config().vocab_size:
             raise ValueError(f"its ids go up to {highest}, beyond the model's embeddings")
+        if chat_template:
+            tokenizer.chat_template = Path(find(chat_template)).read_text(encoding="utf-8")
+        for key, value in (arguments or {}).items():
+            tokenizer.chat_template = f"{{%- set {key} = {value!r} %}}{tokenizer.chat_template}"
         if "strftime_now" in (tokenizer.chat_template or ""):  # or ids change with the calendar
             date = "{%- macro strftime_now(format) %}01 Jan 2025{% endmacro -%}"
             tokenizer.chat_template = date + tokenizer.chat_template
         end = end_of_turn_id(tokenizer)
         if end not in (None, *stop_token_ids(tokenizer, generation_config, template=False)):
             end_answers_with_eos(tokenizer, tokenizer.convert_ids_to_tokens(end))
-            print(f"{name} was not trained to end a turn: answers end with {tokenizer.eos_token}")
+            print(visible(
+                f"{name} was not trained to end a turn: answers end with {tokenizer.eos_token}"))
     return tokenizer
 
 
@@ -427,30 +463,150 @@ def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[
     """Every token that ends an answer: eos, the model's own ones, the template's end of turn."""
     own = generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return sorted({*ids, end_of_turn_id(tokenizer) if template else None} - {None})
+    if template:
+        ids.append(end_of_turn_id(tokenizer))
+    return sorted(set(ids) - {None})
+
+
+def standard_message(message: dict) -> dict:
+    """A message in the one form that every template understands, or ValueError.
+
+    The content is a string, the arguments of a tool call are an object, and the role is one of
+    system, user, assistant and tool. ShareGPT's `from` and `value` are `role` and `content`.
+    """
+    if not isinstance(message, dict) or "function_call" in message:
+        raise ValueError(f"a message must be an object with role and content, not {message!r:.80}")
+    role = message.get("role", message.get("from"))
+    role = ROLES.get(str(role).lower(), role)
+    content = message.get("content", message.get("value"))
+    calls = [standard_call(call) for call in message.get("tool_calls") or []]
+    if role not in ("system", "user", "assistant", "tool"):
+        raise ValueError(f"a message needs the role system, user, assistant or tool, not {role!r}")
+    if isinstance(content, list):
+        if any(part.get("type") != "text" for part in content):
+            raise ValueError(f"a message has a part that is not text: {content!r:.80}")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str) and not (content is None and calls):
+        raise ValueError(f"a message needs content, a string, or tool_calls, not {content!r:.80}")
+    standard = {key: value for key, value in message.items() if key not in NOT_FOR_TEMPLATES}
+    standard |= {"role": role, "content": content or ""}
+    return standard | {"tool_calls": calls} if calls else standard
+
+
+def standard_call(call: dict) -> dict:
+    """A tool call whose arguments are an object; OpenAI's API has them as JSON in a string."""
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the arguments of a tool call must be an object, not {arguments!r:.80}")
+    return call | {"type": "function", "function": function | {"arguments": arguments}}
+
+
+def standard_tools(tools) -> list | None:
+    """Tool schemas as a list: they come as one schema, several, JSON, or an empty string."""
+    tools = json.loads(tools or "null") if isinstance(tools, str) else tools
+    return [tools] if isinstance(tools, dict) else tools or None
+
+
+def is_trained(message: dict) -> bool:
+    """Whether a turn of the assistant is learned: `weight` 0 or `train` false says no."""
+    weight = message.get("weight", message.get("train", 1))
+    if weight not in (0, 1):
+        raise ValueError(f"the weight of a message must be 0 or 1, not {weight!r}")
+    return bool(weight)
 
 
 def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> str:
-    """A conversation as text. A special token that messages or tools spell is broken by QUOTE."""
-    for message in messages:
-        keys = message.keys() if isinstance(message, dict) else set()
-        if "role" not in keys or not {"content", "tool_calls"} & keys:
-            raise ValueError(f"a message needs a role, and content or tool_calls, not {message}")
+    """A conversation as a string in which QUOTE breaks what only looks like a special token.
+
+    A message may spell a special token: a user could otherwise type the end of a turn and forge
+    the next one (prompt injection). `to_ids` reads such a token as plain characters.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the model has no chat template for messages: --chat-template names one")
+    messages = [standard_message(message) for message in messages]
+    messages, tools = json.loads(quote(tokenizer, json.dumps(
+        [messages, standard_tools(tools)], ensure_ascii=False)))
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+
+def quote(tokenizer, text: str) -> str:
+    """The text with QUOTE behind the first character of every special token that it spells."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    quoted = re.sub("|".join(map(re.escape, special)), lambda x: x[0][0] + QUOTE + x[0][1:],
-                    json.dumps([messages, tools], ensure_ascii=False))
-    messages, tools = json.loads(quoted)
-    return tokenizer.apply_chat_template(
-        [{"content": ""} | message for message in messages], tools=tools,
-        add_generation_prompt=add_generation_prompt, tokenize=False)
+    return re.sub("|".join(map(re.escape, special)), lambda x: x[0][0] + QUOTE + x[0][1:], text)
+
+
+def render_prompt(tokenizer, messages: list, tools=None) -> str:
+    """The conversation up to the point where the model continues, as `render` gives it.
+
+    If the last message is one of the assistant, it is a prefill: the model continues its text. A
+    prefill that opens a thought of its own takes the place of the one that the template opens.
+    """
+    *earlier, last = [standard_message(message) for message in messages]
+    if last["role"] != "assistant":
+        return render(tokenizer, messages, tools, add_generation_prompt=True)
+    asked = render(tokenizer, earlier, tools, add_generation_prompt=True)
+    if "<think>" in last["content"]:
+        asked = asked.removesuffix("\n").removesuffix("<think>")
+    return asked + quote(tokenizer, last["content"])
+
+
+def check_printed(tokenizer, messages: list, tools=None):
+    """Refuses a conversation of which the template drops a message, a tool call or the tools.
+
+    Whatever should be printed gets a mark of its own at its end, and the marks are looked for.
+    """
+    marked, names = [standard_message(message) for message in messages], []
+    for place, message in enumerate(marked, 1):
+        parts = [(message, "content")]
+        parts += [(call["function"], "name") for call in message.get("tool_calls", [])]
+        for part, key in parts:
+            if part[key].strip():
+                part[key] += f"{MARK}{len(names)}{MARK}"
+                kind = "content" if part is message else "tool call"
+                names.append(f"the {kind} of message {place} ({message['role']})")
+    text = render(tokenizer, marked, tools)
+    lost = [name for i, name in enumerate(names) if f"{MARK}{i}{MARK}" not in text]
+    if standard_tools(tools) and text == render(tokenizer, marked):
+        lost.append("the tools")
+    if lost:
+        raise ValueError(f"the chat template does not print {lost[0]}")
+
+
+def check_said(message: dict, place: int, printed: str):
+    """Refuses an answer of which the template does not print all of the content or the thought."""
+    printed = "".join(printed.replace(QUOTE, "").split())
+    for key in ("content", "reasoning_content", "reasoning", "thinking"):
+        if "".join((message.get(key) or "").split()) not in printed:
+            raise ValueError(f"the chat template does not print the {key} of message {place} whole")
+    if not message["content"].strip() and not message.get("tool_calls"):
+        raise ValueError(f"message {place}, an answer, is empty")
 
 
 def to_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a rendered conversation, in which what QUOTE breaks is mere text."""
+    """The token ids of a rendered conversation, in which what QUOTE breaks is plain text."""
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(QUOTE)]
     return list(itertools.chain(*parts))
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The token ids of a string, with BOS once, also where it spells BOS, and no eos of its own."""
+    ids = tokenizer(text)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+
+
+def with_end(tokenizer, ids: list[int]) -> list[int]:
+    """The ids with eos at their end, unless they end in a special token, white space aside."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    last = max((place for place, i in enumerate(ids) if i in special), default=0)
+    if last > 0 and not tokenizer.decode(ids[last + 1:]).strip():
+        return ids[:last + 1]
+    return [*ids, tokenizer.eos_token_id]
 
 
 def shared_length(a: list, b: list) -> int:
@@ -462,90 +618,157 @@ def shared_length(a: list, b: list) -> int:
 def encode_prompt(tokenizer, prompt: str | list, tools=None) -> list[int]:
     """The token ids up to the point where the model answers."""
     if not prompt or not isinstance(prompt, str | list):
-        raise ValueError("a prompt must be a text or a list of messages")
+        raise ValueError("a prompt must be a string or a list of messages")
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return to_ids(tokenizer, render(tokenizer, prompt, tools, add_generation_prompt=True))
+        return text_ids(tokenizer, prompt)
+    check_printed(tokenizer, prompt, tools)
+    return to_ids(tokenizer, render_prompt(tokenizer, prompt, tools))
 
 
 def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> list[list]:
-    """Two texts or lists of messages as examples, each a list of pieces (ids, is_answer).
+    """Prompt and answer, strings or lists of messages, as examples: lists of (ids, is_answer).
+
+    The first piece of an example is its head, which truncation keeps (BOS and system message), the
+    second the rest of the prompt, the third the answer; further turns may follow in the same way.
 
     That is one example, unless the template rewrites earlier turns once others follow (Qwen3 drops
-    their thoughts): then it is one for each turn of the assistant, as it is when the model answers.
+    their thoughts). Then each turn of the assistant becomes an example of its own, in which it is
+    the last, as it is when the model answers.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         return [encode_text(tokenizer, prompt, answer)]
+    if isinstance(prompt, list) and prompt and isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, str) and prompt and isinstance(answer, list):
+        if standard_message(answer[0])["role"] == "assistant":
+            prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not isinstance(answer, list):
-        raise ValueError("prompt and answer must both be texts or both lists of messages")
-    chat, first = prompt + answer, len(prompt)
-    roles = [message.get("role") if isinstance(message, dict) else None for message in chat]
-    turns = [i for i in range(first, len(chat)) if roles[i] == "assistant"]
+        raise ValueError("prompt and answer must be strings or lists of messages")
+    chat, first, prefilled = [standard_message(x) for x in prompt + answer], len(prompt), None
+    turns = [i for i, message in enumerate(answer, first)
+             if chat[i]["role"] == "assistant" and is_trained(message)]
     if not turns:
-        raise ValueError("there is no answer of the assistant")
+        raise ValueError("there is no answer of the assistant to train on")
+    if first and chat[first - 1]["role"] == "assistant" and turns[0] == first:
+        prefilled = render_prompt(tokenizer, chat[:first], tools)  # which the answer continues
+        chat[first]["content"] = chat.pop(first - 1)["content"] + chat[first - 1]["content"]
+        turns = [turn - 1 for turn in turns]
     try:
-        return [encode_chat(tokenizer, chat[:turns[-1] + 1], turns, tools)]
+        return [encode_chat(tokenizer, chat[:turns[-1] + 1], turns, tools, prefilled)]
     except ValueError:
         if len(turns) == 1:
             raise
-        return [encode_chat(tokenizer, chat[:turn + 1], [turn], tools) for turn in turns]
+        return [encode_chat(tokenizer, chat[:turn + 1], [turn], tools, None) for turn in turns]
 
 
 def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bool]]:
-    """Prompt and answer, with eos at its end, once."""
-    if not answer:
+    """Prompt and answer as pieces, with a token at the end that ends the answer, once."""
+    # one string, as tokenizers may treat its start specially; a token may span the border
+    ids = with_end(tokenizer, text_ids(tokenizer, prompt + answer))
+    head = int(ids[0] == tokenizer.bos_token_id)
+    border = max(head, shared_length(text_ids(tokenizer, prompt), ids) if prompt else 0)
+    if not answer.strip() or border == len(ids):
         raise ValueError("the answer is empty")
-    # one text, as tokenizers may treat its start specially; a token may span the border
-    ids = tokenizer(prompt + answer)["input_ids"]
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    border = shared_length(tokenizer(prompt)["input_ids"], ids)
-    return [(ids[:border], False), (ids[border:], True)]
+    return [(ids[:head], False), (ids[head:border], False), (ids[border:], True)]
 
 
-def encode_chat(tokenizer, chat: list, turns: list[int], tools) -> list[tuple[list[int], bool]]:
-    """A conversation as pieces; an answer goes from behind its header through its end token."""
+def encode_chat(tokenizer, chat: list, turns: list[int], tools, prefilled: str | None) -> list:
+    """A conversation as pieces; an answer goes from behind its header through its end token.
+
+    `prefilled` is the rendered prompt of the first turn where that is more than a header.
+    """
+    check_printed(tokenizer, chat, tools)
     ids = to_ids(tokenizer, render(tokenizer, chat, tools))
     ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
     pieces, done = [], 0
     for turn in turns:
-        asked = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
         answered = render(tokenizer, chat[:turn + 1], tools)
-        after = to_ids(tokenizer, answered) if turn + 1 < len(chat) else ids
+        after = to_ids(tokenizer, answered)
+        header = render_header(tokenizer, chat, turn, tools, answered)
+        if header is None:  # a greeting
+            continue
+        asked = prefilled or header
+        prefilled = None
         # before a token that spans the header's and the answer's newlines
         start = shared_length(to_ids(tokenizer, asked), after)
         stops = [i for i in range(start, len(after)) if after[i] in ends]
+        if not stops and turn + 1 == len(chat):  # a template without an end of turn (GLM-4)
+            ids = after = with_end(tokenizer, after)
         stop = stops[0] + 1 if stops else len(after)  # generation ends there
-        if not answered.startswith(asked) or ids[:stop] != after[:stop]:
+        if not answered.startswith(asked) or ids[:stop] != after[:stop] or (
+                not stops and turn + 1 < len(chat)):
             raise ValueError(f"the chat template rewrites message {turn + 1} once others follow")
-        said = tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()
-        if not said or not any(chat[turn].get(key) for key in ("content", "tool_calls")):
-            raise ValueError(f"the chat template prints nothing of message {turn + 1}")
+        check_said(chat[turn], turn + 1, answered[len(header):])
         pieces += [(ids[done:start], False), (ids[start:stop], True)]
         done = stop
-    return pieces
+    if not pieces:
+        raise ValueError("the only answer has no question, and the template cannot render it alone")
+    first = next(i for i, message in enumerate(chat) if message["role"] != "system")
+    other = [*chat[:first], chat[first] | {"content": MARK}, *chat[first + 1:]]
+    head = shared_length(pieces[0][0], to_ids(tokenizer, render(tokenizer, other, tools)))
+    return [(pieces[0][0][:head], False), (pieces[0][0][head:], False), *pieces[1:]]
+
+
+def render_header(tokenizer, chat: list, turn: int, tools, answered: str) -> str | None:
+    """The conversation up to the first character of an answer; None if it cannot be rendered.
+
+    That is the generation prompt, except where the template opens a thought in it that it cuts out
+    of finished turns (DeepSeek-R1), and for a greeting, which has no question before it.
+    """
+    is_greeting = all(message["role"] == "system" for message in chat[:turn])
+    if not is_greeting:
+        asked = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
+        if answered.startswith(asked):
+            return asked
+    try:
+        said = render(tokenizer, [*chat[:turn], {"role": "assistant", "content": MARK}], tools)
+    except jinja2.TemplateError:
+        if is_greeting:
+            return None
+        raise
+    header = said.partition(MARK)[0]
+    if not answered.startswith(header) or not (is_greeting or asked.startswith(header)):
+        raise ValueError(f"the chat template writes message {turn + 1} in another way than it asks "
+                         "the model for it")
+    return header
 
 
 def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
-    """Chosen and rejected, each as pieces: the prompt (a column, or how both begin), the answer."""
-    prompt, answers = row.get("prompt", ""), [row.get("chosen"), row.get("rejected")]
+    """Chosen and rejected as pieces: the head, the rest of the prompt, the answer.
+
+    The prompt is a column, or what both answers begin with: messages, or a string.
+    """
+    prompt, answers = prompt_of(row, tokenizer), [row.get("chosen"), row.get("rejected")]
     if not all(answers) or answers[0] == answers[1]:
-        raise ValueError("chosen and rejected must be two different answers")
-    if isinstance(answers[0], list):
-        if not prompt or isinstance(prompt, str):  # UltraFeedback repeats it as a text
-            prompt = answers[0][:shared_length(*answers)]
-        length = len(prompt)
-        answers = [answer[length:] if answer[:length] == prompt else answer for answer in answers]
+        missing = [name for name in ("chosen", "rejected") if not row.get(name)]
+        raise ValueError(f"the column {missing[0]} is missing or empty" if missing
+                         else "chosen and rejected are the same")
+    if isinstance(answers[0], list) and isinstance(answers[1], list):
+        answers = [with_system(answer, row) if len(answer) > 1 else answer for answer in answers]
+        shared = answers[0][:shared_length(*answers)]
+        if any(standard_message(x)["role"] == "user" for x in shared):  # as in UltraFeedback
+            prompt = shared
+        if not prompt:
+            raise ValueError("there is no prompt: no such column, and no question in both answers")
+        if isinstance(prompt, list):
+            length = len(prompt)
+            answers = [x[length:] if x[:length] == prompt else x for x in answers]
+    others = [name for name, value in row.items() if name not in ("chosen", "rejected")
+              and isinstance(value, str) and " " in value.strip()]
+    if not prompt and others:  # else the common start of both answers would pass for the question
+        raise ValueError(f"there is no column prompt; if that is {others[0]}, add --columns prompt="
+                         f"{others[0]}, else remove it")
     sides = [encode(tokenizer, prompt, answer, row.get("tools")) for answer in answers]
     if len(sides[0]) > 1 or len(sides[1]) > 1:
         raise ValueError("the chat template rewrites turns of the answer once others follow")
     chosen, rejected = sides[0][0], sides[1][0]
-    if not prompt and isinstance(answers[0], str):  # half a word gives other tokens than a whole
-        texts = [asked + answer for (asked, _), (answer, _) in (chosen, rejected)]
+    if not prompt:  # half a word gives other tokens than a whole
+        head = chosen[0]
+        texts = [[token for ids, _ in side[1:] for token in ids] for side in (chosen, rejected)]
         border = shared_length(*texts)
-        chosen, rejected = ([(ids[:border], False), (ids[border:], True)] for ids in texts)
-    shared = shared_length(chosen[0][0], rejected[0][0])
-    if not 0 < shared == min(len(chosen[0][0]), len(rejected[0][0])) or not chosen[1][0]:
+        chosen, rejected = [[head, (ids[:border], False), (ids[border:], True)] for ids in texts]
+    asked = [side[0][0] + side[1][0] for side in (chosen, rejected)]
+    if not 0 < shared_length(*asked) == min(map(len, asked)) or not chosen[2][0]:
         raise ValueError("chosen and rejected do not answer the same prompt")
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same tokens")
@@ -562,16 +785,47 @@ def show(tokenizer, input_ids: list[int], loss_mask: list[int]):
 
 # ---- rows ----------------------------------------------------------------------------------------
 
-def load_rows(source: str, split: str, limit: int, seed: int) -> list[dict]:
-    """The rows of a file, or up to `limit` random ones of a Hub dataset, NAME or NAME:CONFIG."""
+def read_file(path: Path) -> list:
+    """The rows of a local file: .json, .jsonl, .csv or .tsv, each also as .gz, or .parquet.
+
+    Every value of a .csv or .tsv file is a string: "0123" and "None" stay what they are.
+    """
+    zipped = path.suffix == ".gz"
+    kind = Path(path.stem).suffix.lower() if zipped else path.suffix.lower()
+    if kind == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if kind not in FORMATS:
+        raise ValueError(f"its name must end in {', '.join(FORMATS)} or .parquet")
+    with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if kind in (".csv", ".tsv"):
+            csv.field_size_limit(2**31 - 1)
+            return list(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"))
+        text = file.read().strip()
+    if not text.startswith("["):  # an object per line
+        text = "[" + ",\n".join(line for line in text.splitlines() if line.strip()) + "]"
+    return json.loads(text)
+
+
+def load_rows(source: str, split: str, limit: int, seed: int, columns=()) -> list[dict]:
+    """The rows of a file, or up to `limit` random ones of a Hub dataset, NAME or NAME:CONFIG.
+
+    `columns` holds other names of columns: "prompt=query" reads the column query as the prompt.
+    """
     with phase(f"reading {source}"):
-        if file_type := FORMATS.get(Path(source).suffix.lower()):
-            rows = datasets.load_dataset(file_type, data_files=find(source), split="train")
+        path = Path(find(source))
+        if path.is_file() or path.suffix.lower() in (*FORMATS, ".parquet", ".gz"):
+            rows = read_file(path)
         else:
             name, _, config = source.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split).shuffle(seed=seed)
             rows = rows.select(range(min(limit, len(rows))))
-        return [without_nones(row) for row in rows]
+        rows = [without_nones(row) for row in rows]
+        names = {old: new for new, _, old in (pair.partition("=") for pair in columns)}
+        for old in names:
+            if not any(old in row for row in rows):
+                raise ValueError(f"there is no column {old}, which --columns names")
+        return [{key: value for key, value in row.items() if key not in names.values()}
+                | {new: row[old] for old, new in names.items() if old in row} for row in rows]
 
 
 def without_nones(value):
@@ -581,19 +835,86 @@ def without_nones(value):
     return [without_nones(item) for item in value] if isinstance(value, list) else value
 
 
+def from_cell(name: str, value):
+    """A value of a conversation: a whole number as a string, and JSON from a cell of messages."""
+    if type(value) is int and name in SPOKEN:
+        return str(value)
+    if isinstance(value, str) and name in SPOKEN and value.strip()[:1] + value.strip()[-1:] == "[]":
+        with contextlib.suppress(json.JSONDecodeError):  # a text in brackets
+            items = json.loads(value)
+            if name in ("completions", "labels") or all(isinstance(x, dict) for x in items):
+                return items
+    return value
+
+
+def with_system(messages: list, row: dict) -> list:
+    """The messages of a row below the message in its column `system`, unless they have one."""
+    system = row.get("system") or row.get("system_prompt")
+    if not system or any(standard_message(message)["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def prompt_of(row: dict, tokenizer) -> str | list:
+    """The prompt of a row, a string or a list of messages; "" if it has none.
+
+    A question under another name than `prompt`, or with a `system` column, becomes messages where
+    the tokenizer has a template for them.
+    """
+    names = [name for name in QUESTIONS if row.get(name)]
+    if not names:
+        return ""
+    prompt, system = row[names[0]], row.get("system") or row.get("system_prompt")
+    if isinstance(prompt, list):
+        return with_system(prompt, row)
+    if names[0] == "prompt" and not system:
+        return prompt
+    if names[0] == "instruction":
+        parts = [prompt, row.get("input"), row.get("context")]
+        prompt = "\n\n".join(part for part in parts if part)
+    if tokenizer.chat_template:
+        return with_system([{"role": "user", "content": prompt}], row)
+    return "\n\n".join([system, prompt, ""] if system else [prompt, ""])
+
+
+def answer_of(row: dict):
+    """The answer of a row under the first of its usual names, or None."""
+    return next((row[name] for name in ANSWERS if row.get(name)), None)
+
+
+def unused_columns(row: dict, made, make, *options) -> list[str]:
+    """The columns that look like part of the conversation, but without which nothing changes."""
+    unused = []
+    for name in sorted(SPOKEN & row.keys()):
+        try:
+            other = make({key: value for key, value in row.items() if key != name}, *options)
+        except Exception:  # the row needs it
+            continue
+        unused += [name] if row[name] and other == made else []
+    return unused
+
+
 def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int) -> list[dict]:
     """What `make` makes of the rows: an example each, or a list of them. It may refuse a row."""
-    encoded, refused = [], []
+    encoded, refused, unused = [], [], None
+    max_length = min(max_length, tokenizer.model_max_length)
     for place, row in enumerate(rows, 1):
         try:
-            made = make(row, tokenizer, min(max_length, tokenizer.model_max_length))
+            row = {key: from_cell(key, value) for key, value in row.items()}
+            made = make(row, tokenizer, max_length)
             encoded.append(made if isinstance(made, list) else [made])
+            if unused is None:
+                unused = unused_columns(row, made, make, tokenizer, max_length)
         except Exception as error:  # templates and tokenizers raise types of their own
             refused.append(f"row {place}: {error}")
     examples = list(itertools.chain(*encoded))
     report = f"{source}: {len(rows)} rows, {len(examples)} examples"
     if divided := sum(len(several) > 1 for several in encoded):
         report += f"; {divided} rows became one per answer"
+    if truncated := sum(example.get("truncated", False) for example in examples):
+        report += f"; {truncated} are truncated"
+    if unused:
+        report += f"; not used: the column {', '.join(unused)}"
     if refused:
         report += f"; {len(refused)} rows cannot be used, the first is {refused[0]}"
     if not examples:
@@ -603,18 +924,26 @@ def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int)
 
 
 def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples; without --eval-dataset at most a fifth, no prompt in both."""
-    if args.eval_dataset and Path(args.eval_dataset).resolve() == Path(args.dataset).resolve():
+    """Training and held-out examples; without --eval-dataset at most a fifth, no prompt in both.
+
+    Where an example has a "key", that must not be in both, instead of its prompt.
+    """
+    with phase(f"reading {args.eval_dataset}"):
+        files = [os.path.realpath(name or "") for name in (args.dataset, args.eval_dataset)]
+    if files[0] == files[1]:
         fail(f"--eval-dataset {args.dataset} is what is trained on: without it, some is held out")
-    rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed)
+    rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed, args.columns)
     examples = encode_rows(args.dataset, rows, make, tokenizer, args.max_length)
     if args.eval_dataset:
-        rows = load_rows(args.eval_dataset, args.split, args.eval_size, args.seed)[:args.eval_size]
+        rows = load_rows(args.eval_dataset, args.split, args.eval_size, args.seed, args.columns)
+        rows = rows[:args.eval_size]
         return examples, encode_rows(args.eval_dataset, rows, make, tokenizer, args.max_length)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed))
     held_out = [examples[i] for i in order[:min(args.eval_size, len(examples) // 5)]]
-    prompts = {tuple(example["prompt"]) for example in held_out}
-    training = [example for example in examples if tuple(example["prompt"]) not in prompts]
+    keys = {tuple(example.get("key", example["prompt"])) for example in held_out}
+    training = [x for x in examples if tuple(x.get("key", x["prompt"])) not in keys]
     if not training or not held_out:
         fail("too few different prompts to hold some out: add rows, or name an --eval-dataset")
+    print(f"{len(training)} to train on, {len(held_out)} held out; "
+          f"{len(examples) - len(training) - len(held_out)} left out, as their prompt is held out")
     return training, held_out

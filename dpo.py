@@ -55,6 +55,11 @@ add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/ultrafeedback_binarized", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
+add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
+    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out pairs")
 add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo")
@@ -87,14 +92,16 @@ TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=
 
 def encode_pair(row, tokenizer, max_length):
     """{"chosen": example, "rejected": example, "prompt": ids}; the loss mask is 1 on the answer."""
-    chosen, rejected = map(with_mask, common.encode_preference(tokenizer, row))
+    sides = common.encode_preference(tokenizer, row)  # pieces: head, rest of the prompt, answer
+    head = len(sides[0][0][0])
+    chosen, rejected = [with_mask(pieces) for pieces in sides]
     # where the first answer begins: a token that spans the border is part of one of them only
     start = min(chosen["loss_mask"].index(1), rejected["loss_mask"].index(1))
     longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
-    pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, start, max_length)
+    pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, head, start, max_length)
     for side, example in ("chosen", chosen), ("rejected", rejected):
-        pair[side] = shorten(example, longest, start, max_length)
-    return pair | {"length": min(longest, max_length)}
+        pair[side] = shorten(example, longest, head, start, max_length)
+    return pair | {"length": min(longest, max_length), "truncated": longest > max_length}
 
 
 def with_mask(pieces):
@@ -106,13 +113,18 @@ def with_mask(pieces):
     return {"input_ids": input_ids, "loss_mask": loss_mask, "attention_mask": [1] * len(input_ids)}
 
 
-def shorten(example, length, start, max_length):
-    """Too long: the prompt loses its start (down to half of max_length), then the answer its end.
+def shorten(example, length, head, start, max_length):
+    """Too long: the prompt loses its middle, down to half of max_length, the answer its end.
 
-    The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
+    The prompt ends at `start`. Its head (BOS, system message) stays, and its end, a quarter of
+    max_length or more. `length` is that of the example, or of the longer one of a pair.
     """
-    cut = max(0, min(length - max_length, start - max_length // 2))
-    return {name: values[cut:cut + max_length] for name, values in example.items()}
+    room = max(max_length // 2, head + max_length // 4)
+    cut = max(0, min(length - max_length, start - room))
+    short = {name: (x[:head] + x[head + cut:])[:max_length] for name, x in example.items()}
+    if 1 not in short.get("loss_mask", [1]):
+        raise ValueError(f"its system message leaves no room for an answer in {max_length} tokens")
+    return short
 
 
 def collate(examples, pad_id, device):
@@ -231,7 +243,8 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(
+        args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     pairs, held_out = common.load_examples(
         args, encode_pair, tokenizer, limit=args.max_steps * args.batch_size)

@@ -45,6 +45,11 @@ add = flags.add_argument
 add("checkpoints", nargs="*", help="without any: tiny/chat and the runs on it in runs/")
 add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config], or a file")
 add("--split", default="test", help="of a Hub dataset")
+add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
+    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--size", type=common.count, default=300, help="prompts at most")
 add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
 add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
@@ -60,9 +65,7 @@ add("--output", help="a new .json file for the table")
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
-    prompt = row.get("prompt") or row.get("question")  # as GSM8K calls it
-    if prompt and "prompt" not in row and tokenizer.chat_template:
-        prompt = [{"role": "user", "content": prompt}]
+    prompt = common.prompt_of(row, tokenizer)
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
@@ -211,7 +214,8 @@ def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tool
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
         if text.strip():  # an empty answer is the token that ends it
-            (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
+            (head, _), (rest, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
+            asked = head + rest
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
@@ -360,15 +364,18 @@ def main(args):
         common.fail(f"--output {args.output} is there already, or its folder is not")
     names = args.checkpoints or ["tiny/chat", *tiny_runs()]
     reward = load_scorer(args.reward, args)
-    rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
+    rows = common.load_rows(args.dataset, args.split, args.size, args.seed, args.columns)
+    rows = rows[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens, needs_answer=True)
     tokenizers, examples, used = {}, {}, {}
     for name in names:  # what is wrong with one of them shows before the first is measured
-        tokenizers[name] = common.load_tokenizer(name)
+        tokenizers[name] = common.load_tokenizer(
+            name, args.chat_template, args.template_arguments)
         examples[name] = common.encode_rows(args.dataset, rows, encode, tokenizers[name], 10**9)
-        kept = [example["row"] for example in examples[name]]
+        prompts = [example["row"]["prompt"] for example in examples[name]]
         # a prompt made of a question has the form that fits the tokenizer
-        used[name] = [row.get("question") or row["prompt"] for row in kept]
+        used[name] = [prompt.strip() if isinstance(prompt, str) else prompt[-1]["content"].strip()
+                      for prompt in prompts]
         if used[name] != used[names[0]]:
             common.fail(f"{name} can use other rows of {args.dataset} than {names[0]}")
     lines = []

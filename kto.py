@@ -52,6 +52,11 @@ add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/kto-mix-14k", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
+add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
+    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out rows")
 add("--beta", type=common.positive, default=0.1, help="price of leaving the reference")
@@ -74,27 +79,39 @@ add("--output-dir", default="runs/kto", help="the same command again goes on whe
 # tiny answers differ in a digit or two, as in dpo.py: β is as high for the same reason
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=64)
+LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 # ---- data: prompts, answers to them, and labels --------------------------------------------------
 
 def encode_labelled(row, tokenizer, max_length):
-    """Examples {"prompt": ids, "answer": pieces (ids, is_answer), "label": whether desirable}."""
+    """Examples of a prompt, an answer and a label, which says whether the answer is desirable."""
     if "chosen" in row or "rejected" in row:
         labelled = zip(common.encode_preference(tokenizer, row), (True, False), strict=True)
-    elif row.get("prompt") and isinstance(row.get("label"), bool):
-        answers = common.encode(tokenizer, row["prompt"], row.get("completion"), row.get("tools"))
-        labelled = [(pieces, row["label"]) for pieces in answers]
     else:
-        raise ValueError("no prompt, completion and label (true or false), and no pair")
-    return [dict(prompt=pieces[0][0], answer=pieces[1:], label=label) for pieces, label in labelled]
+        prompt, answer = common.prompt_of(row, tokenizer), common.answer_of(row)
+        label = LABELS.get(str(row.get("label")).lower())
+        if not prompt or answer is None or label is None:
+            raise ValueError("no prompt, completion and label (true or false, 1 or 0), and no pair")
+        answers = common.encode(tokenizer, prompt, answer, row.get("tools"))
+        labelled = [(pieces, label) for pieces in answers]
+    return [encode_example(pieces, label, max_length) for pieces, label in labelled]
+
+
+def encode_example(pieces, label, max_length):
+    """An example from pieces (ids, is_answer): the head, the rest of the prompt, the answer."""
+    (head, _), (rest, _), *answer = pieces
+    length = sum(len(ids) for ids, _ in pieces)
+    return {"prompt": head + rest, "head": len(head), "answer": answer, "label": label,
+            "truncated": length > max_length}
 
 
 def tokens_of(example, args, tokenizer):
     """The answer behind the prompt, which need not be its own; the loss mask is 1 on the answer."""
     longest = min(args.max_length, tokenizer.model_max_length)
     tokens = with_mask([(example["prompt"], False), *example["answer"]])
-    return shorten(tokens, len(tokens["input_ids"]), len(example["prompt"]), longest)
+    return shorten(tokens, len(tokens["input_ids"]), example["head"], len(example["prompt"]),
+                   longest)
 
 
 def with_mask(pieces):
@@ -106,13 +123,18 @@ def with_mask(pieces):
     return {"input_ids": input_ids, "loss_mask": loss_mask, "attention_mask": [1] * len(input_ids)}
 
 
-def shorten(example, length, start, max_length):
-    """Too long: the prompt loses its start (down to half of max_length), then the answer its end.
+def shorten(example, length, head, start, max_length):
+    """Too long: the prompt loses its middle, down to half of max_length, the answer its end.
 
-    The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
+    The prompt ends at `start`. Its head (BOS, system message) stays, and its end, a quarter of
+    max_length or more. `length` is that of the example, or of the longer one of a pair.
     """
-    cut = max(0, min(length - max_length, start - max_length // 2))
-    return {name: values[cut:cut + max_length] for name, values in example.items()}
+    room = max(max_length // 2, head + max_length // 4)
+    cut = max(0, min(length - max_length, start - room))
+    short = {name: (x[:head] + x[head + cut:])[:max_length] for name, x in example.items()}
+    if 1 not in short.get("loss_mask", [1]):
+        raise ValueError(f"its system message leaves no room for an answer in {max_length} tokens")
+    return short
 
 
 def collate(examples, pad_id, device):
@@ -200,7 +222,7 @@ def reference_point(model, examples, args, tokenizer):
         for other in examples[i + 1:] + examples[:i]:
             prompts = example["prompt"], other["prompt"]
             if common.shared_length(*prompts) < min(map(len, prompts)):
-                mismatched.append(example | {"prompt": other["prompt"]})
+                mismatched.append(example | {"prompt": other["prompt"], "head": other["head"]})
                 break
     _, log_ratios, _ = score_step(model, mismatched, 0.0, args, tokenizer, None)  # losses unused
     return (log_ratios.sum() / max(1, len(mismatched))).clamp(min=0)
@@ -269,7 +291,8 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(
+        args.model, args.chat_template, args.template_arguments)
     examples, held_out = common.load_examples(
         args, encode_labelled, tokenizer, limit=args.max_steps * args.batch_size)
     for name, part in ("to train on", examples), ("held out", held_out):

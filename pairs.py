@@ -57,6 +57,11 @@ add("--output", required=True, help="a new .jsonl file")
 add("--format", choices=["pairs", "best", "kto"], default="pairs")
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
+add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
+    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--size", type=common.count, default=1000, help="prompts at most")
 add("--samples", type=common.number(int, 2), default=8, help="answers to each prompt, N")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
@@ -82,9 +87,7 @@ TAKEN = {"messages", "text", "completion", "chosen", "rejected", "margin", "labe
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
-    prompt = row.get("prompt") or row.get("question")  # as GSM8K calls it
-    if prompt and "prompt" not in row and tokenizer.chat_template:
-        prompt = [{"role": "user", "content": prompt}]
+    prompt = common.prompt_of(row, tokenizer)
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
@@ -248,7 +251,8 @@ def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tool
         said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
         if text.strip():  # an empty answer is the token that ends it
-            (asked, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
+            (head, _), (rest, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
+            asked = head + rest
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
@@ -390,8 +394,10 @@ def main(args):
     output = Path(args.output)
     if output.suffix != ".jsonl" or output.exists() or not output.parent.is_dir():
         common.fail(f"--output {output} is no .jsonl file, is there already, or its folder is not")
-    tokenizer = common.load_tokenizer(args.model)
-    rows = common.load_rows(args.dataset, args.split, args.size, args.seed)[:args.size]
+    tokenizer = common.load_tokenizer(
+        args.model, args.chat_template, args.template_arguments)
+    rows = common.load_rows(args.dataset, args.split, args.size, args.seed, args.columns)
+    rows = rows[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
                                needs_answer=not args.judge and args.reward == "correct_answer")
     examples = common.encode_rows(args.dataset, rows, encode, tokenizer, 10**9)

@@ -61,6 +61,11 @@ add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
+add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
+    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--eval-dataset", help="held-out solutions (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out solutions")
 add("--outcome", action="store_true", help="learn from the label of the last step only")
@@ -91,7 +96,8 @@ def encode_solution(row, tokenizer, max_length, outcome):
     has a chat template; else it is text, on the line below the prompt. Longer ones are refused.
     pairs.py and evaluate.py take every line for a step: give a step one line.
     """
-    prompt, steps, labels = (row.get(name) for name in ("prompt", "completions", "labels"))
+    prompt, steps = common.prompt_of(row, tokenizer), row.get("completions")
+    labels = row.get("labels")
     if not prompt or not isinstance(prompt, str | list):
         raise ValueError("a prompt must be a text or a list of messages")
     if not isinstance(steps, list) or not all(isinstance(x, str) and x.strip() for x in steps):
@@ -106,7 +112,8 @@ def encode_solution(row, tokenizer, max_length, outcome):
         prompt = prompt + "\n"
     else:
         answer = [{"role": "assistant", "content": answer}]
-    (asked, _), (said, _) = common.encode(tokenizer, prompt, answer, row.get("tools"))[0]
+    (head, _), (rest, _), (said, _) = common.encode(tokenizer, prompt, answer, row.get("tools"))[0]
+    asked = head + rest
     if len(asked) + len(said) > max_length:
         raise ValueError(f"it is longer than {max_length} tokens")
     return {"prompt": asked, "length": len(asked + said), "solution": {
@@ -249,7 +256,8 @@ def show_steps(model, tokenizer, examples, pad_id):
 
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(
+        args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     encode = functools.partial(encode_solution, outcome=args.outcome)
     examples, held_out = common.load_examples(

@@ -51,6 +51,11 @@ add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/ultrafeedback_binarized", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
+add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
+    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out pairs")
 add("--centering", type=common.weight, default=0.01, help="λ, keeps the rewards around 0")
@@ -82,9 +87,10 @@ def encode_comparison(row, tokenizer, max_length):
     max_length is refused: half an answer deserves another reward.
     """
     chosen, rejected = common.encode_preference(tokenizer, row)
-    pair = {"prompt": chosen[0][0], "margin": float(row.get("margin", 0)), "length": 0}
+    prompt = chosen[0][0] + chosen[1][0]  # the pieces are the head, its rest, and the answer
+    pair = {"prompt": prompt, "margin": float(row.get("margin", 0)), "length": 0}
     for side, pieces in ("chosen", chosen), ("rejected", rejected):
-        ids = sum((ids for ids, _ in pieces), [])
+        ids = [token for piece, _ in pieces for token in piece]
         if len(ids) > max_length:
             raise ValueError(f"it is longer than {max_length} tokens")
         pair[side] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
@@ -182,7 +188,8 @@ def pad_apart(tokenizer):
 
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(
+        args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     pairs, held_out = common.load_examples(
         args, encode_comparison, tokenizer, limit=args.max_steps * args.batch_size)

@@ -50,6 +50,11 @@ add = flags.add_argument
 add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
+add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
+    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--chat-template", help="file with a chat template, in place of the model's own")
+add("--template-arguments", type=common.variables, metavar="JSON",
+    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out rows")
 add("--neftune-alpha", type=common.weight, default=0.0, help="noise that regularises; 5 is usual")
@@ -77,34 +82,34 @@ TINY = dict(dataset="tiny/data/sft_train.jsonl", eval_dataset="tiny/data/sft_hel
 def encode_conversation(row, tokenizer, max_length):
     """The examples of a row: one, or one per answer if the template drops old thoughts (Qwen3)."""
     examples = []
-    given, answer = prompt_and_answer(row, is_chat=bool(tokenizer.chat_template))
-    for pieces in common.encode(tokenizer, given, answer, row.get("tools")):  # (ids, is_answer)
+    given, answer = prompt_and_answer(row, tokenizer)
+    encoded = common.encode(tokenizer, given, answer, row.get("tools"))
+    for pieces in encoded:  # of (ids, is_answer): the head, the rest of the prompt, the answer, ...
         tokens = with_mask(pieces)
         tokens["loss_mask"][0] = 0  # there is nothing to predict the first token from
-        start = tokens["loss_mask"].index(1)
-        tokens = shorten(tokens, len(tokens["input_ids"]), start, max_length)
+        head, whole = len(pieces[0][0]), len(tokens["input_ids"])
+        tokens = shorten(tokens, whole, head, tokens["loss_mask"].index(1), max_length)
         # samples start from what precedes the first answer, of plain text from its first quarter
         start, length = tokens["loss_mask"].index(1), len(tokens["input_ids"])
         shown = start if start > 1 else length // 4 + 1
-        examples.append({"tokens": tokens, "prompt": tokens["input_ids"][:shown], "length": length})
-    return examples
+        examples.append({"tokens": tokens, "prompt": tokens["input_ids"][:shown],
+                         "length": length, "truncated": whole > max_length})
+    # chats that begin alike differ by what comes before their last answer
+    key = [token for ids, _ in encoded[-1][:-1] for token in ids]
+    return [example | {"key": key or example["prompt"]} for example in examples]
 
 
-def prompt_and_answer(row, is_chat):
-    """Both are texts, or both lists of messages, of which the assistant's are what is learned."""
-    if "messages" in row:
-        return [], row["messages"]
-    if "completion" in row:
-        return row.get("prompt"), row["completion"]
-    if "output" in row:  # Alpaca's columns
-        prompt = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-        if not is_chat:
-            return prompt + "\n\n", row["output"]
-        answer = {"role": "assistant", "content": row["output"]}
-        return [{"role": "user", "content": prompt}], [answer]
-    if "text" in row:
+def prompt_and_answer(row, tokenizer):
+    """Both are strings or lists of messages, of which the assistant's turns are learned."""
+    messages = row.get("messages") or row.get("conversations")
+    if messages:
+        return [], common.with_system(messages, row)
+    answer = common.answer_of(row)
+    if answer is not None and row.keys() & set(common.QUESTIONS):
+        return common.prompt_of(row, tokenizer), answer
+    if row.get("text"):
         return "", row["text"]
-    raise ValueError("no messages, prompt and completion, instruction and output, or text")
+    raise ValueError("it has no messages, no prompt with a completion, and no text")
 
 
 def with_mask(pieces):
@@ -116,13 +121,18 @@ def with_mask(pieces):
     return {"input_ids": input_ids, "loss_mask": loss_mask, "attention_mask": [1] * len(input_ids)}
 
 
-def shorten(example, length, start, max_length):
-    """Too long: the prompt loses its start (down to half of max_length), then the answer its end.
+def shorten(example, length, head, start, max_length):
+    """Too long: the prompt loses its middle, down to half of max_length, the answer its end.
 
-    The prompt ends at `start`; `length` is that of the example, or of the longer one of a pair.
+    The prompt ends at `start`. Its head (BOS, system message) stays, and its end, a quarter of
+    max_length or more. `length` is that of the example, or of the longer one of a pair.
     """
-    cut = max(0, min(length - max_length, start - max_length // 2))
-    return {name: values[cut:cut + max_length] for name, values in example.items()}
+    room = max(max_length // 2, head + max_length // 4)
+    cut = max(0, min(length - max_length, start - room))
+    short = {name: (x[:head] + x[head + cut:])[:max_length] for name, x in example.items()}
+    if 1 not in short.get("loss_mask", [1]):
+        raise ValueError(f"its system message leaves no room for an answer in {max_length} tokens")
+    return short
 
 
 def collate(examples, pad_id, device):
@@ -230,7 +240,8 @@ def share_stopped(model, tokenizer, answers):
 
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(
+        args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     examples, held_out = common.load_examples(
         args, encode_conversation, tokenizer, limit=args.max_steps * args.batch_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import common  # noqa: F401  before torch, as in the scripts
+import common
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -71,3 +71,19 @@ def refused(capsys):
 def metrics_of(folder):
     """What a run logged, step by step."""
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def joined(example):
+    """The pieces of an example with the head of its prompt and the rest of it as one."""
+    (head, _), (rest, _), *others = example
+    return [(head + rest, False), *others]
+
+
+def encoded(*args):
+    """common.encode, with prompts whole."""
+    return [joined(example) for example in common.encode(*args)]
+
+
+def encoded_preference(*args):
+    """common.encode_preference, with prompts whole."""
+    return tuple(joined(side) for side in common.encode_preference(*args))

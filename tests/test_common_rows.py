@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, run_args
+from conftest import ROOT, encoded, encoded_preference, joined, run_args
 
 import common
 import dpo
@@ -63,7 +63,7 @@ def llama():
 ])
 def test_text_is_tokenised_as_one_and_divided_by_tokens(llama, prompt, answer, first):
     """The ids are those of the whole text and eos; prompt ids that the whole does not share go."""
-    (asked, _), (said, is_answer) = common.encode_text(llama, prompt, answer)
+    (asked, _), (said, is_answer) = joined(common.encode_text(llama, prompt, answer))
     assert asked + said == llama(prompt + answer)["input_ids"] + [llama.eos_token_id]
     assert asked == llama(prompt)["input_ids"][:len(asked)] and asked[0] == llama.bos_token_id
     assert llama.decode(said[:1]) == first and is_answer
@@ -73,10 +73,10 @@ def test_text_is_tokenised_as_one_and_divided_by_tokens(llama, prompt, answer, f
 @pytest.mark.parametrize("ending", ["", "</s>"])
 def test_a_text_ends_in_eos_once(llama, ending):
     """A string that already ends in eos keeps one: a reward model reads the last token."""
-    (example,) = common.encode(llama, "Once upon", " a time" + ending)
+    (example,) = encoded(llama, "Once upon", " a time" + ending)
     assert example[1][0][-2:] == [llama(" time")["input_ids"][-1], llama.eos_token_id]
     row = {"prompt": "Once", "chosen": " upon" + ending, "rejected": " a" + ending}
-    for side in common.encode_preference(llama, row):
+    for side in encoded_preference(llama, row):
         assert side[1][0].count(llama.eos_token_id) == 1 == side[1][0][::-1].index(side[1][0][0])
 
 
@@ -89,19 +89,19 @@ def test_pad_that_is_eos_does_not_shorten_an_answer(tmp_path, chat):
     padded = common.load_tokenizer(str(tmp_path))
     assert padded.pad_token_id == padded.eos_token_id != chat.pad_token_id
     for prompt, answer in (("Add 1", " and 2."), ([user("1?")], [says("1")])):
-        assert common.encode(padded, prompt, answer) == common.encode(chat, prompt, answer)
+        assert encoded(padded, prompt, answer) == encoded(chat, prompt, answer)
 
 
 @pytest.mark.parametrize("prompt, answer, words", [
-    ("Add.", "", "empty"), ("Add.", [says("2")], "both"), ([user("Add.")], "2", "both"),
+    ("Add.", "", "empty"), ("Add.", " ", "empty"), ([user("Add.")], "", "is empty"),
     ([user("Add.")], [], "no answer of the assistant"), ([], [user("Add.")], "no answer"),
-    ([], [user("Add."), {"role": "assistant"}], "content or tool_calls"),
-    ([{"content": "Add."}], [says("2")], "role"), (3, "2", "both"),
+    ([], [user("Add."), {"role": "assistant"}], "content, a string, or tool_calls"),
+    ([{"content": "Add."}], [says("2")], "role"), (3, "2", "strings or lists"),
 ])
 def test_what_has_no_answer_is_refused(chat, prompt, answer, words):
     """Nothing to learn, or no message, is an error, not an example that teaches silence."""
     with pytest.raises(ValueError, match=words):
-        common.encode(chat, prompt, answer)
+        encoded(chat, prompt, answer)
 
 
 # ---- conversations -------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_only_turns_of_the_answer_are_trained(chat):
     whole = [*CHAT, says("4"), user("Thanks."), says("Bye.")]
     ids = []
     for start, said in ((0, ["2", "4", "Bye."]), (4, ["4", "Bye."]), (6, ["Bye."])):
-        (example,) = common.encode(chat, whole[:start], whole[start:])
+        (example,) = encoded(chat, whole[:start], whole[start:])
         assert split(chat, example)[1::2] == [text + "<|im_end|>" for text in said]
         assert [is_answer for _, is_answer in example] == [False, True] * len(said)
         ids.append(sum((ids for ids, _ in example), []))
@@ -123,8 +123,8 @@ def test_only_turns_of_the_answer_are_trained(chat):
 
 def test_messages_need_a_template(llama):
     """Messages for a model without a chat template are refused, texts are not."""
-    for call in (common.encode_prompt, lambda *args: common.encode(*args, [says("2")])):
-        with pytest.raises(ValueError, match="chat_template is not set"):
+    for call in (common.encode_prompt, lambda *args: encoded(*args, [says("2")])):
+        with pytest.raises(ValueError, match="no chat template for messages: --chat-template"):
             call(llama, CHAT)
     assert common.end_of_turn_id(llama) is None
     for prompt in ("", [], None, 3, {"role": "user"}):
@@ -142,7 +142,7 @@ def test_messages_need_a_template(llama):
 ])
 def test_the_usual_forms_of_a_pair_are_the_same(chat, row):
     """Prompt explicit, implicit, repeated in the answers or empty; the last turn is trained."""
-    sides = common.encode_preference(chat, row)
+    sides = encoded_preference(chat, row)
     for side, text in zip(sides, ("4", "5"), strict=True):
         assert side[0] == (common.encode_prompt(chat, CHAT), False)
         assert split(chat, side[1:]) == [text + "<|im_end|>"]
@@ -151,8 +151,8 @@ def test_the_usual_forms_of_a_pair_are_the_same(chat, row):
 def test_texts_share_their_prompt_as_tokens(llama):
     """Without a prompt column, answers start where their tokens part, not their characters."""
     prompt, cat, dog = "Once upon a ti", "me there was a girl", "le was a little girl"
-    explicit = common.encode_preference(llama, {"prompt": prompt, "chosen": cat, "rejected": dog})
-    implicit = common.encode_preference(llama, {"chosen": prompt + cat, "rejected": prompt + dog})
+    explicit = encoded_preference(llama, {"prompt": prompt, "chosen": cat, "rejected": dog})
+    implicit = encoded_preference(llama, {"chosen": prompt + cat, "rejected": prompt + dog})
     for first, second, text in zip(explicit, implicit, (cat, dog), strict=True):
         whole = llama(prompt + text)["input_ids"] + [llama.eos_token_id]
         assert first[0][0] + first[1][0] == second[0][0] + second[1][0] == whole
@@ -162,8 +162,8 @@ def test_texts_share_their_prompt_as_tokens(llama):
 
 @pytest.mark.parametrize("row", [
     {}, {"chosen": "a"}, {"chosen": "a", "rejected": ""}, {"chosen": "a", "rejected": "a"},
-    {"prompt": "Once", "chosen": [says("a")], "rejected": [says("b")]},
-    {"chosen": "a", "rejected": [says("b")]}, {"chosen": [says("b")], "rejected": "a"},
+    {"chosen": [says("a")], "rejected": [says("b")]}, {"ask": "1 + 1?", "chosen": "a",
+                                                      "rejected": "ab"},
     {"chosen": [user("1?"), says("1")], "rejected": [user("2?"), says("1")]},
     {"prompt": [user("1?")], "chosen": [user("x"), says("1")], "rejected": [says("2")]},
     {"chosen": CHAT, "rejected": [*CHAT, says("4")]}, {"chosen": 1, "rejected": 2},
@@ -171,7 +171,7 @@ def test_texts_share_their_prompt_as_tokens(llama):
 def test_what_is_no_pair_is_refused(chat, row):
     """Two different answers to one prompt, or an error that says so."""
     with pytest.raises(ValueError):
-        common.encode_preference(chat, row)
+        encoded_preference(chat, row)
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, refused):
 
 # ---- files ---------------------------------------------------------------------------------------
 
-ROWS = [{"prompt": "Say é\n", "n": 1}, {"prompt": 'a "quoted", text', "n": 2}]
+ROWS = [{"prompt": "Say é\n", "n": "1"}, {"prompt": 'a "quoted", text', "n": "0123"}]
 
 
 def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
@@ -293,8 +293,9 @@ def test_hub_rows_are_a_random_choice(monkeypatch):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("none.jsonl", None), ("empty.jsonl", ""), ("broken.jsonl", '{"a": 1}\n{"a": \n'),
-    ("broken.json", "{"), ("broken.parquet", "x"), ("binary.csv", "\0\1"),
+    ("none.jsonl", None), ("broken.jsonl", '{"a": 1}\n{"a": \n'),
+    ("broken.json", "{"), ("broken.parquet", "x"), ("null.json", "null"), ("word.csv.gz", "x"),
+    ("deep.json", "[" * 100_000 + "]" * 100_000), ("rows.txt", "x"),
 ])
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, refused, name, content):
     """Whatever the library raises, the line says what was read."""
@@ -310,7 +311,7 @@ def encode(source, rows, max_length=100, tokenizer=None):
     """Rows of messages, as a script encodes them."""
     tokenizer = tokenizer or common.load_tokenizer(TINY)
     return common.encode_rows(source, rows, lambda row, tokenizer, max_length: {
-        "pieces": common.encode(tokenizer, [], row["messages"])[0], "max_length": max_length},
+        "pieces": encoded(tokenizer, [], row["messages"])[0], "max_length": max_length},
         tokenizer, max_length)
 
 
@@ -351,7 +352,8 @@ def test_examples_are_at_most_as_long_as_the_model_takes(chat):
 
 def test_a_row_may_become_several_examples(chat, capsys):
     """Where a template rewrites earlier turns; how many rows that were is said."""
-    examples = common.encode_rows("x", [1, 3, 2], lambda n, *_: [{"n": n}] * n, chat, 9)
+    rows = [{"n": n} for n in (1, 3, 2)]
+    examples = common.encode_rows("x", rows, lambda row, *_: [row] * row["n"], chat, 9)
     assert [x["n"] for x in examples] == [1, 3, 3, 3, 2, 2]
     assert "x: 3 rows, 6 examples; 2 rows became one per answer" in capsys.readouterr().out
 
@@ -375,7 +377,7 @@ def test_control_characters_of_data_do_not_reach_the_terminal(chat, capsys, refu
 
 def test_an_example_is_shown_with_what_is_trained_in_green(chat, capsys):
     """All of it, once, in order; green exactly where the mask is 1."""
-    (example,) = common.encode(chat, [], [*CHAT, says("4 =\n4")])
+    (example,) = encoded(chat, [], [*CHAT, says("4 =\n4")])
     ids, mask = [], []
     for piece, is_answer in example:
         ids += piece

@@ -288,9 +288,10 @@ def test_strings_end_in_eos_once_and_share_their_prompt_as_tokens(tokenizer):
 
 @pytest.mark.parametrize("row", [
     {"prompt": "x", "chosen": "y"}, {"prompt": CHAT, "chosen": say("2"), "rejected": say("2")},
-    {"prompt": "x", "chosen": say("2"), "rejected": say("3")},
-    {"prompt": CHAT, "chosen": "2", "rejected": "3"},
-    {"prompt": CHAT, "chosen": say("2"), "rejected": 5},
+    {"prompt": "x", "chosen": say("2"), "rejected": "3"},
+    {"chosen": say("2"), "rejected": say("3")}, {"question": 3.5, "chosen": "2", "rejected": "3"},
+    {"ask": "1 + 1?", "chosen": "2", "rejected": "3"},
+    {"prompt": CHAT, "chosen": say("2"), "rejected": 0.5},
     {"prompt": CHAT, "chosen": say("2"), "rejected": say("")[:0]},
     {"prompt": CHAT, "chosen": say("2"), "rejected": [{"role": "assistant", "text": "3"}]},
     {"chosen": CHAT + say("2"), "rejected": [{"role": "user", "content": "Hi"}] + say("2")},
@@ -316,12 +317,15 @@ def test_truncation_keeps_the_end_of_the_prompt_and_never_empties_a_mask(tokeniz
         assert ids[:start] == whole["prompt"] and whole[side]["loss_mask"].index(1) == start
         answers[side] = ids[start:]
     longest = len(whole["chosen"]["input_ids"])
-    for max_length in range(4, longest + 2):
+    head = 3  # the header of the question, as there is no system message
+    for max_length in range(8, longest + 2):
         pair = dpo.encode_pair(row, tokenizer, max_length)
         kept = len(pair["prompt"])
-        assert pair["prompt"] == whole["prompt"][len(whole["prompt"]) - kept:]
-        cut = max(0, longest - max_length)
-        assert kept == max(len(whole["prompt"]) - cut, max_length // 2)
+        end = whole["prompt"][len(whole["prompt"]) - kept + head:]
+        assert pair["prompt"] == whole["prompt"][:head] + end
+        room = max(max_length // 2, head + max_length // 4)
+        assert kept == max(len(whole["prompt"]) - max(0, longest - max_length), room)
+        assert pair["truncated"] == (max_length < longest)
         for side in "chosen", "rejected":
             example = pair[side]
             assert example["input_ids"] == (pair["prompt"] + answers[side])[:max_length]

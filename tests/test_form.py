@@ -119,7 +119,7 @@ def test_every_flag_is_read(name):
     """A flag that no line reads would be a promise that nothing keeps."""
     source = (ROOT / f"{name}.py").read_text()
     flags = set(re.findall(r'^add\("--([a-z0-9-]+)"', source, re.M))
-    shared = {"dataset", "eval-dataset", "split"}  # read by common.load_examples
+    shared = {"dataset", "eval-dataset", "split", "columns"}  # read by common.load_examples
     for flag in flags - shared:
         assert f"args.{flag.replace('-', '_')}" in source.replace("args.max_length,", "") or (
             flag in ("max-length", "eval-size")), flag

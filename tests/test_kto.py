@@ -178,9 +178,16 @@ def test_a_pair_taken_apart_is_two_labelled_rows(tokenizer):
     assert text_of(tokenizer, single[0]) == ("1 + 1", " = 2" + tokenizer.eos_token, True)
 
 
-@pytest.mark.parametrize("label", [None, 0, 1, 0.0, 1.0, "true", "False", "", [True], {"a": True}])
-def test_a_label_must_be_a_boolean(label, tokenizer, capsys):
-    """Anything else, even 0 and 1, makes the row unusable, and the report says why."""
+@pytest.mark.parametrize("label", [0, 1, "0", "1", "true", "False", False])
+def test_a_label_may_be_a_number_or_a_word(label, tokenizer):
+    """As files of comma-separated values have them."""
+    good, other = encoded([ROWS[0], ROWS[0] | {"label": label}], tokenizer)
+    assert other == good | {"label": label in (1, "1", "true")}
+
+
+@pytest.mark.parametrize("label", [None, 0.5, 2, -1, "yes", "", [True], {"a": True}])
+def test_a_label_must_be_true_or_false(label, tokenizer, capsys):
+    """Anything else makes the row unusable, and the report says why."""
     assert len(encoded([ROWS[0], ROWS[0] | {"label": label}], tokenizer)) == 1
     assert "first is row 2: no prompt, completion and label (true or f" in capsys.readouterr().out
 
@@ -189,7 +196,7 @@ def test_a_label_must_be_a_boolean(label, tokenizer, capsys):
     {"label": True}, {"prompt": "x", "label": True}, {"completion": "x", "label": True},
     {"prompt": "", "completion": "x", "label": True}, {"prompt": [], "completion": [], "label": 1},
     {"prompt": "x", "completion": "", "label": True}, {"prompt": "x", "completion": 5},
-    {"prompt": ask("x"), "completion": "y", "label": True},
+    {"prompt": ask("x"), "completion": "y", "label": 3},
     {"prompt": ask("x"), "completion": ask("y"), "label": False},
     {"prompt": ask("x"), "completion": say(""), "label": False},
     {"prompt": [], "completion": say("y"), "label": True},
@@ -214,15 +221,16 @@ def test_an_answer_behind_any_prompt_is_shortened_as_everything_is(tokenizer):
     """The prompt keeps its end, at least half the room; the answer its start; a mask is never 0."""
     examples = encoded([row("Add 1 and 2. " * 9, "1 + 2 = 3", True), ROWS[2]], tokenizer, 1000)
     for prompt, answer in (0, 0), (0, 1), (1, 0), (1, 1):
-        example = examples[answer] | {"prompt": examples[prompt]["prompt"]}
+        example = examples[answer] | {"prompt": examples[prompt]["prompt"], "head": 3}
         ids = [token for part, _ in example["answer"] for token in part]
         length = len(example["prompt"]) + len(ids)
-        for longest in range(4, length + 2):
+        for longest in range(8, length + 2):
             args = SimpleNamespace(max_length=longest)
             tokens = kto.tokens_of(example, args, tokenizer)
-            kept = max(min(len(example["prompt"]), longest // 2),
-                       len(example["prompt"]) - max(0, length - longest))
-            expected = (example["prompt"][len(example["prompt"]) - kept:] + ids)[:longest]
+            asked = example["prompt"]
+            room = max(longest // 2, 3 + longest // 4)
+            kept = max(min(len(asked), room), len(asked) - max(0, length - longest))
+            expected = (asked[:3] + asked[len(asked) - kept + 3:] + ids)[:longest]
             assert tokens["input_ids"] == expected
             answered = tokens["loss_mask"].index(1)
             assert answered == kept and len(tokens["loss_mask"]) == len(expected)
@@ -380,7 +388,7 @@ def paired_with(examples, tokenizer, monkeypatch):
 def test_a_prompt_is_not_another_one_because_a_token_spans_its_end(tokenizer, monkeypatch):
     """"1 + 1" and "1 + " before "12": one is the beginning of the other, so neither is used."""
     prompts = [[5, 6, 7], [5, 6], [5, 6, 7], [8, 9], [5, 6, 7, 8]]
-    examples = [{"prompt": ids, "answer": [([10 + i], True)], "label": i < 2}
+    examples = [{"prompt": ids, "head": 0, "answer": [([10 + i], True)], "label": i < 2}
                 for i, ids in enumerate(prompts)]
     pairs, z = paired_with(examples, tokenizer, monkeypatch)
     assert [pair["prompt"] for pair in pairs] == [[8, 9], [8, 9], [8, 9], [5, 6, 7, 8], [8, 9]]

@@ -170,7 +170,7 @@ def test_what_the_tokens_do_not_spell_is_refused(tokenizer):
             prm.step_ends(tokenizer, ids, steps)
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message.content", "message.content | upper")
-    with pytest.raises(ValueError, match="do not spell the step 'one'"):
+    with pytest.raises(ValueError, match="does not print the content of message 2 whole"):
         PROCESS(ROW | {"completions": ["one", "two"]}, tokenizer, 512)
 
 
@@ -449,7 +449,7 @@ def test_special_tokens_that_a_step_spells_are_mere_text(tokenizer):
     {"completions": "1 + 2 = 3", "labels": [True]}, {"completions": [], "labels": []},
     {"completions": ["1 + 2 = 3", " "]}, {"completions": ["1 + 2 = 3", 3]},
     {"completions": None}, {"completions": [ASK[0], ASK[0]]}, {"prompt": ""}, {"prompt": None},
-    {"prompt": []}, {"prompt": 5}, {"prompt": ["What?"]}])
+    {"prompt": []}, {"prompt": 0.5}, {"prompt": ["What?"]}])
 def test_a_row_that_cannot_be_used_is_dropped_and_counted(change, tokenizer, capsys):
     """The others stay, and the first that went is named with its reason."""
     rows = [ROW, {name: x for name, x in (ROW | change).items() if x is not None}]

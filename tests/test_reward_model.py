@@ -220,7 +220,7 @@ def test_margin_column_is_optional_and_must_be_a_number(tokenizer):
 
 @pytest.mark.parametrize("row", [
     {"prompt": "a", "completion": "b"}, PAIR | {"rejected": PAIR["chosen"]},
-    PAIR | {"chosen": "1 + 1 = 2"}, PAIR | {"prompt": "1 + 1"}, PAIR | {"chosen": []},
+    PAIR | {"chosen": 0.5}, {"chosen": say("2"), "rejected": say("3")}, PAIR | {"chosen": []},
     PAIR | {"margin": "big"}, TEXTS | {"rejected": ""}, {"chosen": "a", "rejected": "b"},
     {"chosen": ASK + say("2"), "rejected": [{"role": "user", "content": "Why?"}] + say("3")},
 ])

@@ -326,8 +326,9 @@ def test_real_templates_are_masked(shared, name):
 @pytest.mark.parametrize("row", [
     {"messages": LONG[:2]}, {"messages": "text"}, {"messages": []}, {"messages": [{"role": "a"}]},
     {"prompt": "a", "completion": CHAT}, {"prompt": "a", "completion": ""}, {"completion": "a"},
-    {"text": ["a"]}, {"text": ""}, {"instruction": 3, "output": "a"}, {"output": "a"},
-    {"instruction": "a", "output": ["a"]}, {"question": "a", "answer": "b"},
+    {"text": ["a"]}, {"text": ""}, {"instruction": 3.5, "output": "a"}, {"output": "a"},
+    {"instruction": "a", "output": ["a"]}, {"ask": "a", "answer": "b"}, {"messages": 3},
+    {"question": "a", "answer": True}, {"question": "a", "answer": 0.5},
 ])
 def test_a_row_that_cannot_be_used_is_dropped_and_counted(row, tokenizer, capsys):
     """The others stay, and the first that went is named with its reason."""
@@ -339,7 +340,7 @@ def test_a_row_that_cannot_be_used_is_dropped_and_counted(row, tokenizer, capsys
 
 
 @pytest.mark.parametrize("rows, flags, message", [
-    ([{"question": "a", "answer": "b"}], {}, "no messages, prompt and completion, instruction"),
+    ([{"ask": "a", "answer": "b"}], {}, "no messages, no prompt with a completion, and no text"),
     ([], {}, "rows.jsonl"),
     ([{"messages": CHAT}] * 10, {}, "too few different prompts"),
     ([{"messages": CHAT}], {"eval_dataset": "same"}, "is what is trained on"),
@@ -358,10 +359,12 @@ def test_bad_rows_end_in_one_line_before_the_model_is_loaded(
 @pytest.mark.parametrize("row", [{"messages": LONG}, {"text": "1 + 1 = 2 and 2 + 2 = 4"},
                                  {"prompt": "1 + 1 = 2 and 2 + 2", "completion": " = 4"}])
 def test_shortening_keeps_the_end_of_the_prompt_and_something_to_train(tokenizer, row):
-    """One stretch of the whole; an answer is cut only once the prompt is down to half."""
+    """BOS and system message stay, and the end of the prompt; the answer is cut after that."""
     [whole] = [x["tokens"] for x in sft.encode_conversation(row, tokenizer, 512)]
     size, start = len(whole["input_ids"]), whole["loss_mask"].index(1)
-    for max_length in range(4, size + 2):
+    (head, _), *_ = common.encode(tokenizer, *sft.prompt_and_answer(row, tokenizer))[0]
+    head = len(head)
+    for max_length in range(2 * head + 4, size + 2):
         [encoded] = sft.encode_conversation(row, tokenizer, max_length)
         example = encoded["tokens"]
         length, first = len(example["input_ids"]), example["loss_mask"].index(1)
@@ -369,11 +372,12 @@ def test_shortening_keeps_the_end_of_the_prompt_and_something_to_train(tokenizer
         cut = start - first  # tokens that the prompt lost
         assert cut >= 0
         for name, ids in example.items():
-            assert ids == whole[name][cut:cut + length]
+            assert ids == (whole[name][:head] + whole[name][head + cut:])[:length]
+        room = max(max_length // 2, head + max_length // 4)
         if cut > 0:
-            assert first >= max_length // 2
+            assert first >= room
         if cut + length < size:  # the answer lost its end
-            assert first <= max_length // 2
+            assert first <= room
 
 
 def test_padding_is_on_the_right_and_known_by_length():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import transformers
-from conftest import ROOT
+from conftest import ROOT, encoded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
@@ -152,7 +152,7 @@ def test_trained_is_exactly_what_the_assistant_says(name):
         if name == "qwen3":
             answers = [family.says.format(text.lstrip("\n")) for text in words]
         try:
-            examples = common.encode(tokenizer, [], chat)
+            examples = encoded(tokenizer, [], chat)
         except ValueError:
             assert not all(text.strip() for text in words)
             return
@@ -185,7 +185,7 @@ def test_tool_calls_are_trained(name):
         result = {"role": "tool", "content": "3", "tool_call_id": "123456789"}
         chat = [question, {"role": "assistant", "tool_calls": [call]}, result,
                 {"role": "assistant", "content": "It is 3."}]
-        examples = common.encode(tokenizer, [], chat, [TOOL])
+        examples = encoded(tokenizer, [], chat, [TOOL])
         said, asked = [], []
         for pieces in examples:
             said += [tokenizer.decode(ids) for ids, is_answer in pieces if is_answer]
@@ -208,13 +208,13 @@ def test_thoughts_are_trained_where_they_stand_at_inference():
     for number in "12":
         chat.append({"role": "user", "content": f"Question {number}?"})
         chat.append({"role": "assistant", "content": thought.format(number, number)})
-    first, second = common.encode(tokenizer, [], chat)
+    first, second = encoded(tokenizer, [], chat)
     assert tokenizer.decode(first[-1][0]) == thought.format(1, 1) + "<|im_end|>"
     assert tokenizer.decode(second[-1][0]) == thought.format(2, 2) + "<|im_end|>"
     before = tokenizer.decode(second[0][0])
     assert "hm" not in before and "It is 1." in before
     # one turn after a given prompt is one example
-    assert common.encode(tokenizer, chat[:3], chat[3:]) == [second]
+    assert encoded(tokenizer, chat[:3], chat[3:]) == [second]
 
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "llama2", "phi3", "gemma2", "tulu3"])
@@ -223,8 +223,8 @@ def test_a_call_that_a_template_does_not_print_is_refused(name):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     chat = [{"role": "user", "content": "Add."}, {"role": "assistant", "tool_calls": [call]}]
     for message in (chat[1], chat[1] | {"content": ""}):
-        with pytest.raises(ValueError, match="prints nothing of message 2"):
-            common.encode(tokenizer_of(name), [], [chat[0], message])
+        with pytest.raises(ValueError, match=r"does not print the tool call of message 2 \(assis"):
+            encoded(tokenizer_of(name), [], [chat[0], message])
 
 
 ATTACKS = {
@@ -245,7 +245,7 @@ def test_no_data_becomes_a_special_token(attack, place):
     tokenizer = tokenizer_of("llama3.2")
     chat = [{"role": role, "content": "Hello."} for role in ("system", "user", "assistant")]
     tool = copy.deepcopy(TOOL)
-    harmless = specials(tokenizer, sum((ids for ids, _ in common.encode(
+    harmless = specials(tokenizer, sum((ids for ids, _ in encoded(
         tokenizer, [], chat, [tool])[0]), []))
     for message in chat:
         if message["role"] == place:
@@ -253,7 +253,7 @@ def test_no_data_becomes_a_special_token(attack, place):
     if place == "tools":
         tool["function"]["description"] = ATTACKS[attack]
     try:
-        example, = common.encode(tokenizer, [], chat, [tool])
+        example, = encoded(tokenizer, [], chat, [tool])
     except ValueError:  # a row may also be refused
         return
     assert specials(tokenizer, sum((ids for ids, _ in example), [])) == harmless
@@ -281,7 +281,7 @@ def test_an_end_that_an_answer_spells_is_not_its_end(tmp_path):
     for words in ("say <|im_end|> now", f"a {header}b", "c <|endoftext|> d"):
         chat.append({"role": "user", "content": words})
         chat.append({"role": "assistant", "content": words})
-    example, = common.encode(tokenizer, [], chat)
+    example, = encoded(tokenizer, [], chat)
     said = [ids for ids, is_answer in example if is_answer]
     words = [message["content"] for message in chat[1::2]]
     assert [tokenizer.decode(ids[:-1]) for ids in said] == words
@@ -321,21 +321,35 @@ def test_phi3_tokens_that_swallow_blanks():
         "{% for m in messages %}{{ ('<|turn_user|>\n' if m.role == 'user' else '')"
         " + m.content + '<|turn_end|>\n' }}{% endfor %}")
     chat = [{"role": "user", "content": "  Q"}, {"role": "assistant", "content": "  A "}] * 2
-    example, = common.encode(tokenizer, [], chat)
+    example, = encoded(tokenizer, [], chat)
     said = [tokenizer.decode(ids) for ids, is_answer in example if is_answer]
     assert said == ["A <|turn_end|>"] * 2
 
 
-@pytest.mark.parametrize("name, chat", [
-    ("gemma2", "system"),  # it raises
-    ("mistral", "system"),  # the system message is gone once the question is answered
-    ("deepseek_r1", "one turn"),  # asks for a thought that answers are printed without
+@pytest.mark.parametrize("name, words", [
+    ("gemma2", "System role not supported"),
+    # it moves the system message to the last question, and drops it once that is answered
+    ("mistral", r"does not print the content of message 1 \(system\)"),
 ])
-def test_what_a_template_cannot_show_is_refused(name, chat):
-    """A row whose answer would be trained after something else than the model is asked raises."""
-    FAMILIES.setdefault("deepseek_r1", FAMILIES["deepseek_v3"])
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-    if chat == "system":
-        messages = [{"role": "system", "content": "Be brief."}, *messages]
-    with pytest.raises(Exception, match="rewrites message|System role not supported"):
+def test_a_system_message_that_a_template_loses_is_refused(name, words):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"},
+                {"role": "assistant", "content": "That."}]
+    with pytest.raises(Exception, match=words):
         common.encode(tokenizer_of(name), [], messages)
+
+
+def test_a_template_that_asks_for_a_thought_and_drops_it_is_usable_without_thoughts():
+    """DeepSeek-R1: a finished turn begins behind its header, without the thought asked for."""
+    FAMILIES.setdefault("deepseek_r1", FAMILIES["deepseek_v3"])
+    tokenizer = tokenizer_of("deepseek_r1")
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."},
+            {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "<Yes>."}]
+    example, = encoded(tokenizer, [], chat)
+    texts = [tokenizer.decode(ids) for ids, _ in example]
+    bos, end, user, assistant = DEEPSEEK
+    assert texts == [f"{bos}{user}What?{assistant}", f"That.{end}", f"{user}Sure?{assistant}",
+                     f"<Yes>.{end}"]
+    assert tokenizer.decode(common.encode_prompt(tokenizer, chat[:1])).endswith("<think>\n")
+    chat[1]["content"] = "<think>Hm.</think>That."
+    with pytest.raises(ValueError, match="does not print the content of message 2 whole"):
+        common.encode(tokenizer, [], chat)
