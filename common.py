@@ -549,8 +549,8 @@ def render_prompt(tokenizer, messages: list, tools=None) -> str:
     if last["role"] != "assistant":
         return render(tokenizer, messages, tools, add_generation_prompt=True)
     asked = render(tokenizer, earlier, tools, add_generation_prompt=True)
-    if "<think>" in last["content"]:
-        asked = asked.removesuffix("\n").removesuffix("<think>")
+    if "<think>" in last["content"] and asked.rstrip().endswith("<think>"):
+        asked = asked.rstrip().removesuffix("<think>")
     return asked + quote(tokenizer, last["content"])
 
 
@@ -651,7 +651,8 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
         raise ValueError("there is no answer of the assistant to train on")
     if first and chat[first - 1]["role"] == "assistant" and turns[0] == first:
         prefilled = render_prompt(tokenizer, chat[:first], tools)  # which the answer continues
-        chat[first]["content"] = chat.pop(first - 1)["content"] + chat[first - 1]["content"]
+        prefill = chat.pop(first - 1)["content"]
+        chat[first - 1]["content"] = prefill + chat[first - 1]["content"]
         turns = [turn - 1 for turn in turns]
     try:
         return [encode_chat(tokenizer, chat[:turns[-1] + 1], turns, tools, prefilled)]
@@ -678,15 +679,19 @@ def encode_chat(tokenizer, chat: list, turns: list[int], tools, prefilled: str |
     `prefilled` is the rendered prompt of the first turn where that is more than a header.
     """
     check_printed(tokenizer, chat, tools)
-    ids = to_ids(tokenizer, render(tokenizer, chat, tools))
+    whole = render(tokenizer, chat, tools)
+    ids = to_ids(tokenizer, whole)
     ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
     pieces, done = [], 0
     for turn in turns:
-        answered = render(tokenizer, chat[:turn + 1], tools)
-        after = to_ids(tokenizer, answered)
-        header = render_header(tokenizer, chat, turn, tools, answered)
-        if header is None:  # a greeting
+        is_greeting = all(message["role"] == "system" for message in chat[:turn])
+        if is_greeting and not can_render(tokenizer, chat[:turn + 1], tools):
             continue
+        answered, after = whole, ids
+        if turn + 1 < len(chat):
+            answered = render(tokenizer, chat[:turn + 1], tools)
+            after = to_ids(tokenizer, answered)
+        header = render_header(tokenizer, chat, turn, tools, answered, is_greeting)
         asked = prefilled or header
         prefilled = None
         # before a token that spans the header's and the answer's newlines
@@ -709,25 +714,29 @@ def encode_chat(tokenizer, chat: list, turns: list[int], tools, prefilled: str |
     return [(pieces[0][0][:head], False), (pieces[0][0][head:], False), *pieces[1:]]
 
 
-def render_header(tokenizer, chat: list, turn: int, tools, answered: str) -> str | None:
-    """The conversation up to the first character of an answer; None if it cannot be rendered.
+def can_render(tokenizer, messages: list, tools) -> bool:
+    """Whether the template takes these messages at all: some refuse a chat without a question."""
+    try:
+        render(tokenizer, messages, tools)
+    except jinja2.TemplateError:
+        return False
+    return True
+
+
+def render_header(tokenizer, chat: list, turn: int, tools, answered: str, is_greeting: bool) -> str:
+    """The conversation up to the first character of an answer.
 
     That is the generation prompt, except where the template opens a thought in it that it cuts out
     of finished turns (DeepSeek-R1), and for a greeting, which has no question before it.
     """
-    is_greeting = all(message["role"] == "system" for message in chat[:turn])
+    asked = None
     if not is_greeting:
         asked = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
         if answered.startswith(asked):
             return asked
-    try:
-        said = render(tokenizer, [*chat[:turn], {"role": "assistant", "content": MARK}], tools)
-    except jinja2.TemplateError:
-        if is_greeting:
-            return None
-        raise
+    said = render(tokenizer, [*chat[:turn], {"role": "assistant", "content": MARK}], tools)
     header = said.partition(MARK)[0]
-    if not answered.startswith(header) or not (is_greeting or asked.startswith(header)):
+    if not answered.startswith(header) or not (asked or header).startswith(header):
         raise ValueError(f"the chat template writes message {turn + 1} in another way than it asks "
                          "the model for it")
     return header
@@ -824,7 +833,8 @@ def load_rows(source: str, split: str, limit: int, seed: int, columns=()) -> lis
         for old in names:
             if not any(old in row for row in rows):
                 raise ValueError(f"there is no column {old}, which --columns names")
-        return [{key: value for key, value in row.items() if key not in names.values()}
+        named = {*names, *names.values()}
+        return [{key: value for key, value in row.items() if key not in named}
                 | {new: row[old] for old, new in names.items() if old in row} for row in rows]
 
 
