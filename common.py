@@ -700,8 +700,9 @@ def encode_chat(tokenizer, chat: list, turns: list[int], tools, prefilled: str |
         if not stops and turn + 1 == len(chat):  # a template without an end of turn (GLM-4)
             ids = after = with_end(tokenizer, after)
         stop = stops[0] + 1 if stops else len(after)  # generation ends there
-        if not answered.startswith(asked) or ids[:stop] != after[:stop] or (
-                not stops and turn + 1 < len(chat)):
+        if not stops and turn + 1 < len(chat):
+            raise ValueError(f"the chat template does not end message {turn + 1}")
+        if not answered.startswith(asked) or ids[:stop] != after[:stop]:
             raise ValueError(f"the chat template rewrites message {turn + 1} once others follow")
         check_said(chat[turn], turn + 1, answered[len(header):])
         pieces += [(ids[done:start], False), (ids[start:stop], True)]

@@ -171,14 +171,13 @@ BAD_ROWS = {
         {"other": 1}, {"messages": []}, {"messages": USER}, {"messages": "text"},
         {"messages": [{"role": "assistant"}]}, {"messages": [{"content": "x"}]},
         {"messages": ["x"]}, {"prompt": "x"}, {"prompt": "x", "completion": ""},
-        {"prompt": "x", "completion": 5}, {"prompt": USER, "completion": "x"}, {"output": "x"},
-        {"instruction": "x", "output": ""}, {"text": ""}, {"text": 5}, {"text": ["x"]}],
+        {"prompt": "x", "completion": 0.5}, {"prompt": USER, "completion": True}, {"output": "x"},
+        {"instruction": "x", "output": ""}, {"text": ""}, {"text": 0.5}, {"text": ["x"]}],
     "preference": [
         {"other": 1}, {"prompt": "x", "chosen": "y"}, {"chosen": "Yes.", "rejected": "No."},
         {"prompt": "x", "chosen": "y", "rejected": "y"},
-        {"prompt": "x", "chosen": 5, "rejected": 6},
-        {"prompt": "x", "chosen": say("y"), "rejected": say("z")},
-        {"prompt": USER, "chosen": "y", "rejected": "z"},
+        {"prompt": "x", "chosen": 0.5, "rejected": 0.6}, {"chosen": say("y"), "rejected": say("z")},
+        {"prompt": "x", "chosen": say("y"), "rejected": "z"},
         {"prompt": USER, "chosen": USER, "rejected": say("z")},
         {"prompt": USER, "chosen": [{"role": "assistant", "text": "y"}], "rejected": say("z")}],
     "steps": [
@@ -199,7 +198,7 @@ BAD_ROWS = {
         {"completions": ["1 + 1 = 2"], "labels": [True]}],
     "prompt": [
         {"other": 1}, {"prompt": "", "answer": "2"}, {"prompt": [], "answer": "2"},
-        {"prompt": 5, "answer": "2"}, {"prompt": [{"role": "user"}], "answer": "2"},
+        {"prompt": 0.5, "answer": "2"}, {"prompt": [{"role": "user"}], "answer": "2"},
         {"prompt": ["x"], "answer": "2"}, {"prompt": {"role": "user"}, "answer": "2"}]}
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from conftest import ROOT
+from conftest import ROOT, encoded
 from transformers.integrations import sdpa_attention
 
 import common
@@ -595,7 +595,7 @@ def test_a_tuned_base_learns_to_stop(handled):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     examples = []
     for row in rows:
-        (example,) = common.encode(tokenizer, [], json.loads(row)["messages"])
+        (example,) = encoded(tokenizer, [], json.loads(row)["messages"])
         examples.append(example[0][0] + example[1][0])
     ids = torch.nn.utils.rnn.pad_sequence(
         list(map(torch.tensor, examples)), batch_first=True, padding_value=-100)
