@@ -312,14 +312,14 @@ def linear_layers(model) -> list[str]:
 
     A trial run finds them, so that no matrix is created that would never be used. The head, vision
     towers and layers whose weight is read by others are not called; a router that returns several
-    tensors is no layer that LoRA can add to. Mamba's out_proj is called on a CPU, but on a GPU its
-    weight is read by a kernel, past any LoRA.
+    tensors is no layer that LoRA can add to. In training mode, because Gemma 3n calls one layer in
+    evaluation only. Mamba's out_proj is called on a CPU, but a GPU's kernel reads its weight.
     """
     outputs = {}
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, inputs, output: outputs.update({module: output}))
     with autocast(model):
-        model.base_model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device))
+        model.train().base_model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device))
     hook.remove()
     linear = torch.nn.Linear | transformers.pytorch_utils.Conv1D
     layers = [name for name, module in model.named_modules()
@@ -358,20 +358,25 @@ def read(causal, ids, mask, cache=None):
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # [B, T]
     out = causal(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                  logits_to_keep=1, **{CACHE: cache})
+    if out.get(CACHE) is None:
+        raise ValueError(f"{type(causal).__name__} returns no cache to continue from")
     return out.logits[:, -1], out[CACHE]
 
 
 def read_out(causal, hidden):
     """Logits [..., V] of a base's hidden states [..., D]: the head, and what some do behind it."""
-    config = vars(causal.config.get_text_config())
+    config = causal.config.get_text_config()
     logits = causal.get_output_embeddings()(hidden)
-    scale = config.get("logit_scale") or config.get("lm_head_multiplier")  # Cohere; Falcon-H1
-    cap = config.get("final_logit_softcapping") or config.get("logits_soft_cap")  # Gemma
-    if scale:
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    divisor = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if scale:  # Cohere, Falcon-H1
         logits = logits * scale
-    if config.get("logits_scaling"):  # Granite
-        logits = logits / config["logits_scaling"]
-    return cap * torch.tanh(logits / cap) if cap else logits
+    if divisor:  # Granite, MiniCPM3
+        logits = logits / divisor
+    if cap:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 def check_equal(model, found, expected, complaint: str):
