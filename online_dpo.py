@@ -155,7 +155,7 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
     caches = [None, None]  # of π and of π_ref
     alive = answers = [[] for _ in prompts]  # alive: the same lists, but for those that ended
     for _ in range(args.max_new_tokens):
-        mixed = 0
+        mixed = 0  # becomes [alive, V]
         roles = common.using(model, "default"), common.reference(model)  # π, π_ref: new contexts
         for i, (role, weight) in enumerate(zip(roles, (1 - m, m), strict=True)):
             if weight > 0:

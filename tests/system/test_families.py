@@ -200,7 +200,7 @@ def test_a_judge_reads_the_models_own_logits(name, folders):
     (transformers.HyperCLOVAXConfig(**SIZES | {"logits_scaling": 3.0}), "HyperCLOVAXForCausalLM"),
     (transformers.BartConfig(
         vocab_size=48, d_model=16, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=24,
-        encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=24, init_std=0.4,
+        encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=24, init_std=0.4,
         max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3,
         decoder_start_token_id=3, forced_eos_token_id=None), "does not continue from its cache")])
 def test_a_model_that_would_be_read_wrongly_is_refused(config, words, tmp_path, refused):
