@@ -231,12 +231,13 @@ def load_config(name: str):
 
 def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int = 16,
                gradient_checkpointing: str = ON_GPU["default"], trainable: bool = True,
-               task: str = "CAUSAL_LM"):
+               task: str = "CAUSAL_LM", keep_reference: bool = True):
     """Loads a model with a LoRA adapter "default" to train, in fp32; all else is frozen.
 
     If `name` is an adapter, training goes on with its matrices, and a frozen copy of them stays as
-    "reference". `lora_rank` 0 trains all weights, never in 4 bits; `trainable=False` none. The task
-    SEQ_CLS gives a reward model: a scalar head `score`, trained and saved with the adapter.
+    "reference", unless nobody asks for it. `lora_rank` 0 trains all weights, never in 4 bits;
+    `trainable=False` none. The task SEQ_CLS gives a reward model: a scalar head `score`, trained
+    and saved with the adapter.
     """
     device = choose_device()
     full = trainable and lora_rank == 0
@@ -276,7 +277,7 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
         model.requires_grad_(full)
         if adapter and adapter.task_type == task:
             model = peft.PeftModel.from_pretrained(model, find(name), is_trainable=trainable)
-            if trainable and task == "CAUSAL_LM":
+            if trainable and task == "CAUSAL_LM" and keep_reference:
                 model.load_adapter(find(name), "reference", is_trainable=False)
         elif trainable and not full:
             model = add_lora(model, name if adapter else None, lora_rank, task)
@@ -322,9 +323,9 @@ def linear_layers(model) -> list[str]:
         model.train().base_model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device))
     hook.remove()
     linear = torch.nn.Linear | transformers.pytorch_utils.Conv1D
-    layers = [name for name, module in model.named_modules()
-              if isinstance(module, linear) and torch.is_tensor(outputs.get(module))]
-    return [name for name in layers if not name.endswith(("mamba.out_proj", "mixer.out_proj"))]
+    return [name for name, module in model.named_modules()
+            if isinstance(module, linear) and torch.is_tensor(outputs.get(module))
+            and not name.endswith(("mamba.out_proj", "mixer.out_proj"))]
 
 
 def load_weights(model, name: str, role: str, head: dict | None = None) -> dict:
@@ -397,18 +398,25 @@ def check_forward(model, task: str):
     check_weights(model)
     causal = causal_lm(model).eval()
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 0, 0]], device=causal.device)
+    rows = [ids[:1], ids[1:, :4]]
     with autocast(causal):
-        rows = [causal.base_model(input_ids=row[row > 0][None], use_cache=False)[0] for row in ids]
-        alone = torch.cat(rows, 1)[0]  # [6 + 4, D]
+        alone = [causal.base_model(input_ids=row, use_cache=False)[0][0] for row in rows]
+        alone = torch.cat(alone)  # [6 + 4, D]
         if not alone.isfinite().all():
             raise ValueError("its hidden states are not finite numbers")
         # Training pads on the right. Dropout that is still on would show, too.
-        real = ids > 0  # [2, 6]
-        mask = real.long()
+        mask = (ids > 0).long()
         hidden = causal.train().base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        check_equal(causal.eval(), hidden[real], alone, "reads padded rows otherwise in training")
+        check_equal(causal.eval(), hidden[mask > 0], alone, "reads rows otherwise in training")
         if task == "SEQ_CLS":
             return
+        # The logits are made large, or a bound on them would not show.
+        head = causal.get_output_embeddings()
+        scale = 100 / head(alone).abs().max()
+        hook = head.register_forward_hook(lambda *call: call[2] * scale)
+        logits = [causal(input_ids=row, use_cache=False).logits[0] for row in rows]
+        logits = torch.cat(logits)  # [6 + 4, V]
+        check_equal(causal, read_out(causal, alone), logits, "changes its logits after the head")
         # Sampling pads on the left, and continues from a cache whose rows have been reordered.
         left = torch.stack([ids[0], ids[1].roll(2)])
         first, cache = read(causal, left[:, :4], (left > 0)[:, :4].long())
@@ -416,15 +424,9 @@ def check_forward(model, task: str):
         left = left.flip(0)
         for length in 5, 6:
             mask = (left > 0)[:, :length].long()
-            found, cache = read(causal, left[:, length - 1:length], mask, cache)
-        expected = read_out(causal, alone[[3, 7, 9, 5]])
-        check_equal(causal, torch.cat([first, found]), expected, "does not continue from its cache")
-        # A bound on the logits shows where they are large.
-        scale = 100 / expected.abs().max()
-        hook = causal.get_output_embeddings().register_forward_hook(lambda *call: call[2] * scale)
-        logits = causal(input_ids=ids[:1], use_cache=False).logits[0]  # [6, V]
-        ours = read_out(causal, alone[:6])
-        check_equal(causal, ours, logits, "changes its logits after the head")
+            last, cache = read(causal, left[:, length - 1:length], mask, cache)
+        found, expected = torch.cat([first, last]), logits[[3, 7, 9, 5]]
+        check_equal(causal, found, expected, "does not continue from its cache")
         hook.remove()
 
 

@@ -251,7 +251,8 @@ def train(args):
     # 2. A frozen base with LoRA matrices, which alone are trained, or all weights.
     torch.manual_seed(args.seed)
     model = common.load_model(
-        args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
+        args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing,
+        keep_reference=False)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0

@@ -395,7 +395,7 @@ def test_logits_that_change_in_an_unknown_way_are_refused(kind, extra, monkeypat
     common.check_forward(changed, "CAUSAL_LM")
     head = changed.get_output_embeddings()
     monkeypatch.setattr(common, "read_out", lambda causal, hidden: head(hidden))
-    with pytest.raises(ValueError, match=f"{kind}ForCausalLM (does not continue|changes its logi)"):
+    with pytest.raises(ValueError, match=f"{kind}ForCausalLM changes its logits"):
         common.check_forward(changed, "CAUSAL_LM")
 
 

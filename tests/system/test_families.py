@@ -4,7 +4,9 @@ Each family is a small random model that is loaded as every script loads it, wit
 matter. The naive computation reads each row alone, in evaluation mode, without a cache.
 """
 import json
+import re
 import shutil
+import warnings
 from argparse import Namespace
 
 import peft
@@ -154,6 +156,25 @@ def test_sampled_log_probs_are_those_that_are_scored(name, folders, monkeypatch)
             torch.testing.assert_close(ours, sampled, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen3.5"])
+def test_sampling_warns_of_nothing(name, folders, monkeypatch):
+    """A later transformers would take no keyword of which this one says that it goes away."""
+    said = []
+    model = with_adapter(folders(name))
+    logger = transformers.logging.get_logger("transformers")
+    monkeypatch.setattr(logger, "callHandlers", lambda record: said.append(record.getMessage()))
+    transformers.logging.set_verbosity_warning()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            args = Namespace(max_new_tokens=4, temperature=1.0)
+            grpo.sample(model, make_tokenizer(), [ROWS[0], ROWS[1]], 2, args, 0)
+            sft.sample_answers(model, make_tokenizer(), [ROWS[0], ROWS[1]], 4, 0)
+    finally:
+        transformers.logging.set_verbosity_error()
+    assert said == []
+
+
 @pytest.mark.parametrize("name", ["qwen3.5", "gemma2"])
 def test_a_mixture_is_sampled_from_two_caches(name, folders, monkeypatch):
     """With m = 1 from the reference alone, with m = 0 from the policy, whatever the cache."""
@@ -197,7 +218,8 @@ def test_a_judge_reads_the_models_own_logits(name, folders):
 # ---- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config, words", [
-    (transformers.HyperCLOVAXConfig(**SIZES | {"logits_scaling": 3.0}), "HyperCLOVAXForCausalLM"),
+    (transformers.HyperCLOVAXConfig(**SIZES | {"logits_scaling": 3.0}),
+     "HyperCLOVAXForCausalLM changes its logits after the head"),
     (transformers.BartConfig(
         vocab_size=48, d_model=16, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=24,
         encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=24, init_std=0.4,
@@ -226,7 +248,7 @@ def test_dropout_that_is_left_is_refused(folders, monkeypatch, refused):
     """A log-prob would differ between policy, reference and sampler."""
     monkeypatch.setattr(common, "load_config", lambda name: transformers.AutoConfig.from_pretrained(
         common.base_of(name)))
-    assert "reads padded rows otherwise in training" in refused(
+    assert "reads rows otherwise in training" in refused(
         common.load_model, folders("opt"))
 
 
@@ -263,8 +285,9 @@ def test_code_in_a_model_folder_does_not_run(folders, tmp_path, monkeypatch, ref
     folder, trace = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(folders("qwen3"), folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {
-        "AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}}
+    mapped = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M",
+              "AutoTokenizer": ["evil.T", None]}
+    config |= {"model_type": "mine", "auto_map": mapped}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *args: "y")
@@ -351,6 +374,18 @@ def test_lora_leaves_vision_towers_and_routers_alone(folders, tmp_path):
     named = {key for key, _ in model.named_parameters() if "lora_A" in key}
     assert any("mamba.in_proj" in key for key in named)
     assert not any("out_proj" in key for key in named)
+
+
+def test_no_matrices_are_created_that_are_never_used(folders, tmp_path):
+    """Not those of layers that text does not reach, nor a reference that no loss asks for."""
+    model = common.load_model(folders("gemma4"), lora_rank=2)
+    # the last two layers share keys and values with the first two
+    assert not any(re.search(r"layers\.[23]\.self_attn\.[kv]_proj", key)
+                   for key, _ in model.named_parameters())
+    common.save_model(model, make_tokenizer(), tmp_path)
+    for kept in True, False:
+        model = common.load_model(str(tmp_path), keep_reference=kept)
+        assert any(".reference." in key for key, _ in model.named_parameters()) == kept
 
 
 # ---- reward models -------------------------------------------------------------------------------
