@@ -28,7 +28,6 @@ import sys
 import unicodedata
 
 import torch
-from transformers import DynamicCache
 
 import common
 
@@ -95,15 +94,16 @@ def answer(model, compared, ids, length, stops, temperature, seed):
     to the model `compared`, or 0 without one.
     """
     models = [model, compared] if compared else [model]
-    caches = [DynamicCache(config=common.causal_lm(m).config) for m in models]
+    caches = [None for _ in models]
     generator = torch.Generator(model.device).manual_seed(seed)
     unread = torch.tensor([ids], device=model.device)  # [1, T], later [1, 1]
     for _ in range(length):
         logps = []
-        for m, cache in zip(models, caches, strict=True):
+        mask = torch.ones(1, len(ids), dtype=torch.long, device=model.device)
+        for i, m in enumerate(models):
             with common.autocast(m):
-                logits = common.causal_lm(m)(unread, past_key_values=cache, logits_to_keep=1).logits
-            logps.append((logits[0, -1].float() / temperature).log_softmax(-1))  # [V]
+                logits, caches[i] = common.read(common.causal_lm(m), unread, mask, caches[i])
+            logps.append((logits[0].float() / temperature).log_softmax(-1))  # [V]
         token = torch.multinomial(logps[0].exp(), 1, generator=generator)  # [1]
         ids.append(token.item())
         yield (logps[0][token] - logps[-1][token]).item()

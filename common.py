@@ -32,7 +32,10 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers.integrations import sdpa_attention
+from transformers.modeling_outputs import CausalLMOutputWithPast as ModelOutput
 
+# Since transformers 5.24, models call their cache `cache`.
+CACHE = "cache" if "cache" in ModelOutput.__dataclass_fields__ else "past_key_values"
 HERE = Path(__file__).resolve().parent
 SCORE = "base_model.model.score.weight"  # a reward model's head in the file of its adapter
 QUOTE, MARK = "\ufdd0", "\ufdd1"  # code points that no text has
@@ -53,9 +56,6 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
 datasets.disable_progress_bars()
-# with AVX512-BF16 an eval forward repacks 4-bit weights, and the next training step fails
-bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
 
 
 # ---- errors and flags ----------------------------------------------------------------------------
@@ -205,7 +205,10 @@ def find(name: str) -> str:
 def adapter_config(name: str) -> peft.PeftConfig | None:
     """The config of a LoRA adapter, or None for a full model."""
     is_adapter = transformers.utils.peft_utils.find_adapter_config_file(find(name))
-    return peft.PeftConfig.from_pretrained(find(name)) if is_adapter else None
+    config = peft.PeftConfig.from_pretrained(find(name)) if is_adapter else None
+    if config and config.peft_type != "LORA":
+        raise ValueError(f"its adapter is of the kind {config.peft_type}: only LoRA is supported")
+    return config
 
 
 def base_of(name: str) -> str:
@@ -223,14 +226,45 @@ def is_tiny(name: str) -> bool:
         return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
 
 
+def patch_libraries(device: torch.device):
+    """Changes to the behavior of libraries, each with its reason and the version that needs it."""
+    # bitsandbytes 0.48: on a CPU with AVX512-BF16, a forward pass in evaluation mode repacks 4-bit
+    # weights, and the next training step fails.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    # transformers 5.0: it calls its own deprecated method when gradient checkpointing is turned on.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+    # peft 0.17: it only warns where the file of an adapter lacks weights, which would stay random.
+    warnings.filterwarnings("error", "Found missing adapter keys")
+    if choose_dtype(device) == torch.float16:
+        # transformers 5.0: it sets enable_gqa, which before Ampere sends SDPA to its slow math
+        # kernel. Without it, transformers repeats the keys itself.
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def load_config(name: str):
+    """The config of the base of `name`, with every kind of dropout turned off.
+
+    Policy, reference and sampler must agree on a log-prob. OPT calls dropout as a function, and
+    Mistral's attention has its own, so that no module could be switched off later.
+    """
+    config = transformers.AutoConfig.from_pretrained(base_of(name), trust_remote_code=False)
+    for part in [config, *vars(config).values()]:
+        if isinstance(part, transformers.PreTrainedConfig):
+            for key, value in list(vars(part).items()):
+                if re.search("drop|jitter", key) and isinstance(value, float):
+                    setattr(part, key, 0.0)
+    return config
+
+
 def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int = 16,
                gradient_checkpointing: str = ON_GPU["default"], trainable: bool = True,
-               task: str = "CAUSAL_LM"):
+               task: str = "CAUSAL_LM", keep_reference: bool = True):
     """Loads a model with a LoRA adapter "default" to train, in fp32; all else is frozen.
 
     If `name` is an adapter, training goes on with its matrices, and a frozen copy of them stays as
-    "reference". `lora_rank` 0 trains all weights, never in 4 bits; `trainable=False` none. The task
-    SEQ_CLS gives a reward model: a scalar head `score`, trained and saved with the adapter.
+    "reference", unless nobody asks for it. `lora_rank` 0 trains all weights, never in 4 bits;
+    `trainable=False` none. The task SEQ_CLS gives a reward model: a scalar head `score`, trained
+    and saved with the adapter.
     """
     device = choose_device()
     full = trainable and lora_rank == 0
@@ -238,36 +272,45 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
     quantise = load_in_4bit == "on" and not full
     if is_tiny(name):
         torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
-    if choose_dtype(device) == torch.float16:
-        # before Ampere, SDPA runs enable_gqa in its slow math kernel: let transformers repeat keys
-        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+    patch_libraries(device)
     with phase(f"loading the model {name}"):
-        warnings.filterwarnings("error", "Found missing adapter keys")  # or they would be random
         adapter = adapter_config(name)
         if full and adapter:
             raise ValueError("--lora-rank 0 cannot go on from an adapter")
         if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
             raise ValueError(f"an adapter for {adapter.task_type}, needed is one for {task}")
-        kind, options = transformers.AutoModelForCausalLM, {}
-        if task == "SEQ_CLS":
-            kind, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+        config, kind = load_config(name), transformers.AutoModelForCausalLM
+        scorers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if task == "SEQ_CLS" and type(config) in scorers:
+            kind, config.num_labels = transformers.AutoModelForSequenceClassification, 1
         nf4 = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype)
-        model = kind.from_pretrained(  # eager attention overflows in fp16 on Qwen
-            base_of(name), dtype=dtype, quantization_config=nf4 if quantise else None,
-            device_map={"": device}, attn_implementation="sdpa", **options)
+        # None: transformers takes sdpa, or eager for a class that has nothing else. On Qwen, eager
+        # attention overflows in fp16.
+        attention = "sdpa" if config.model_type.startswith("qwen") else None
+        model = kind.from_pretrained(
+            base_of(name), config=config, dtype=dtype, device_map={"": device},
+            quantization_config=nf4 if quantise else None, attn_implementation=attention,
+            trust_remote_code=False)
+        if task == "SEQ_CLS" and not hasattr(model, "score"):
+            # a family without such a class gets a scalar head beside that of its language model
+            width = config.get_text_config().hidden_size
+            model.score = torch.nn.Linear(width, 1, bias=False, device=device, dtype=dtype)
+        if choose_dtype(device) == torch.float16 and "gemma3" <= config.model_type < "gemma5":
+            print(f"{config.model_type} overflows in fp16, in which this GPU computes: take a GPU "
+                  "that has bf16 (from Ampere on), or another model")
         # by hand: peft's prepare_model_for_kbit_training turns embeddings into fp32, 2 GiB at 7B
         model.requires_grad_(full)
         if adapter and adapter.task_type == task:
             model = peft.PeftModel.from_pretrained(model, find(name), is_trainable=trainable)
-            if trainable and task == "CAUSAL_LM":
+            if trainable and task == "CAUSAL_LM" and keep_reference:
                 model.load_adapter(find(name), "reference", is_trainable=False)
         elif trainable and not full:
             model = add_lora(model, name if adapter else None, lora_rank, task)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # policy, reference and sampler must agree on a log-prob
+                module.p = 0.0  # of an adapter that was trained with dropout
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # the GradScaler refuses fp16 gradients
@@ -279,7 +322,7 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
 
 def add_lora(model, adapter_name: str | None, rank: int, task: str):
     """New LoRA matrices on all linear layers but the head; a reward model may take an LM's."""
-    new = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    new = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_layers(model))
     config = adapter_config(adapter_name) if adapter_name else new
     config.task_type = task
     config.inference_mode = False
@@ -289,6 +332,27 @@ def add_lora(model, adapter_name: str | None, rank: int, task: str):
         score = model.get_base_model().score.modules_to_save["default"].weight
         load_weights(model, adapter_name, "default", {SCORE: score})
     return model
+
+
+@torch.no_grad()
+def linear_layers(model) -> list[str]:
+    """The names of the linear layers that text passes through on its way to the hidden states.
+
+    A trial run finds them, so that no matrix is created that would never be used. The head, vision
+    towers and layers whose weight is read by others are not called; a router that returns several
+    tensors is no layer that LoRA can add to. In training mode, because Gemma 3n calls one layer in
+    evaluation only. Mamba's out_proj is called on a CPU, but a GPU's kernel reads its weight.
+    """
+    outputs = {}
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: outputs.update({module: output}))
+    with autocast(model):
+        model.train().base_model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device))
+    hook.remove()
+    linear = torch.nn.Linear | transformers.pytorch_utils.Conv1D
+    return [name for name, module in model.named_modules()
+            if isinstance(module, linear) and torch.is_tensor(outputs.get(module))
+            and not name.endswith(("mamba.out_proj", "mixer.out_proj"))]
 
 
 def load_weights(model, name: str, role: str, head: dict | None = None) -> dict:
@@ -313,18 +377,84 @@ def check_weights(model):
         raise ValueError("its weights are not finite numbers")
 
 
+def read(causal, ids, mask, cache=None):
+    """Logits [B, V] behind the last of the tokens `ids` [B, T], and the cache for the next call.
+
+    The mask is 1 on all real tokens so far, those in the cache and those of `ids`. The model makes
+    a cache of the kind that it needs. Its rows are repeated, or dropped, by `reorder_cache`.
+    """
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # [B, T]
+    out = causal(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                 logits_to_keep=1, **{CACHE: cache})
+    if out.get(CACHE) is None:
+        raise ValueError(f"{type(causal).__name__} returns no cache to continue from")
+    return out.logits[:, -1], out[CACHE]
+
+
+def read_out(causal, hidden):
+    """Logits [..., V] of a base's hidden states [..., D]: the head, and what some do behind it."""
+    config = causal.config.get_text_config()
+    logits = causal.get_output_embeddings()(hidden)
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    divisor = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if scale:  # Cohere, Falcon-H1
+        logits = logits * scale
+    if divisor:  # Granite, MiniCPM3
+        logits = logits / divisor
+    if cap:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def check_equal(model, found, expected, complaint: str):
+    """Refuses the model unless both are the same, up to the rounding of its number format."""
+    limit = 0.001 if choose_dtype(model.device) == torch.float32 else 0.1
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    if not error <= limit:
+        raise ValueError(f"{type(model).__name__} {complaint} (error {error:.2g})")
+
+
 @torch.no_grad()
 def check_forward(model, task: str):
-    """Refuses broken weights, and logits changed after the head, which scripts apply themselves."""
+    """Refuses broken weights, and a model that scripts would train or sample wrongly.
+
+    Two rows of 6 and 4 tokens are read as training and sampling read them, beside each other and
+    padded, and compared with each row alone.
+    """
     check_weights(model)
     causal = causal_lm(model).eval()
-    input_ids = torch.arange(4, device=causal.device)[None]
-    hidden = causal.base_model(input_ids=input_ids).last_hidden_state
-    if task == "CAUSAL_LM":
-        logits = causal(input_ids=input_ids).logits.float()
-        ours = causal.get_output_embeddings()(hidden).float()
-        if (logits - ours).abs().max() > 0.01 * logits.abs().max():
-            raise ValueError(f"{type(causal).__name__} changes its logits after the head")
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 0, 0]], device=causal.device)
+    rows = [ids[:1], ids[1:, :4]]
+    with autocast(causal):
+        alone = [causal.base_model(input_ids=row, use_cache=False)[0][0] for row in rows]
+        alone = torch.cat(alone)  # [6 + 4, D]
+        if not alone.isfinite().all():
+            raise ValueError("its hidden states are not finite numbers")
+        # Training pads on the right. Dropout that is still on would show, too.
+        mask = (ids > 0).long()
+        hidden = causal.train().base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        check_equal(causal.eval(), hidden[mask > 0], alone, "reads rows otherwise in training")
+        if task == "SEQ_CLS":
+            return
+        # The logits are made large, or a bound on them would not show.
+        head = causal.get_output_embeddings()
+        scale = 100 / head(alone).abs().max()
+        hook = head.register_forward_hook(lambda *call: call[2] * scale)
+        logits = [causal(input_ids=row, use_cache=False).logits[0] for row in rows]
+        logits = torch.cat(logits)  # [6 + 4, V]
+        check_equal(causal, read_out(causal, alone), logits, "changes its logits after the head")
+        # Sampling pads on the left, and continues from a cache whose rows have been reordered.
+        left = torch.stack([ids[0], ids[1].roll(2)])
+        first, cache = read(causal, left[:, :4], (left > 0)[:, :4].long())
+        cache.reorder_cache(torch.tensor([1, 0], device=causal.device))
+        left = left.flip(0)
+        for length in 5, 6:
+            mask = (left > 0)[:, :length].long()
+            last, cache = read(causal, left[:, length - 1:length], mask, cache)
+        found, expected = torch.cat([first, last]), logits[[3, 7, 9, 5]]
+        check_equal(causal, found, expected, "does not continue from its cache")
+        hook.remove()
 
 
 @contextlib.contextmanager
@@ -365,7 +495,7 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
     own = model.peft_config["default"]
     trained = {key: p.requires_grad for key, p in model.named_parameters()}
     config = peft.LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
-    score = torch.zeros(1, causal_lm(model).config.hidden_size)
+    score = torch.zeros(1, causal_lm(model).config.get_text_config().hidden_size)
     if name:
         config = reward_config(name, own.base_model_name_or_path)
     with phase(f"loading the reward model {name} for the {role}"):
@@ -388,8 +518,13 @@ def save_model(model, tokenizer, folder: Path):
 
 def settings(model) -> dict:
     """What was chosen for this model on this machine."""
+    frozen = [p for name, p in model.named_parameters() if "lora_" not in name]
+    # two weights share a byte; the experts of a mixture are not linear layers and stay in 16 bits
+    in_4bit = sum(2 * p.numel() for p in frozen if p.dtype == torch.uint8)
+    others = sum(p.numel() for p in frozen if p.dtype != torch.uint8)
     return {"device": str(model.device), "dtype": str(choose_dtype(model.device)),
             "load_in_4bit": bool(getattr(causal_lm(model), "is_loaded_in_4bit", False)),
+            "share_in_4bit": round(in_4bit / (in_4bit + others), 2),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
@@ -407,7 +542,7 @@ def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict 
     """
     with phase(f"loading the tokenizer of {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
-        config = transformers.AutoConfig.from_pretrained(base_of(name), trust_remote_code=False)
+        config = load_config(name)
         try:
             generation_config = transformers.GenerationConfig.from_pretrained(base_of(name))
         except OSError:  # the file is optional

@@ -148,15 +148,17 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
     targets = batch["input_ids"][:, 1:][scored]  # [N]
-    head = causal.get_output_embeddings()
-    chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of logits: all, [N, V], would fill a T4
-    cuts = zip(hidden.split(chunk), targets.split(chunk), strict=True)  # [C, D], [C]
-    logps = [checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False) for h, y in cuts]
+    vocabulary = causal.get_output_embeddings().weight.shape[0]
+    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    logps = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
+        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
     return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
 
 
-def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float().div_(temperature)  # [C, V]; 16 bits are too coarse
+def chunk_logps(hidden, targets, causal, temperature):
+    # 16 bits would be too coarse
+    logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
@@ -226,19 +228,29 @@ def evaluate(model, pairs, args, pad_id):
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
-    """An answer of up to `length` tokens to each prompt, sampled at temperature 1."""
+    """An answer of up to `length` tokens to each prompt, sampled at temperature 1.
+
+    Token by token from softmax(logits), because `generate` would also do what the model's own
+    generation config asks for: beams, penalties, suppressed tokens. Pads follow a stop token.
+    """
     prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # room for the answer
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    stops = torch.tensor(stop_ids, device=model.device)
     torch.manual_seed(seed)
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
-    with common.autocast(model):
-        ids = model.generate(  # what is not set here, the model's own generation config sets
-            **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            min_p=0.0, typical_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0,
-            max_new_tokens=length, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=common.stop_token_ids(tokenizer, model.generation_config))
+    token, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+    ended, answers, cache = torch.zeros_like(mask[:, :1], dtype=torch.bool), [], None
+    while len(answers) < length and not ended.all():
+        with common.autocast(model):
+            logits, cache = common.read(common.causal_lm(model), token, mask, cache)  # [B, V]
+        token = torch.multinomial(logits.float().softmax(-1), 1)  # [B, 1]
+        token[ended] = tokenizer.pad_token_id
+        answers.append(token)
+        ended |= torch.isin(token, stops)
+        mask = F.pad(mask, (0, 1), value=1)
     model.train()
-    return ids[:, batch["input_ids"].shape[1]:].tolist()
+    return torch.cat(answers, 1).tolist()
 
 
 def train(args):

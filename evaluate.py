@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import common
 
@@ -97,15 +96,17 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
     targets = batch["input_ids"][:, 1:][scored]  # [N]
-    head = causal.get_output_embeddings()
-    chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of logits: all, [N, V], would fill a T4
-    cuts = zip(hidden.split(chunk), targets.split(chunk), strict=True)  # [C, D], [C]
-    logps = [checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False) for h, y in cuts]
+    vocabulary = causal.get_output_embeddings().weight.shape[0]
+    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    logps = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
+        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
     return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
 
 
-def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float().div_(temperature)  # [C, V]; 16 bits are too coarse
+def chunk_logps(hidden, targets, causal, temperature):
+    # 16 bits would be too coarse
+    logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
@@ -126,18 +127,15 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     stops = torch.tensor(stop_ids, device=causal.device)
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     mask = batch["attention_mask"].to(causal.device)  # [P, T]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=causal.config)
-    logits = causal(batch["input_ids"].to(causal.device), attention_mask=mask,
-                    position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
+    logits, cache = common.read(causal, batch["input_ids"].to(causal.device), mask)  # [P, V]
     # each prompt was read once, for all of its answers: from here on B = P × copies
-    cache.batch_repeat_interleave(copies)
-    logits = logits.repeat_interleave(copies, 0)  # [B, 1, V]
-    mask = mask.repeat_interleave(copies, 0)
+    rows = torch.arange(len(mask), device=causal.device).repeat_interleave(copies)  # [B]
+    cache.reorder_cache(rows)
+    logits, mask = logits[rows], mask[rows]  # [B, V], [B, T]
     answers = [[] for _ in mask]
     alive = torch.arange(len(mask), device=causal.device)  # the answers that have not ended
     for length in range(1, args.max_new_tokens + 1):
-        probs = (logits[:, -1].float() / args.temperature).softmax(-1)  # [alive, V]
+        probs = (logits.float() / args.temperature).softmax(-1)  # [alive, V]
         token = torch.multinomial(probs, 1, generator=generator)  # [alive, 1]
         for i, new in zip(alive.tolist(), token[:, 0].tolist(), strict=True):
             answers[i].append(new)
@@ -146,10 +144,9 @@ def sample(model, tokenizer, prompts, copies, args, seed):
             break
         if not going.all():  # answers that have ended leave the batch
             alive, token, mask = alive[going], token[going], mask[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
+            cache.reorder_cache(going.nonzero()[:, 0])
         mask = F.pad(mask, (0, 1), value=1)
-        logits = causal(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                        past_key_values=cache).logits
+        logits, cache = common.read(causal, token, mask, cache)  # [alive, V]
     model.train(was_training)
     return answers
 

@@ -37,7 +37,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import common
 
@@ -115,15 +114,17 @@ def token_logps(model, batch, temperature=1.0):
     scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
     hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
     targets = batch["input_ids"][:, 1:][scored]  # [N]
-    head = causal.get_output_embeddings()
-    chunk = max(1, 2**24 // head.weight.shape[0])  # 64 MiB of logits: all, [N, V], would fill a T4
-    cuts = zip(hidden.split(chunk), targets.split(chunk), strict=True)  # [C, D], [C]
-    logps = [checkpoint(chunk_logps, h, y, head, temperature, use_reentrant=False) for h, y in cuts]
+    vocabulary = causal.get_output_embeddings().weight.shape[0]
+    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    logps = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
+        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
     return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
 
 
-def chunk_logps(hidden, targets, head, temperature):
-    logits = head(hidden).float().div_(temperature)  # [C, V]; 16 bits are too coarse
+def chunk_logps(hidden, targets, causal, temperature):
+    # 16 bits would be too coarse
+    logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
@@ -154,18 +155,16 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     token, mask = batch["input_ids"].to(causal.device), batch["attention_mask"].to(causal.device)
-    caches = DynamicCache(config=causal.config), DynamicCache(config=causal.config)
+    caches = [None, None]  # of π and of π_ref
     alive = answers = [[] for _ in prompts]  # alive: the same lists, but for those that ended
     for _ in range(args.max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1]:]  # [P, T]; [alive, 1]
-        mixed = 0
+        mixed = 0  # becomes [alive, V]
         roles = common.using(model, "default"), common.reference(model)  # π, π_ref: new contexts
-        for role, cache, weight in zip(roles, caches, (1 - m, m), strict=True):
+        for i, (role, weight) in enumerate(zip(roles, (1 - m, m), strict=True)):
             if weight > 0:
                 with role:
-                    logits = causal(token, attention_mask=mask, position_ids=positions,
-                                    past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
-                mixed = mixed + weight * (logits / args.temperature).log_softmax(-1)  # [alive, V]
+                    logits, caches[i] = common.read(causal, token, mask, caches[i])  # [alive, V]
+                mixed = mixed + weight * (logits.float() / args.temperature).log_softmax(-1)
         token = torch.multinomial(mixed.softmax(-1), 1, generator=generator)  # [alive, 1]
         for answer, new in zip(alive, token[:, 0].tolist(), strict=True):
             answer.append(new)
@@ -175,7 +174,8 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
         alive, token = [alive[i] for i in going], token[going]  # what has ended leaves the batch
         mask = F.pad(mask[going], (0, 1), value=1)
         for cache in caches:
-            cache.batch_select_indices(torch.tensor(going, device=causal.device))
+            if cache is not None:
+                cache.reorder_cache(torch.tensor(going, device=causal.device))
     model.train()
     return answers
 

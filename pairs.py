@@ -46,7 +46,6 @@ import jinja2
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import common
 
@@ -147,18 +146,15 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     stops = torch.tensor(stop_ids, device=causal.device)
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     mask = batch["attention_mask"].to(causal.device)  # [P, T]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=causal.config)
-    logits = causal(batch["input_ids"].to(causal.device), attention_mask=mask,
-                    position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
+    logits, cache = common.read(causal, batch["input_ids"].to(causal.device), mask)  # [P, V]
     # each prompt was read once, for all of its answers: from here on B = P × copies
-    cache.batch_repeat_interleave(copies)
-    logits = logits.repeat_interleave(copies, 0)  # [B, 1, V]
-    mask = mask.repeat_interleave(copies, 0)
+    rows = torch.arange(len(mask), device=causal.device).repeat_interleave(copies)  # [B]
+    cache.reorder_cache(rows)
+    logits, mask = logits[rows], mask[rows]  # [B, V], [B, T]
     answers = [[] for _ in mask]
     alive = torch.arange(len(mask), device=causal.device)  # the answers that have not ended
     for length in range(1, args.max_new_tokens + 1):
-        probs = (logits[:, -1].float() / args.temperature).softmax(-1)  # [alive, V]
+        probs = (logits.float() / args.temperature).softmax(-1)  # [alive, V]
         token = torch.multinomial(probs, 1, generator=generator)  # [alive, 1]
         for i, new in zip(alive.tolist(), token[:, 0].tolist(), strict=True):
             answers[i].append(new)
@@ -167,10 +163,9 @@ def sample(model, tokenizer, prompts, copies, args, seed):
             break
         if not going.all():  # answers that have ended leave the batch
             alive, token, mask = alive[going], token[going], mask[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
+            cache.reorder_cache(going.nonzero()[:, 0])
         mask = F.pad(mask, (0, 1), value=1)
-        logits = causal(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                        past_key_values=cache).logits
+        logits, cache = common.read(causal, token, mask, cache)  # [alive, V]
     model.train(was_training)
     return answers
 
@@ -362,7 +357,7 @@ def first_wins(model, tokenizer, questions):
     last = batch["attention_mask"].sum(-1) - 1  # [B]
     with common.autocast(model):
         hidden = causal.base_model(**batch.to(model.device), use_cache=False)[0]  # [B, T, D]
-        logits = causal.get_output_embeddings()(hidden[torch.arange(len(rows)), last])  # [B, V]
+        logits = common.read_out(causal, hidden[torch.arange(len(rows)), last])  # [B, V]
     logits = logits.float().cpu().gather(1, torch.tensor(verdicts))  # [B, 2]
     return logits.softmax(-1)[:, 0].tolist()
 

@@ -204,11 +204,13 @@ def test_confident_tokens_keep_their_gradient_in_16_bits(dtype, scale):
     hidden[:, 0] = torch.tensor([6.5, 9.5, 12.0, 15.5, 18.5])
     head = torch.nn.Linear(16, 16, bias=False)
     head.weight.data = torch.eye(16)
+    model = SimpleNamespace(get_output_embeddings=lambda: head,
+                            config=transformers.PreTrainedConfig())
     gradients = []
     for enabled in False, True:
         leaf = hidden.clone().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=enabled):
-            logps = dpo.chunk_logps(leaf, torch.zeros(5, dtype=torch.long), head, 1.3)
+            logps = dpo.chunk_logps(leaf, torch.zeros(5, dtype=torch.long), model, 1.3)
         (scale * logps.sum()).backward()
         gradients.append(leaf.grad / scale)
     p = (hidden / 1.3).softmax(-1)[:, 0]

@@ -2,9 +2,11 @@
 import math
 import statistics
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from grpo_by_hand import plain_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,9 +175,11 @@ def test_confident_tokens_keep_their_gradient_in_16_bits(dtype):
     for enabled in (False, True):
         head = torch.nn.Linear(8, 8, bias=False)
         head.weight.data.copy_(torch.eye(8))
+        model = SimpleNamespace(get_output_embeddings=lambda head=head: head,
+                                config=transformers.PreTrainedConfig())
         inputs = hidden.clone().requires_grad_()
         with torch.autocast("cpu", dtype, enabled=enabled):
-            logps = grpo.chunk_logps(inputs, torch.zeros(6, dtype=torch.long), head, 1.0)
+            logps = grpo.chunk_logps(inputs, torch.zeros(6, dtype=torch.long), model, 1.0)
         (logps * 2.0**10).sum().backward()
         assert logps.dtype == torch.float32
         slopes.append((inputs.grad, head.weight.grad))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics_of, run_args
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 import common
 import sft
@@ -67,6 +67,7 @@ class Fixed(nn.Module):
     def __init__(self, hidden, head):
         super().__init__()
         self.hidden, self.head = nn.Parameter(hidden), head
+        self.config = PreTrainedConfig()
 
     def base_model(self, **inputs):
         return (self.hidden,)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import record_trl
 import torch
+import transformers
 
 import common  # noqa: F401  before torch's users, as in the scripts
 import dpo
@@ -34,7 +35,8 @@ def scored(script, x, mask):
     head = torch.nn.Linear(8, 13, bias=False)
     head.weight = torch.nn.Parameter(x.head)
     model = SimpleNamespace(base_model=lambda **kwargs: (x.hidden,),
-                            get_output_embeddings=lambda: head)
+                            get_output_embeddings=lambda: head,
+                            config=transformers.PreTrainedConfig())
     batch = {"input_ids": x.input_ids, "attention_mask": x.attention_mask, "loss_mask": mask}
     return script.token_logps(model, batch)
 
