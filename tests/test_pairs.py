@@ -366,10 +366,10 @@ def test_a_preference_is_the_mean_over_both_orders(monkeypatch):
         asked.append(values)
         return values["answer_a"], values["answer_b"]
 
+    scorer, flips = judge()
     monkeypatch.setattr(pairs, "encode_verdict", encode)
     monkeypatch.setattr(pairs, "first_wins", lambda model, tokenizer, questions: [
         first_best[question] for question in questions])
-    scorer, flips = judge()
     scores = scorer(["p"] * 3, ["x", "y", "z"], answer=["1"] * 3)
     x_y, x_z, y_z = (0.9 + 0.4) / 2, (0.7 + 0.8) / 2, 0.5
     expected = [(x_y + x_z) / 2, (1 - x_y + y_z) / 2, (1 - x_z + 1 - y_z) / 2]
