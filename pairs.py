@@ -325,7 +325,7 @@ def load_judge(args, flips):
         # What is wrong with it shows now, and not after the first answers.
         chat = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
         encode_verdict(tokenizer, words, messages, {
-            "prompt": chat, "principle": "?", "answer_a": "1", "answer_b": "2"})
+            "prompt": chat, "principle": principles[0], "answer_a": "1", "answer_b": "2"})
     model = common.load_model(args.judge, args.load_in_4bit, 0, "off", trainable=False)
     return functools.partial(
         judge_scores, model, tokenizer, (words, messages), principles, args, flips)
