@@ -160,17 +160,20 @@ def correct_answer(prompts, completions, answer, **columns):
     return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
+# 1,000 is a number, 1,2345 are two, .5 is a half.
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
+
+
 def last_number(text):
-    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
-    digits = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
-    found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + digits, text)
+    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
     return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
 
 
 def plain_number(text):
     r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
     alone = str(text).rpartition("####")[2].strip().removesuffix(".")
-    is_plain = re.fullmatch(r"[-−+]?\$?[-−]?(\d{1,3}(,\d{3})+(\.\d+)?|\d*\.?\d+) ?%?", alone)
+    is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
     return last_number(alone) if is_plain else None
 
 

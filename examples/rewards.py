@@ -100,7 +100,8 @@ def rubric(prompts, completions, rubric=None, **columns):
 def encode_criterion(tokenizer, prompt, text, criterion):
     """The ids of the question whether an answer fulfills a criterion."""
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"[{message['role']}] {message.get('content', '')}" for message in prompt)
+        turns = [f"[{message['role']}] {message.get('content', '')}" for message in prompt]
+        prompt = "\n".join(turns)
     question = (f"Here is a conversation and an answer to it.\n\n{prompt}\n\n[answer] {text}\n\n"
                 f"Criterion: {criterion}\nDoes the answer fulfill it? Say Yes or No.\n")
     if tokenizer.chat_template:
