@@ -498,6 +498,8 @@ TEMPLATES = {"no words": "{{ verdict }}", "one word": "verdicts: A\n<user>\n{{ v
              "twice the same": "verdicts: A A\n<user>\n{{ verdict }}",
              "no verdict": "verdicts: A B\n<user>\nWhich?",
              "no message": "verdicts: A B\n{{ verdict }}",
+             "misspelled": "verdicts: A B\n<user>\n{{ answr_a }} {{ verdict }}",
+             "hostile": "verdicts: A B\n<user>\n{{ ''.__class__ }} {{ verdict }}",
              "no jinja": "verdicts: A B\n<user>\n{{ verdict }} {% if %}"}
 
 
