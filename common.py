@@ -9,13 +9,16 @@ import argparse
 import contextlib
 import csv
 import gzip
+import inspect
 import itertools
 import json
 import logging
 import os
 import re
+import runpy
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -48,6 +51,8 @@ QUESTIONS = ("prompt", "instruction", "question", "problem", "query", "input")
 ANSWERS = ("completion", "output", "response", "solution", "answer")
 SPOKEN = {*QUESTIONS, *ANSWERS, "system", "system_prompt", "context", "messages", "conversations",
           "history", "text", "chosen", "rejected", "completions", "labels"}
+ANOTHER_BASE = "on another base: REWARD_MODEL=NAME, --reward examples/rewards.py:classifier"
+USER_FILES = set()  # files with reward functions: an error shows the line of theirs
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
@@ -80,12 +85,18 @@ def phase(doing: str):
     """Whatever goes wrong inside becomes one line: libraries and users raise types of their own."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (KeyboardInterrupt, torch.OutOfMemoryError):
         raise
-    except (Exception, SystemExit) as error:
-        while error.__cause__:  # datasets says only that "an error occurred"
-            error = error.__cause__
-        fail(f"{doing}: {type(error).__name__}: {str(error) or 'no reason given'}")
+    except BaseException as error:
+        if os.environ.get("TRACEBACK"):
+            traceback.print_exception(error)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [x for x in frames if x.filename in USER_FILES]
+        place = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}: " if own else ""
+        # `datasets` says only that "an error occurred"; an error may also be its own cause
+        for _ in range(9):
+            error = error.__cause__ or error
+        fail(f"{doing}: {place}{type(error).__name__}: {str(error) or 'no reason given'}")
 
 
 GOES_ON = "the same command goes on with an unfinished run"
@@ -478,16 +489,33 @@ def reference(model):
 
 def reward_config(name: str, policy: str) -> peft.PeftConfig:
     """The config of a reward model that reward_model.py saved on the base of `policy`."""
-    with phase(f"loading the reward model {name}"):
+    with phase(f"loading the reward model {name} ({ANOTHER_BASE})"):
         config = adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("it was not saved by reward_model.py")
+        summary = Path(find(name), "summary.json")  # tiny/reward has none
+        if summary.exists() and re.search(r'"method"\s*:\s*"prm"', summary.read_text()):
+            raise ValueError("prm.py saved it; only pairs.py and evaluate.py read scores of steps")
         base, wanted = base_of(name), base_of(policy)
         if Path(base).resolve() != Path(wanted).resolve():
             raise ValueError(f"one base has to carry both: its is {base}, the policy's {wanted}")
         config.task_type = "CAUSAL_LM"  # its head is no part of the model that carries it
         config.modules_to_save = None
     return config
+
+
+def load_function(name: str):
+    """A user's FILE.py:function, which may import what lies beside its file."""
+    file, _, function = name.rpartition(":")
+    with phase(f"loading the reward {name}"):
+        path = str(Path(find(file)).resolve())
+        USER_FILES.add(path)
+        # At the end: a folder `datasets` beside the file must not hide the library of that name.
+        sys.path.append(os.path.dirname(path))
+        loaded = runpy.run_path(path)[function]
+        if not callable(loaded) or inspect.iscoroutinefunction(loaded):
+            raise ValueError("a reward must be a plain function, not async and not a value")
+    return loaded
 
 
 def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:

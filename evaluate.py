@@ -26,7 +26,7 @@ import functools
 import json
 import math
 import re
-import runpy
+import tempfile
 from decimal import Decimal
 from pathlib import Path
 
@@ -51,7 +51,7 @@ add("--template-arguments", type=common.variables, metavar="JSON",
     help="variables of the chat template, such as '{\"enable_thinking\": false}'")
 add("--size", type=common.count, default=300, help="prompts at most")
 add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
-add("--k", type=common.count, default=4, help="of pass@k, at most --samples-per-prompt")
+add("--k", type=common.count, help="of pass@k: at most --samples-per-prompt, by default up to 4")
 add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
@@ -68,8 +68,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
-    if needs_answer and last_number(str(row.get("answer"))) is None:
-        raise ValueError("no answer with a number in it, which the reward correct_answer needs")
+    if needs_answer and plain_number(row.get("answer")) is None:
+        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -154,43 +154,54 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 # ---- what scores an answer -----------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
+    """1 where the last number of the completion is the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    truth = [last_number(str(text)) for text in answer]
+    truth = [plain_number(text) for text in answer]
     return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
+# 1,000 is a number, 1,2345 are two, .5 is a half.
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
+
+
 def last_number(text):
-    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
-    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
+    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
+
+
+def plain_number(text):
+    r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
+    alone = str(text).rpartition("####")[2].strip().removesuffix(".")
+    is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
+    return last_number(alone) if is_plain else None
 
 
 def call_reward(name, reward, examples, texts):
-    """A score for each text, from a function of the columns of the rows."""
+    """A score for each text, or None where the reward does not apply: a function of columns."""
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
-    with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = torch.tensor([float(number) for number in reward(**columns)])
-        if len(scores) != len(rows) or not scores.isfinite().all():
-            raise ValueError(f"not {len(rows)} finite numbers, but {scores.tolist()}")
-    return scores.tolist()
+    with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
+        scores = [None if score is None else float(score) for score in reward(**columns)]
+        if len(scores) != len(rows) or not all(math.isfinite(score or 0) for score in scores):
+            raise ValueError(f"not {len(rows)} finite numbers or None, but {scores}")
+    return scores
 
 
 def load_scorer(name, args):
     """What --reward names, as a function: a user's own, or one that asks a trained head."""
     if name == "correct_answer":
         return correct_answer
-    file, _, function = name.rpartition(":")
-    with common.phase(f"loading the reward {name}"):
-        if file.endswith(".py"):
-            return runpy.run_path(common.find(file))[function]
+    if name.rpartition(":")[0].endswith(".py"):
+        return common.load_function(name)
+    with common.phase(f"loading the reward {name} ({common.ANOTHER_BASE})"):
         config = common.adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
         summary = Path(common.find(name), "summary.json")  # tiny/reward has none
         run = json.loads(summary.read_text()) if summary.exists() else {}
+        run = run if isinstance(run, dict) else {}
     tokenizer = common.load_tokenizer(name)
     model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False, task="SEQ_CLS")
     by_steps = run.get("method") == "prm"
@@ -198,7 +209,8 @@ def load_scorer(name, args):
 
 
 @torch.no_grad()
-def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tools=None, **columns):
+def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, tools=None,
+                 **columns):
     """r(x, y) of answers; by steps min p_k over lines, or p of the last; encoded as in training."""
     scores = []
     tools = tools or [None] * len(prompts)
@@ -309,9 +321,11 @@ def measure(name, first, tokenizer, examples, reward, args):
         for j in range(0, len(texts), samples):
             group = slice(j, j + samples)  # the answers to one prompt
             scores = call_reward(args.reward, reward, part[group], texts[group])
-            figures["reward"] += scores
+            figures["reward"] += [score for score in scores if score is not None]
             figures["pass@k"].append(pass_at_k(round(sum(right[group])), samples, args.k))
             if args.best_of:
+                if None in scores:
+                    common.fail(f"--best-of picks by {args.reward}, which must not return None")
                 for way, share in pick(args.best_of, texts[group], scores, right[group]).items():
                     figures[way].append(share)
         batch = join_answers([example["prompt"] for example in part], answers, tokenizer, model)
@@ -355,10 +369,14 @@ def show_table(lines, shares, others, args):
 
 def main(args):
     args.samples_per_prompt = max(args.samples_per_prompt, args.best_of)
+    args.k = args.k or min(4, args.samples_per_prompt)
     if args.k > args.samples_per_prompt:
         common.fail(f"--k {args.k} needs at least as many --samples-per-prompt")
-    if args.output and (Path(args.output).exists() or not Path(args.output).parent.is_dir()):
-        common.fail(f"--output {args.output} is there already, or its folder is not")
+    if args.output is not None:
+        output = Path(args.output)
+        with common.phase(f"--output {output}, which must be a new file in a folder that is there"):
+            output.open("x").close()
+            output.unlink()
     names = args.checkpoints or ["tiny/chat", *tiny_runs()]
     reward = load_scorer(args.reward, args)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed, args.columns)
@@ -381,8 +399,11 @@ def main(args):
         same_tokens = tokenizer.get_vocab() == tokenizers[names[0]].get_vocab()
         first = names[0] if lines and same_tokens else None
         lines.append(measure(name, first, tokenizer, examples[name], reward, args))
-    if args.output:
-        Path(args.output).write_text(json.dumps(lines, indent=2))
+    if args.output is not None:
+        with common.phase(f"writing {output}"):
+            with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+                Path(folder, "table").write_text(json.dumps(lines, indent=2))
+                Path(folder, "table").replace(output)
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}")
     show_table(lines, SHARES, OTHERS, args)
     if args.best_of:

@@ -35,14 +35,15 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import random
 import re
-import runpy
 import statistics
+import tempfile
 from decimal import Decimal
 from pathlib import Path
 
-import jinja2
+import jinja2.sandbox
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -68,10 +69,8 @@ add("--judge", help="a language model that compares answers, in place of --rewar
 add("--judge-template", default="examples/judge.txt", help="what the judge reads")
 add("--constitution", default="examples/constitution.txt", help="principles, one a line")
 add("--comparisons", type=common.count, default=28, help="pairs judged per prompt, at most")
-add("--max-length-ratio", type=common.number(float, 1), default=1e9,
-    help="pairs: how many times as long as the shorter answer the longer may be, in tokens")
-add("--min-score", type=common.number(float, -1e9), default=-1e9,
-    help="a prompt whose best answer scores less gives no row")
+add("--max-length-ratio", type=common.number(float, 1), default=1e9, help="of a pair, in tokens")
+add("--min-score", type=common.number(float, -1e9), default=-1e9, help="least score of the best")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
 add("--max-new-tokens", type=common.count, default=512, help="longest answer")
 add("--micro-batch-size", type=common.count, default=32, help="answers sampled at a time")
@@ -90,8 +89,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
-    if needs_answer and last_number(str(row.get("answer"))) is None:
-        raise ValueError("no answer with a number in it, which the reward correct_answer needs")
+    if needs_answer and plain_number(row.get("answer")) is None:
+        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -189,43 +188,54 @@ def read_answers(tokenizer, prompt, answers, stop_ids):
 # ---- what scores an answer: each is a function of prompts, completions and columns ---------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
+    """1 where the last number of the completion is the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    truth = [last_number(str(text)) for text in answer]
+    truth = [plain_number(text) for text in answer]
     return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
+# 1,000 is a number, 1,2345 are two, .5 is a half.
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
+
+
 def last_number(text):
-    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
-    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
+    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
+
+
+def plain_number(text):
+    r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
+    alone = str(text).rpartition("####")[2].strip().removesuffix(".")
+    is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
+    return last_number(alone) if is_plain else None
 
 
 def call_reward(name, reward, examples, texts):
-    """A score for each text, from a function of the columns of the rows."""
+    """A score for each text, or None where the reward does not apply: a function of columns."""
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
-    with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = torch.tensor([float(number) for number in reward(**columns)])
-        if len(scores) != len(rows) or not scores.isfinite().all():
-            raise ValueError(f"not {len(rows)} finite numbers, but {scores.tolist()}")
-    return scores.tolist()
+    with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
+        scores = [None if score is None else float(score) for score in reward(**columns)]
+        if len(scores) != len(rows) or not all(math.isfinite(score or 0) for score in scores):
+            raise ValueError(f"not {len(rows)} finite numbers or None, but {scores}")
+    return scores
 
 
 def load_scorer(name, args):
     """What --reward names, as a function: a user's own, or one that asks a trained head."""
     if name == "correct_answer":
         return correct_answer
-    file, _, function = name.rpartition(":")
-    with common.phase(f"loading the reward {name}"):
-        if file.endswith(".py"):
-            return runpy.run_path(common.find(file))[function]
+    if name.rpartition(":")[0].endswith(".py"):
+        return common.load_function(name)
+    with common.phase(f"loading the reward {name} ({common.ANOTHER_BASE})"):
         config = common.adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
         summary = Path(common.find(name), "summary.json")  # tiny/reward has none
         run = json.loads(summary.read_text()) if summary.exists() else {}
+        run = run if isinstance(run, dict) else {}
     tokenizer = common.load_tokenizer(name)
     model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False, task="SEQ_CLS")
     by_steps = run.get("method") == "prm"
@@ -233,7 +243,8 @@ def load_scorer(name, args):
 
 
 @torch.no_grad()
-def model_scores(model, tokenizer, by_steps, outcome, prompts, completions, tools=None, **columns):
+def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, tools=None,
+                 **columns):
     """r(x, y) of answers; by steps min p_k over lines, or p of the last; encoded as in training."""
     scores = []
     tools = tools or [None] * len(prompts)
@@ -302,20 +313,27 @@ def load_judge(args, flips):
     A template is a line like "verdicts: A B", and messages in Jinja below lines like <user>, with
     prompt (messages), principle, answer_a, answer_b, and verdict where the judge decides.
     """
+    tokenizer = common.load_tokenizer(args.judge)
     with common.phase(f"reading {args.judge_template} and {args.constitution}"):
         principles = Path(common.find(args.constitution)).read_text().strip().splitlines()
         first, _, rest = Path(common.find(args.judge_template)).read_text().partition("\n")
         words = first.removeprefix("verdicts:").split()
         parts = re.split(r"^<(system|user|assistant)>\n", rest, flags=re.MULTILINE)
-        template = words, list(zip(parts[1::2], map(jinja2.Template, parts[2::2]), strict=True))
+        # A template may be a stranger's: it must run no code, and a misspelled name is no blank.
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        messages = list(zip(parts[1::2], map(jinja.from_string, parts[2::2]), strict=True))
         if len(set(words)) != 2 or "{{ verdict }}" not in "".join(parts[2::2]) or not principles:
             raise ValueError("needed: a line verdicts: A B; {{ verdict }} in a message; principles")
-    tokenizer = common.load_tokenizer(args.judge)
+        # What is wrong with it shows now, and not after the first answers.
+        chat = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
+        encode_verdict(tokenizer, words, messages, {
+            "prompt": chat, "principle": principles[0], "answer_a": "1", "answer_b": "2"})
     model = common.load_model(args.judge, args.load_in_4bit, 0, "off", trainable=False)
-    return functools.partial(judge_scores, model, tokenizer, template, principles, args, flips)
+    return functools.partial(
+        judge_scores, model, tokenizer, (words, messages), principles, args, flips)
 
 
-def judge_scores(model, tokenizer, template, principles, args, flips, prompts, completions,
+def judge_scores(model, tokenizer, template, principles, args, flips, /, prompts, completions,
                  **columns):
     """The mean preference for each of some answers to one prompt over the others."""
     prompt, won = prompts[0], [[] for _ in completions]  # preferences for each answer
@@ -387,8 +405,11 @@ def summarise(groups, flips, args):
 def main(args):
     # 1. What is wrong with flags and prompts shows before a model is loaded.
     output = Path(args.output)
-    if output.suffix != ".jsonl" or output.exists() or not output.parent.is_dir():
-        common.fail(f"--output {output} is no .jsonl file, is there already, or its folder is not")
+    with common.phase(f"--output {output}, which must be a new .jsonl file in a folder"):
+        if output.suffix != ".jsonl":
+            raise ValueError("its name does not end in .jsonl")
+        output.open("x").close()
+        output.unlink()
     tokenizer = common.load_tokenizer(
         args.model, args.chat_template, args.template_arguments)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed, args.columns)
@@ -419,6 +440,8 @@ def main(args):
             group = read_answers(tokenizer, example["prompt"], several, stop_ids)
             texts = [answer["text"] for answer in group]
             scores = call_reward(name, scorer, [example] * len(texts), texts) if texts else []
+            if None in scores:
+                common.fail(f"the reward {name} returns None: here each answer needs a number")
             scored = zip(group, scores, strict=True)
             groups.append([answer | {"score": score} for answer, score in scored])
     if not any(groups):
@@ -435,9 +458,9 @@ def main(args):
         common.fail("not one row: no answers of different scores, or none above --min-score")
 
     # 7. The file, whole or not at all.
-    unfinished = Path(f"{output}.new")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.replace(output)
+    with common.phase(f"writing {output}"), tempfile.TemporaryDirectory(dir=output.parent) as new:
+        Path(new, "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(new, "rows").replace(output)
     for row in rows[:3]:
         print("\n" + common.visible(json.dumps(row, ensure_ascii=False)))
     print(f"\n{len(rows)} rows of {len(examples)} prompts: {output}")

@@ -43,7 +43,6 @@ import json
 import math
 import os
 import re
-import runpy
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -108,8 +107,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
-    if needs_answer and last_number(str(row.get("answer"))) is None:
-        raise ValueError("no answer with a number in it, which the reward correct_answer needs")
+    if needs_answer and plain_number(row.get("answer")) is None:
+        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -259,46 +258,62 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 # ---- what scores an answer -----------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is that of the row's column `answer`, else 0."""
+    """1 where the last number of the completion is the row's column `answer`, else 0."""
     said = [last_number(text) for text in completions]
-    truth = [last_number(str(text)) for text in answer]
+    truth = [plain_number(text) for text in answer]
     return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
 
 
+# 1,000 is a number, 1,2345 are two, .5 is a half.
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
+
+
 def last_number(text):
-    """The last number in a text, or None: 1,000 is one, 1,2345 and 7-3 are two, .5 is a half."""
-    found = re.findall(r"(?:(?<![\w)])[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)", text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
+    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
+
+
+def plain_number(text):
+    r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
+    alone = str(text).rpartition("####")[2].strip().removesuffix(".")
+    is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
+    return last_number(alone) if is_plain else None
 
 
 def load_reward(name, policy):
     """What --reward names: a function, or None for a reward model on the base of the policy."""
     if name == "correct_answer":
         return correct_answer
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
-        common.reward_config(name, policy)  # ends the program if it is none
-        return None
-    with common.phase(f"loading the reward {name}"):
-        return runpy.run_path(common.find(file))[function]
+    if name.rpartition(":")[0].endswith(".py"):
+        return common.load_function(name)
+    common.reward_config(name, policy)  # ends the program if it is none
+    return None
 
 
-def score_answers(scorer, name, model, batch, examples, texts, args):
-    """Scores [B] of answers, from a reward model's head or from a function of the rows' columns."""
-    if isinstance(scorer, torch.nn.Linear):
-        with common.using(model, "reward"):
-            return in_parts(sequence_rewards, model, batch, scorer, args)
+def call_reward(name, reward, examples, texts):
+    """A score for each text, or None where the reward does not apply: a function of columns."""
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
-    with common.phase(f"the reward {name}, called with rows like {str(rows[0]):.200}"):
-        scores = torch.tensor([float(number) for number in scorer(**columns)])
-        if len(scores) != len(rows):
-            raise ValueError(f"{len(scores)} scores for {len(rows)} answers")
-        for number, text, row in zip(scores.tolist(), texts, rows, strict=True):
-            if not math.isfinite(number):
-                raise ValueError(f"{number} for the answer {text!r:.100} to {str(row):.200}")
-    return scores.to(model.device)
+    with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
+        scores = [None if score is None else float(score) for score in reward(**columns)]
+        if len(scores) != len(rows) or not all(math.isfinite(score or 0) for score in scores):
+            raise ValueError(f"not {len(rows)} finite numbers or None, but {scores}")
+    return scores
+
+
+def score_answers(scorer, name, model, batch, examples, texts, args):
+    """Scores [B] of answers, by a reward model's head or a function; NaN where it says None."""
+    if not isinstance(scorer, torch.nn.Linear):
+        scores = call_reward(name, scorer, examples, texts)
+        scores = [math.nan if score is None else score for score in scores]
+        return torch.tensor(scores, device=model.device)
+    with common.using(model, "reward"):
+        scores = in_parts(sequence_rewards, model, batch, scorer, args)
+    if not scores.isfinite().all():
+        common.fail(f"the reward model {name} gives scores that are not finite numbers")
+    return scores
 
 
 def sequence_rewards(model, batch, head):
@@ -331,6 +346,8 @@ def rollout(roles, examples, tokenizer, args, seed):
     with common.using(model, "critic"):
         batch["values"] = in_parts(token_values, model, batch, critic_head, args)  # [B, T-1]
     batch["scores"] = score_answers(scorer, args.reward, model, batch, examples, texts, args)
+    if batch["scores"].isnan().any():
+        common.fail(f"the reward {args.reward} returns None: each answer needs a number here")
     return batch, answers
 
 

@@ -2,15 +2,29 @@
 
     python grpo.py --reward correct_answer examples/rewards.py:shortness --reward-weights 1 0.1
     python ppo.py --reward examples/rewards.py:classifier
+    RUBRIC_JUDGE=Qwen/Qwen2.5-1.5B-Instruct python grpo.py --reward examples/rewards.py:rubric
+    LENGTH_TOKENIZER=tiny/chat LENGTH_MAX=24 LENGTH_CACHE=8 python grpo.py --reward correct_answer \
+        examples/rewards.py:overlong --reward-weights 1 1
 
-A reward is a function. It gets `prompts` (texts or lists of messages), `completions` (texts) and
-every other column of the dataset under its own name, each a list with an item per completion, and
-returns a number for each of them.
+A reward is a function. It gets `prompts` (strings or lists of messages), `completions` (strings)
+and every other column of the dataset under its own name, each a list with an item per completion,
+and returns a number for each of them, or None where it does not apply.
 """
 import functools
+import itertools
+import math
 import os
 
 import torch
+
+import common
+
+load_tokenizer = functools.lru_cache(common.load_tokenizer)
+BATCH_SIZE = 16  # conversations that a model reads at a time
+# The criteria for rows that have no column `rubric`, with the weights of Gunjal et al. (2025).
+RUBRIC = [{"criterion": "The answer is correct.", "weight": 1.0},
+          {"criterion": "The answer responds to what was asked.", "weight": 0.7},
+          {"criterion": "The answer is no longer than it needs to be.", "weight": 0.3}]
 
 
 def shortness(prompts, completions, **columns):
@@ -18,10 +32,30 @@ def shortness(prompts, completions, **columns):
     return [1 - min(1.0, len(text) / 1000) for text in completions]
 
 
+def overlong(prompts, completions, **columns):
+    """The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13).
+
+    0 up to LENGTH_MAX - LENGTH_CACHE tokens, then a line down to -1 at LENGTH_MAX. For its effect,
+    LENGTH_MAX is the --max-new-tokens of the run. LENGTH_TOKENIZER names the model whose tokens
+    count; the end of turn, which no completion shows, does not.
+    """
+    tokenizer = load_tokenizer(os.environ["LENGTH_TOKENIZER"])
+    longest = int(os.environ["LENGTH_MAX"])
+    cache = int(os.environ["LENGTH_CACHE"])
+    if not 0 < cache <= longest:
+        raise ValueError("LENGTH_CACHE must be above 0 and at most LENGTH_MAX")
+    penalties = []
+    for text in completions:
+        length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        penalty = (longest - cache - length) / cache
+        penalties.append(max(-1.0, min(0.0, penalty)))
+    return penalties
+
+
 def math_answer(prompts, completions, answer, **columns):
     """1 where math-verify finds the completion equal to the row's answer: LaTeX, units, sets.
 
-    pip install math-verify[antlr4_13_2]
+    pip install math-verify
     """
     from math_verify import parse, verify
 
@@ -33,14 +67,75 @@ def math_answer(prompts, completions, answer, **columns):
 
 
 @functools.lru_cache
+def load_judge(name):
+    """A language model that is only read, in 4 bits on a GPU."""
+    return common.load_model(name, lora_rank=0, gradient_checkpointing="off", trainable=False)
+
+
+def rubric(prompts, completions, rubric=None, **columns):
+    """The share of a rubric that an answer fulfills (Gunjal et al. 2025, arXiv:2507.17746, eq. 1).
+
+    r = Σ w_j c_j / Σ w_j. A local model, RUBRIC_JUDGE, reads prompt, answer and one criterion at a
+    time. c_j is its p(Yes) / (p(Yes) + p(No)), where the paper has 0 or 1. A row may have criteria
+    of its own in a column `rubric`, like those in RUBRIC; an empty list says None: does not apply.
+    """
+    name = os.environ["RUBRIC_JUDGE"]
+    tokenizer = load_tokenizer(name)
+    rubrics = [RUBRIC if own is None else own for own in rubric or [None] * len(completions)]
+    questions = []
+    for prompt, text, criteria in zip(prompts, completions, rubrics, strict=True):
+        if any(not 0 < item["weight"] < math.inf for item in criteria):
+            raise ValueError(f"a weight of {criteria} is not above 0")
+        for item in criteria:
+            questions.append(encode_criterion(tokenizer, prompt, text, item["criterion"]))
+    fulfilled = iter(chances_of_yes(load_judge(name), tokenizer, questions))
+    scores = []
+    for criteria in rubrics:
+        total = sum(item["weight"] for item in criteria)
+        reached = sum(item["weight"] * next(fulfilled) for item in criteria)
+        scores.append(reached / total if criteria else None)
+    return scores
+
+
+def encode_criterion(tokenizer, prompt, text, criterion):
+    """The ids of the question whether an answer fulfills a criterion."""
+    if not isinstance(prompt, str):
+        turns = [f"[{message['role']}] {message.get('content', '')}" for message in prompt]
+        prompt = "\n".join(turns)
+    question = (f"Here is a conversation and an answer to it.\n\n{prompt}\n\n[answer] {text}\n\n"
+                f"Criterion: {criterion}\nDoes the answer fulfill it? Say Yes or No.\n")
+    if tokenizer.chat_template:
+        question = [{"role": "user", "content": question}]
+    return common.encode_prompt(tokenizer, question)
+
+
+@torch.no_grad()
+def chances_of_yes(model, tokenizer, questions):
+    """p(Yes) / (p(Yes) + p(No)) of the token that follows each question."""
+    verdicts = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No")]
+    if verdicts[0] == verdicts[1]:
+        raise ValueError("Yes and No begin with the same token: RUBRIC_JUDGE needs another model")
+    chances = []
+    for start in range(0, len(questions), BATCH_SIZE):
+        batch = tokenizer.pad({"input_ids": questions[start:start + BATCH_SIZE]},
+                              padding_side="left", return_tensors="pt").to(model.device)
+        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with common.autocast(model):
+            logits = model(**batch, position_ids=positions, logits_to_keep=1).logits  # [B, 1, V]
+        chances += logits[:, -1, verdicts].float().softmax(-1)[:, 0].tolist()
+    return chances
+
+
+@functools.lru_cache
 def load_classifier(name):
     """Any sequence classifier with one output, from the Hub or a folder, in 16 bits on a GPU."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype).to(device)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name, dtype=dtype, trust_remote_code=False).to(device)
+    return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 @torch.no_grad()
@@ -51,12 +146,28 @@ def classifier(prompts, completions, **columns):
     """
     name = os.environ.get("REWARD_MODEL", "Skywork/Skywork-Reward-V2-Qwen3-0.6B")
     model, tokenizer = load_classifier(name)
-    scores = []
+    rows = []
     for prompt, text in zip(prompts, completions, strict=True):
         if isinstance(prompt, str):
-            ids = tokenizer(prompt + text, return_tensors="pt")["input_ids"]
+            rows.append(tokenizer(prompt + text)["input_ids"])
         else:
             chat = [*prompt, {"role": "assistant", "content": text}]
-            ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)
-        scores.append(model(input_ids=ids.to(model.device)).logits[0, 0].item())
+            rows.append(tokenizer.apply_chat_template(chat, return_dict=False))
+    own = model.config.pad_token_id
+    pad = own
+    if own is None:
+        # The model reads the last token that is not padding, so the pad token must occur nowhere.
+        used = set(itertools.chain(*rows))
+        pad = next(i for i in itertools.count() if i not in used)
+    model.config.pad_token_id = pad
+    scores = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        some = [torch.tensor(ids) for ids in rows[start:start + BATCH_SIZE]]
+        input_ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(ids) for ids in some])  # [B]
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()  # [B, T]
+        logits = model(input_ids=input_ids.to(model.device),
+                       attention_mask=mask.to(model.device)).logits  # [B, 1]
+        scores += logits[:, 0].tolist()
+    model.config.pad_token_id = own
     return scores

@@ -225,10 +225,10 @@ def test_a_bad_row_among_good_ones_costs_only_itself(name, data, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", ONLINE)
-@pytest.mark.parametrize("answer", [{}, {"answer": None}, {"answer": "none"}])
+@pytest.mark.parametrize("answer", [{}, {"answer": None}, {"answer": "none"}, {"answer": "(3, 5)"}])
 def test_a_row_without_a_number_is_of_no_use_to_correct_answer(name, answer, write_jsonl, ends):
     line = ends(name, dataset=write_jsonl([{"prompt": "x"} | answer]), reward="correct_answer")
-    assert "row 1: no answer with a number" in line
+    assert "row 1: no plain number as its answer: " in line and "math_answer" in line
 
 
 @pytest.mark.parametrize("name", ["reward_model", "prm", *ONLINE])
@@ -307,9 +307,9 @@ number = 5
 
 @pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("reward, cause", [
-    ("leaves", "SystemExit"), ("raises", "no such thing"), ("too_few", "1 scores for"),
+    ("leaves", "SystemExit"), ("raises", "no such thing"), ("too_few", "but [0.0]"),
     ("nan", "nan"), ("words", "good"), ("none", "NoneType"), ("no_columns", "no_columns"),
-    ("number", "not callable"), ("escapes", r"\x1b[2J\x07")])
+    ("number", "plain function"), ("escapes", r"\x1b[2J\x07")])
 def test_a_reward_that_fails_is_named_with_its_cause(
         name, reward, cause, data, tmp_path, refused):
     """Exit code 2, also if it calls sys.exit(0); then the same command goes on with it mended."""

@@ -225,7 +225,8 @@ def test_equal_rewards_give_exactly_no_advantage(size, dtype):
     ("x=−3", "-3", 1), ("7-3", "3", 1), ("(5)-3", "3", 1), ("GPT-3", "3", 1), ("50%", "50", 1),
     ("**7**", "7", 1), ("1.21", "21", 0), ("210", "21", 0), ("first 3, then 21", "21", 1),
     ("21 is less than 22", "21", 0), ("5", "2 + 3 = 5\n#### 5", 1), ("6", "#### 5", 0),
-    (r"12, so \boxed{7}", "7", 1), (r"\boxed{(1, 2)}", "(1, 2)", 1), ("(1, 2345)", "(1,2345)", 1),
+    (r"12, so \boxed{7}", "7", 1), (r"\boxed{(1, 2)}", "(1, 2)", 0), ("(1, 2345)", "(1,2345)", 0),
+    ("4", r"\frac{3}{4}", 0), ("-$5", "$-5", 1), ("$5", "-$5", 0), ("it is -$1,000.", "-1000", 1),
     ("it costs $.50", "0.5", 1), ("9" * 5000, "9" * 5000, 1), ("½ ² ٣", "3", 1)])
 def test_correct_answer_compares_the_last_numbers(text, answer, score):
     assert grpo.correct_answer(None, [text], answer=[answer], other=["x"]) == [score]
@@ -244,6 +245,6 @@ def test_the_last_number_is_found_in_any_text(before, number, commas, after):
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_a_right_answer_is_right_in_whatever_it_is_wrapped(answer):
     """Any text is scored without an error, and a box around the row's answer changes nothing."""
-    has_number = float(grpo.last_number(answer) is not None)
+    has_number = float(grpo.plain_number(answer) is not None)
     for said in (answer, rf"\boxed{{{answer}}}", f"It is: {answer}, I think."):
         assert grpo.correct_answer(None, [said], [answer]) == [has_number], said

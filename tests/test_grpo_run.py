@@ -43,6 +43,9 @@ def too_few(prompts, completions, **columns): return [1.0]
 def nan(prompts, completions, **columns): return [0.0, float("nan")] + [0.0] * (len(prompts) - 2)
 def words(prompts, completions, **columns): return ["good"] * len(prompts)
 def none(prompts, completions, **columns): return None
+def for_odd_rows(prompts, completions, difficulty, **columns):
+    return [len(x) if d % 2 else None for x, d in zip(completions, difficulty)]
+def for_no_row(prompts, completions, **columns): return [None] * len(prompts)
 def exits(prompts, completions, **columns): sys.exit(0)
 """
 
@@ -68,8 +71,9 @@ def run(tmp_path, write_jsonl):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("raises", ["KeyError", "no such thing", "difficulty"]), ("too_few", ["1 scores for 3"]),
-    ("nan", ["nan for the answer", "'difficulty': 7"]), ("words", ["ValueError", "good"]),
+    ("raises", ["KeyError", "no such thing", "difficulty"]),
+    ("too_few", ["not 3 finite numbers or None, but [1.0]"]), ("words", ["ValueError", "good"]),
+    ("nan", ["not 3 finite numbers or None, but [0.0, nan, 0.0]"]),
     ("none", ["TypeError"]), ("exits", ["SystemExit"]), ("absent", ["KeyError", "absent"])])
 def test_a_reward_that_fails_ends_the_run_in_one_line(name, words, run, reward_file, refused):
     line = refused(run, reward=f"{reward_file}:{name}")
@@ -95,6 +99,34 @@ def test_rewards_get_prompts_completions_and_every_other_column(run, reward_file
     before = json.loads((folder / "summary.json").read_text())["before"]["reward"]
     length = statistics.fmean(map(len, calls[0]["completions"]))
     assert before == pytest.approx(0.5 * length - 0.2 * (2 + 7 + 396) / 3)
+
+
+def test_a_reward_that_does_not_apply_is_no_part_of_the_sum(run, reward_file, refused):
+    """Its mean is of the samples to which it applies; where none applies to any, it is null."""
+    tokenizer = common.load_tokenizer("tiny/chat")
+    examples = [{"prompt": common.encode_prompt(tokenizer, row["prompt"]), "row": row}
+                for row in ROWS + HELD_OUT]
+    names = [f"{reward_file}:{function}" for function in ("for_odd_rows", "tenth", "for_no_row")]
+    rewards = {name: grpo.load_reward(name, "tiny/chat") for name in names}
+    args = run_args(grpo, reward=names, reward_weights=[0.5, 3, 7], max_new_tokens=4)
+    batch, answers = grpo.rollout(common.load_model("tiny/chat"), rewards, examples, 2, tokenizer,
+                                  args, 0)
+    difficulty = [example["row"]["difficulty"] for example in examples for _ in range(2)]
+    lengths = [len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+    assert len({d % 2 for d in difficulty}) == 2
+    expected = [3 * d / 10 + 0.5 * length * (d % 2)
+                for d, length in zip(difficulty, lengths, strict=True)]
+    assert batch["rewards"].tolist() == pytest.approx(expected)
+    odd = [length for d, length in zip(difficulty, lengths, strict=True) if d % 2]
+    means = [grpo.mean_where_it_applies(scores) for scores in batch["scores"].unbind(1)]
+    assert means == [pytest.approx(statistics.fmean(odd)),
+                     pytest.approx(statistics.fmean(difficulty) / 10), None]
+    folder = run(reward=names[1:], reward_weights=[1, 1], max_steps=1)
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    logged = metrics_of(folder)[0]
+    assert logged[f"reward_{names[2]}"] is None and math.isfinite(logged["loss"])
+    line = refused(run, "none", reward=names[0])
+    assert "every --reward returns None for the answer" in line
 
 
 def test_rows_that_cannot_be_used_are_dropped_and_counted(capsys):

@@ -366,10 +366,10 @@ def test_a_preference_is_the_mean_over_both_orders(monkeypatch):
         asked.append(values)
         return values["answer_a"], values["answer_b"]
 
+    scorer, flips = judge()
     monkeypatch.setattr(pairs, "encode_verdict", encode)
     monkeypatch.setattr(pairs, "first_wins", lambda model, tokenizer, questions: [
         first_best[question] for question in questions])
-    scorer, flips = judge()
     scores = scorer(["p"] * 3, ["x", "y", "z"], answer=["1"] * 3)
     x_y, x_z, y_z = (0.9 + 0.4) / 2, (0.7 + 0.8) / 2, 0.5
     expected = [(x_y + x_z) / 2, (1 - x_y + y_z) / 2, (1 - x_z + 1 - y_z) / 2]
@@ -479,7 +479,7 @@ def test_what_is_there_is_never_overwritten(make, tmp_path, refused, monkeypatch
     assert (tmp_path / "there.jsonl").read_text() == "mine"
 
 
-def test_a_file_is_whole_or_not_there(make, tmp_path, monkeypatch):
+def test_a_file_is_whole_or_not_there(make, tmp_path, refused, monkeypatch):
     """Where writing is cut short, nothing carries the name."""
     write = Path.write_text
 
@@ -490,15 +490,16 @@ def test_a_file_is_whole_or_not_there(make, tmp_path, monkeypatch):
         return write(self, text, *args)
 
     monkeypatch.setattr(Path, "write_text", break_off)
-    with pytest.raises(OSError):
-        make(output=tmp_path / "x.jsonl")
-    assert not (tmp_path / "x.jsonl").exists()
+    assert "cut short" in refused(make, output=tmp_path / "x.jsonl")
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 TEMPLATES = {"no words": "{{ verdict }}", "one word": "verdicts: A\n<user>\n{{ verdict }}",
              "twice the same": "verdicts: A A\n<user>\n{{ verdict }}",
              "no verdict": "verdicts: A B\n<user>\nWhich?",
              "no message": "verdicts: A B\n{{ verdict }}",
+             "misspelled": "verdicts: A B\n<user>\n{{ answr_a }} {{ verdict }}",
+             "hostile": "verdicts: A B\n<user>\n{{ ''.__class__ }} {{ verdict }}",
              "no jinja": "verdicts: A B\n<user>\n{{ verdict }} {% if %}"}
 
 

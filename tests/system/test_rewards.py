@@ -1,0 +1,404 @@
+"""Rewards and judges as people bring them: what they say is used as it is meant, or refused."""
+import json
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_args
+
+import common
+import evaluate
+import grpo
+import online_dpo
+import pairs
+import ppo
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ONLINE = {"grpo": grpo, "ppo": ppo, "online_dpo": online_dpo}
+ROWS = [{"prompt": [{"role": "user", "content": f"What is {a} + 1?"}], "answer": str(a + 1)}
+        for a in range(1, 7)]
+HELD_OUT = [{"prompt": [{"role": "user", "content": "What is 9 + 1?"}], "answer": "10"}]
+
+
+@pytest.fixture
+def run(tmp_path, write_jsonl, monkeypatch):
+    """A step of a script that samples, or pairs.py or evaluate.py on a few prompts."""
+    monkeypatch.chdir(ROOT)
+
+    def start(name, reward, rows=ROWS, **flags):
+        file = write_jsonl(rows)
+        if name in ONLINE:
+            flags = dict(dataset=file, eval_dataset=write_jsonl(HELD_OUT, "held_out.jsonl"),
+                         batch_size=4, max_steps=1, max_new_tokens=4, reward=reward,
+                         output_dir=tmp_path / name) | flags
+            return ONLINE[name].train(run_args(ONLINE[name], **flags))
+        module = {"pairs": pairs, "evaluate": evaluate}[name]
+        argv = ["tiny/chat", "--dataset", file, "--reward", str(reward), "--max-new-tokens", "12"]
+        argv += ["--output", str(tmp_path / "made.jsonl")]
+        for flag, value in flags.items():
+            argv += ["--" + flag.replace("_", "-"), str(value)]
+        return module.main(module.flags.parse_args(argv))
+    return start
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    """Writes a reward file and returns its name."""
+    def write(source, name="mine.py"):
+        (tmp_path / name).write_text(source)
+        return str(tmp_path / name)
+    return write
+
+
+SCRIPTS = [*ONLINE, "pairs", "evaluate"]
+
+
+# ---- None ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["ppo", "online_dpo", "pairs"])
+def test_where_one_reward_is_all_there_is_it_must_apply(name, run, refused, shared):
+    line = refused(run, name, f"{shared}/field/rewards.py:abstains")
+    assert "returns None" in line and "number" in line and "rewards.py:abstains" in line
+
+
+def test_the_mean_of_a_table_leaves_out_what_a_reward_does_not_apply_to(
+        run, reward_file, tmp_path, refused):
+    file = reward_file("def some(prompts, completions, answer, **columns):\n"
+                       "    return [float(x) if int(x) % 2 else None for x in answer]\n"
+                       "def no(prompts, completions, **columns):\n"
+                       "    return [None] * len(prompts)\n")
+    run("evaluate", f"{file}:some", output=tmp_path / "some.json")
+    (line,) = json.loads((tmp_path / "some.json").read_text())
+    assert line["reward"] == pytest.approx((3 + 5 + 7) / 3)
+    run("evaluate", f"{file}:no", output=tmp_path / "no.json")
+    assert json.loads((tmp_path / "no.json").read_text())[0]["reward"] is None
+    assert "must not return None" in refused(run, "evaluate", f"{file}:some", best_of=2)
+
+
+def test_scores_that_are_not_finite_are_not_taken_for_none(monkeypatch, refused):
+    """A reward model that overflows must not look like a reward that does not apply."""
+    scorer = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(grpo.common, "using", lambda model, role: torch.no_grad())
+    monkeypatch.setattr(grpo, "in_parts", lambda *args: torch.tensor([1.0, float("nan")]))
+    line = refused(grpo.score_answers, scorer, "runs/r", None, None, None, None, None)
+    assert "runs/r" in line and "not finite" in line
+
+
+# ---- a user's own function -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_error_shows_the_line_of_the_users_file(name, run, reward_file, refused):
+    """Also where a library that they call raises it."""
+    file = reward_file("import json\n\ndef f(prompts, completions, **columns):\n"
+                       "    return [json.loads('{') for text in completions] # mine\n")
+    line = refused(run, name, f"{file}:f")
+    assert f"{file}:4: return [json.loads('{{') for text in completions] # mine: " in line
+    assert line.endswith("JSONDecodeError: Expecting property name enclosed in double quotes: "
+                         "line 1 column 2 (char 1)")
+
+
+def test_traceback_shows_everything(run, reward_file, monkeypatch, capsys):
+    file = reward_file("def f(prompts, completions, **columns):\n    return 1 / 0\n")
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(SystemExit) as exit_info:
+        run("pairs", f"{file}:f")
+    lines = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "Traceback (most recent call last)" in lines
+    assert "call_reward" in lines and "ZeroDivisionError" in lines.splitlines()[-1]
+
+
+@pytest.mark.parametrize("body, words", [
+    ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+    ("error = ValueError('own cause'); error.__cause__ = error; raise error", "own cause"),
+    ("raise GeneratorExit", "GeneratorExit")])
+def test_unusual_errors_end_in_one_line_too(body, words, run, reward_file, refused):
+    file = reward_file(f"def f(prompts, completions, **columns):\n    {body}\n")
+    line = refused(run, "grpo", f"{file}:f")
+    assert words in line and f"{file}:2: " in line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_async_function_is_refused_before_a_model_is_loaded(
+        name, run, refused, shared, monkeypatch):
+    monkeypatch.setattr(common, "load_model", None)
+    line = refused(run, name, f"{shared}/field/rewards.py:waits")
+    assert "plain function, not async" in line and "rewards.py:waits" in line
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_function_that_reads_messages_learns_that_completions_are_strings(
+        name, run, refused, shared):
+    line = refused(run, name, f"{shared}/field/rewards.py:reads_messages")
+    assert "(completions are strings)" in line
+    assert 'rewards.py:13: return [float("1" in messages[0]["content"])' in line
+
+
+def test_what_lies_beside_a_reward_can_be_imported(reward_file, monkeypatch):
+    """At once and later; what is beside it hides no library."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    reward_file("def double(x):\n    return 2.0 * x\n", "beside_a_reward.py")
+    reward_file("raise ImportError\n", "peft.py")
+    file = reward_file("from beside_a_reward import double\ndef f(completions, **columns):\n"
+                       "    import beside_a_reward, peft\n"
+                       "    return [beside_a_reward.double(double(len(x))) for x in completions]\n")
+    for module in ONLINE.values():
+        assert module.load_reward(f"{file}:f", "tiny/chat")(completions=["abc"]) == [12.0]
+    for module in pairs, evaluate:
+        assert module.load_scorer(f"{file}:f", None)(completions=["abc"]) == [12.0]
+
+
+@pytest.mark.parametrize("column", ["model", "tokenizer", "args", "template", "outcome", "flips",
+                                    "by_steps", "principles", "prompts", "completions", "name"])
+def test_any_name_of_a_column_can_be_scored(column, monkeypatch):
+    """Also by a reward model and by a judge; those named like what they score are hidden by it."""
+    args = pairs.flags.parse_args(["--output", "x.jsonl", "--judge", "tiny/chat",
+                                   "--judge-template", f"{ROOT}/examples/judge_tiny.txt"])
+    examples = [{"row": ROWS[0] | {column: "x"}}] * 2
+    texts = ["1 + 1 = 2", "1 + 1 = 3"]
+    for scorer in pairs.load_judge(args, []), pairs.load_scorer(str(ROOT / "tiny/reward"), args):
+        plain = pairs.call_reward("r", scorer, [{"row": ROWS[0]}] * 2, texts)
+        assert pairs.call_reward("r", scorer, examples, texts) == plain
+
+
+# ---- plain numbers -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, number", [
+    ("42", 42), (" 42 ", 42), ("42.", 42), ("-3", -3), ("−3", -3), ("+3", 3), ("0.5", "0.5"),
+    (".5", "0.5"), ("1,234,567.25", "1234567.25"), ("$18", 18), ("-$18.90", "-18.9"), ("$-5", -5),
+    ("50%", 50), ("50 %", 50), (7, 7), (7.5, "7.5"), ("so 6 * 7 = 42\n#### 42", 42),
+    ("#### -1,000 ", -1000), ("a #### 1\n#### 2", 2), (r"\frac{3}{4}", None), (r"\sqrt{51}", None),
+    ("(3, 5)", None), ("64_8", None), (r"90^\circ", None), ("6 - 5i", None), ("1,2345", None),
+    ("1,23", None), ("1.2.3", None), ("3/4", None), ("5 cups", None), ("x = 5", None), ("", None),
+    ("#### ", None), ("reasoning 5 #### (3, 5)", None), (None, None), (True, None), ("--3", None),
+    ("-", None), ("$", None), ("3..", None), ("2 3", None), ("1e5", None)])
+def test_a_plain_number_is_all_of_the_answer(text, number):
+    expected = None if number is None else Decimal(number)
+    for module in grpo, evaluate:
+        assert module.plain_number(text) == expected
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_answers_that_are_no_plain_number_are_dropped_and_math_verify_is_named(
+        name, shared):
+    """Of 12 real answers 4 are plain; with its last number as the truth 3/4 would be 4."""
+    rows = [json.loads(line) for line in (shared / "field/latex_answers.jsonl").open()]
+    tokenizer = common.load_tokenizer("tiny/chat")
+    module = ONLINE.get(name) or {"pairs": pairs, "evaluate": evaluate}[name]
+    kept = []
+    for row in rows:
+        try:
+            kept.append(module.encode_row(row, tokenizer, 512, 64, True)["row"]["answer"])
+        except ValueError as error:
+            assert "examples/rewards.py:math_answer" in str(error)
+    assert kept == ["4", "42", "0.5", "-3"]
+    assert module.correct_answer([], ["4", "4"], answer=[r"\frac{3}{4}", "4"]) == [0.0, 1.0]
+
+
+# ---- judges --------------------------------------------------------------------------------------
+
+HOSTILE = "{{ cycler.__init__.__globals__.os.system('touch %s') }}"
+
+
+@pytest.mark.parametrize("text, words", [
+    (HOSTILE, "SecurityError"), ("{{ prompt.append(1) }}", "SecurityError"),
+    ("{{ answr_a }}", "'answr_a' is undefined"), ("{{ prompt[0].contnt }}", "contnt"),
+    ("{% for m in prompt %}{{ m.contnt }}{% endfor %}", "contnt")])
+def test_a_template_runs_no_code_and_misspells_nothing(text, words, run, tmp_path, refused,
+                                                       monkeypatch):
+    """That shows before a model is loaded."""
+    monkeypatch.setattr(common, "load_model", None)
+    template = tmp_path / "judge.txt"
+    text = text.replace("%s", str(tmp_path / "touched"))
+    template.write_text("verdicts: A B\n<user>\n" + text + "\n<assistant>\n{{ verdict }}\n")
+    line = refused(run, "pairs", "correct_answer", judge="tiny/chat", judge_template=template)
+    assert words in line and "judge.txt" in line
+    assert not (tmp_path / "touched").exists()
+
+
+# ---- reward models -------------------------------------------------------------------------------
+
+def copy_reward(folder, summary):
+    folder.mkdir()
+    for file in (ROOT / "tiny/reward").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "summary.json").unlink(missing_ok=True)
+    if summary is not None:
+        (folder / "summary.json").write_text(summary)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_process_reward_model_is_no_reward_of_a_whole_answer(name, tmp_path, refused):
+    line = refused(ONLINE[name].load_reward, copy_reward(tmp_path / "r", '{"method": "prm"}'),
+                   "tiny/chat")
+    assert "prm.py saved it" in line
+
+
+@pytest.mark.parametrize("summary", [None, "[]", "{}", '{"method": "reward_model"}'])
+def test_other_summaries_are_those_of_reward_models(summary, tmp_path):
+    """A folder without any, like tiny/reward, is one; so is one of an unknown form."""
+    folder = copy_reward(tmp_path / "r", summary)
+    assert grpo.load_reward(folder, "tiny/chat") is None
+    args = pairs.flags.parse_args(["--output", "x.jsonl"])
+    for module in pairs, evaluate:
+        assert module.load_scorer(folder, args).args[2] is False  # not by steps
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_name_on_the_hub_says_how_to_use_its_model(name, run, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused(run, name, "Skywork/Skywork-Reward-V2-Qwen3-0.6B")
+    assert "REWARD_MODEL=NAME, --reward examples/rewards.py:classifier" in line
+
+
+# ---- --output and --k ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["pairs", "evaluate"])
+def test_an_output_that_cannot_be_written_shows_at_once(name, run, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(common, "load_tokenizer", None)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "link.jsonl")
+    (tmp_path / "file").write_text("")
+    for output in ("", "x" * 300 + ".jsonl", tmp_path / "none/x.jsonl", tmp_path / "link.jsonl",
+                   tmp_path / "file/x.jsonl", tmp_path, "/proc/x.jsonl"):
+        assert "--output" in refused(run, name, "correct_answer", output=output)
+
+
+@pytest.mark.parametrize("name", ["pairs", "evaluate"])
+def test_a_full_disk_leaves_nothing_and_blocks_nothing(name, run, tmp_path, refused, monkeypatch):
+    """A user's file beside the output stays as it is."""
+    output = tmp_path / "made.jsonl"
+    (tmp_path / "made.jsonl.new").write_text("mine")
+    write = Path.write_text
+
+    def full(self, text, *args):
+        write(self, text[:9])
+        raise OSError(28, "No space left on device")
+
+    rows = [ROWS[0] | {"answer": "2"}] * 4
+    with monkeypatch.context() as patch:
+        patch.setattr("conftest.Path.write_text", write)
+        reward = "examples/rewards.py:shortness"
+        run(name, reward, rows, output=tmp_path / "first.jsonl")
+        patch.setattr(Path, "write_text", lambda self, text, *args: (
+            write(self, text) if self.name == "rows.jsonl" else full(self, text)))
+        line = refused(run, name, reward, rows)
+    assert "No space left" in line and "same command" not in line and str(output) in line
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"rows.jsonl", "first.jsonl", "made.jsonl.new"}
+    run(name, reward, rows)
+    assert output.read_text() == (tmp_path / "first.jsonl").read_text()
+    assert (tmp_path / "made.jsonl.new").read_text() == "mine"
+
+
+@pytest.mark.parametrize("samples, k", [(1, 1), (2, 2), (5, 4)])
+def test_k_is_at_most_the_number_of_samples(samples, k, run, refused, capsys):
+    run("evaluate", "correct_answer", ROWS[:2], samples_per_prompt=samples)
+    assert f"pass@{k} " in capsys.readouterr().out
+    assert "--k" in refused(run, "evaluate", "correct_answer", samples_per_prompt=samples, k=6)
+
+
+# ---- examples/rewards.py -------------------------------------------------------------------------
+
+@pytest.fixture
+def rewards(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    sys.modules.pop("rewards", None)
+    import rewards
+    return rewards
+
+
+def test_the_overlong_penalty_is_equation_13(rewards, monkeypatch):
+    tokenizer = common.load_tokenizer("tiny/chat")
+    text = "What is 1 + 1? " * 9
+    ids = tokenizer(text)["input_ids"]
+    texts, expected = [], []
+    for wanted in range(len(ids)):
+        said = tokenizer.decode(ids[:wanted])
+        length = len(tokenizer(said)["input_ids"])
+        texts.append(said)
+        if length <= 20 - 8:
+            expected.append(0.0)
+        elif length <= 20:
+            expected.append(((20 - 8) - length) / 8)
+        else:
+            expected.append(-1.0)
+    assert {0.0, -0.125, -0.5, -1.0} <= set(expected)
+    for name, value in ("LENGTH_TOKENIZER", "tiny/chat"), ("LENGTH_MAX", 20), ("LENGTH_CACHE", 8):
+        monkeypatch.setenv(name, str(value))
+    assert rewards.overlong(["q"] * len(texts), texts, answer=[1]) == expected
+    monkeypatch.setenv("LENGTH_CACHE", "21")
+    with pytest.raises(ValueError, match="LENGTH_CACHE"):
+        rewards.overlong(["q"], [""])
+
+
+def test_a_rubric_is_the_weighted_share_of_what_is_fulfilled(rewards, monkeypatch):
+    """By a plain forward pass for each criterion alone; batches and padding change nothing."""
+    monkeypatch.setenv("RUBRIC_JUDGE", "tiny/chat")
+    own = [{"criterion": "It is 2.", "weight": 3}, {"criterion": "It says what is added.",
+                                                    "weight": 0.5}]
+    prompts = [ROWS[0]["prompt"], "1 + 1 =", ROWS[1]["prompt"]]
+    texts, rubrics = ["2", " 3, I think", "<|im_end|>"], [own, None, []]
+    scores = rewards.rubric(prompts, texts, rubric=rubrics, answer=["2"] * 3)
+    assert scores[2] is None
+    assert rewards.rubric(prompts[1:2], texts[1:2]) == pytest.approx(scores[1:2], abs=1e-5)
+    tokenizer = common.load_tokenizer("tiny/chat")
+    model = common.load_model("tiny/chat", trainable=False, lora_rank=0)
+    yes, no = (tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
+    for prompt, text, criteria, score in zip(
+            prompts[:2], texts[:2], [own, rewards.RUBRIC], scores[:2], strict=True):
+        reached = 0
+        for item in criteria:
+            ids = rewards.encode_criterion(tokenizer, prompt, text, item["criterion"])
+            read = tokenizer.decode(ids)
+            assert item["criterion"] in read and f"[answer] {text}" in read and "1" in read
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            reached += item["weight"] * logits[[yes, no]].softmax(0)[0].item()
+        assert score == pytest.approx(reached / sum(x["weight"] for x in criteria), abs=1e-5)
+    with pytest.raises(ValueError, match="weight"):
+        rewards.rubric(prompts[:1], texts[:1], rubric=[[own[0] | {"weight": -1}]])
+
+
+@pytest.mark.parametrize("pad", ["given", "none"])
+def test_a_classifier_scores_a_batch_as_one_at_a_time(pad, rewards, tmp_path, monkeypatch):
+    """Of 40 answers of many lengths; also a model that names no pad token."""
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+    torch.manual_seed(0)
+    tokenizer = common.load_tokenizer("tiny/chat")
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24,
+                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         num_labels=1,
+                         pad_token_id=tokenizer.pad_token_id if pad == "given" else None)
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
+    prompts = [row["prompt"] for row in ROWS[:4]] * 10
+    texts = ["so " * (i % 13) + str(i) for i in range(40)]
+    scores = rewards.classifier(prompts, texts)
+    alone = [rewards.classifier([prompt], [text])[0]
+             for prompt, text in zip(prompts, texts, strict=True)]
+    assert scores == pytest.approx(alone, abs=1e-5) and len(set(scores)) > 30
+    model, _ = rewards.load_classifier(str(tmp_path))
+    chat = [*prompts[5], {"role": "assistant", "content": texts[5]}]
+    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    with torch.no_grad():
+        assert scores[5] == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+
+
+def test_the_examples_are_rewards_of_a_whole_command(tmp_path):
+    """As the file's first lines call them."""
+    command = [sys.executable, "grpo.py", "--reward", "correct_answer",
+               "examples/rewards.py:overlong", "examples/rewards.py:rubric", "--reward-weights",
+               "1", "1", "0.5", "--max-steps", "1", "--batch-size", "2", "--eval-size", "2",
+               "--output-dir", str(tmp_path / "run")]
+    names = {"LENGTH_TOKENIZER": "tiny/chat", "LENGTH_MAX": "24", "LENGTH_CACHE": "8",
+             "RUBRIC_JUDGE": "tiny/chat"}
+    subprocess.run(command, cwd=ROOT, env=os.environ | names, check=True, capture_output=True)
+    logged = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    means = [logged[f"reward_{name}"] for name in command[3:6]]
+    assert logged["reward"] == pytest.approx(means[0] + means[1] + 0.5 * means[2], abs=1e-5)
+    assert -1 <= means[1] <= 0 < means[2] < 1
