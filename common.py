@@ -7,6 +7,7 @@ base, in 4 bits on a GPU (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A row 
 # ruff: noqa: E402
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -22,6 +23,7 @@ for chatty in "bitsandbytes", "huggingface_hub":  # they advertise a kernel and 
 
 import bitsandbytes
 import datasets
+import huggingface_hub
 import peft
 import torch
 import torch.distributed as dist
@@ -32,13 +34,16 @@ from transformers.integrations import sdpa_attention
 HERE = Path(__file__).resolve().parent
 SCORE = "base_model.model.score.weight"  # a reward model's head in the file of its adapter
 QUOTE = "\ufdd0"  # a code point that no text has
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
 
 transformers.logging.set_verbosity_error()
+# no bars for what is read from this disk: that takes seconds. Downloads show theirs
 transformers.logging.disable_progress_bar()
+huggingface_hub.utils.enable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
 datasets.disable_progress_bars()
 # with AVX512-BF16 an eval forward repacks 4-bit weights, and the next training step fails
@@ -54,11 +59,16 @@ def visible(text: str) -> str:
 
 
 def fail(message: str):
-    """Ends the program over something that the user can mend: one line on stderr, exit code 2."""
-    if RANK > 0:
-        time.sleep(3)  # where all fail alike, the first speaks, and torchrun ends the rest
+    """Ends the program over something that the user can mend: one line on stderr, exit code 2.
+
+    With TRACEBACK=1 in the environment, the traceback of what went wrong stands above the line.
+    """
+    # where all fail alike, the first speaks, and torchrun ends the rest
+    time.sleep(3 if RANK > 0 else 0)
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # so that the line is not glued to it
+    if os.environ.get("TRACEBACK") == "1" and sys.exc_info()[0]:
+        sys.excepthook(*sys.exc_info())
     print(f"error: {visible(' '.join(message.split())):.500}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -68,30 +78,37 @@ def phase(doing: str):
     """Whatever goes wrong inside becomes one line: libraries and users raise types of their own."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:
-        while error.__cause__:  # datasets says only that "an error occurred"
-            error = error.__cause__
+    except BaseException as error:  # asyncio's CancelledError is no Exception
+        # datasets says only that "an error occurred"; an error may be its own cause
+        for _ in range(9):
+            error = error.__cause__ or error
         fail(f"{doing}: {type(error).__name__}: {str(error) or 'no reason given'}")
 
 
-GOES_ON = "the same command goes on with an unfinished run"
-ADVICE = {"KeyboardInterrupt": f"interrupted; {GOES_ON}",
-          "BrokenPipe": f"nobody reads the output any more; {GOES_ON}",
-          "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {}",
+RESUMES = "; the same command resumes an interrupted run"
+ADVICE = {"KeyboardInterrupt": "interrupted{resumes}",
+          "BrokenPipe": "nobody reads the output any more{resumes}",
+          "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {flags}",
           # torch does not say why it could not write
-          "No space left|[Dd]isk quota|inline_container": f"the disk is full; {GOES_ON}"}
+          "No space left|[Dd]isk quota|inline_container": "the disk is full{resumes}"}
 
 
 @contextlib.contextmanager
-def running(memory_flags: str):
-    """Around a whole run: its processes find each other, and what a user can mend is one line."""
+def running(memory_flags: str, resumes: str = RESUMES):
+    """Around a whole run: its processes find each other, and what a user can mend is one line.
+
+    `resumes` ends the lines of an interruption; it is "" for a program that cannot be resumed.
+    """
+    # a closed stream is None, and the next file to be opened would get its number
+    sys.stdin = sys.stdin or open(os.devnull)
+    if RANK > 0 or not sys.stdout:
+        sys.stdout = open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     if WORLD > 1:
         dist.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
     try:
         yield
         sys.stdout.flush()
@@ -100,7 +117,7 @@ def running(memory_flags: str):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
         for sign, advice in ADVICE.items():
             if re.search(sign, f"{type(error).__name__}: {error}"):
-                fail(advice.format(memory_flags))
+                fail(advice.format(flags=memory_flags, resumes=resumes))
         raise
     if WORLD > 1:
         dist.destroy_process_group()
@@ -133,9 +150,13 @@ def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = Non
         flags.set_defaults(**tiny)
         if flags.parse_args().dataset != tiny["dataset"]:
             flags.set_defaults(eval_dataset=None)  # the tiny world's held-out rows go with its own
+    if getattr(args, "lora_rank", None) == 0:  # all weights together take smaller steps
+        flags.set_defaults(learning_rate=flags.get_default("learning_rate") / 10)
     args = flags.parse_args()
-    if Path(args.output_dir, "summary.json").exists():
-        fail(f"--output-dir {args.output_dir} holds a finished run: name another one")
+    with phase(f"--output-dir {args.output_dir}"):
+        # the tokenizer, which is saved last, takes no other names
+        if not args.output_dir.encode() or Path(args.output_dir, "summary.json").exists():
+            raise ValueError("it is empty or holds a finished run: name another folder")
     return args
 
 
@@ -185,6 +206,27 @@ def base_of(name: str) -> str:
     """Where the full model of `name` is: itself, or the base of an adapter."""
     adapter = adapter_config(name)
     return find(adapter.base_model_name_or_path if adapter else name)
+
+
+def fingerprint(*names: str) -> str:
+    """A hash of what models and FILE.py:function are made of; of large files, some blocks of it."""
+    digest = hashlib.sha256()
+    for name in [*names, base_of(names[0])]:
+        path = Path(find(re.sub(r"\.py:.*", ".py", name)))
+        files = [path] if path.is_file() else sorted(path.glob("*"))
+        for file in files:
+            if file.is_file() and file.suffix in (".py", *MODEL_FILES):
+                with phase(f"reading {file}"), file.open("rb") as opened:
+                    size = file.stat().st_size
+                    digest.update(f"{file.name} {size} ".encode())
+                    for place in [*range(0, size, max(2**20, size // 16)), max(0, size - 2**20)]:
+                        opened.seek(place)
+                        digest.update(opened.read(2**20))
+        for config in ("config.json", "adapter_config.json") if not path.exists() else ():
+            # of a model of the Hub, the cache has each commit in a folder of that name
+            cached = huggingface_hub.try_to_load_from_cache(name, config)
+            digest.update(Path(cached).parent.name.encode() if isinstance(cached, str) else b"")
+    return digest.hexdigest()
 
 
 def is_tiny(name: str) -> bool:
@@ -397,7 +439,7 @@ def load_tokenizer(name: str):
         end = end_of_turn_id(tokenizer)
         if end not in (None, *stop_token_ids(tokenizer, generation_config, template=False)):
             end_answers_with_eos(tokenizer, tokenizer.convert_ids_to_tokens(end))
-            print(f"{name} was not trained to end a turn: answers end with {tokenizer.eos_token}")
+            print(visible(f"{name} cannot end a turn: answers end with {tokenizer.eos_token}"))
     return tokenizer
 
 

@@ -792,7 +792,7 @@ HOUSEKEEPING = [
     ("dpo", "the optimizer is not saved", "dpo: an_overflow_skips",
      '"optimizer": optimizer, "scaler": scaler}', '"scaler": scaler}'),
     ("dpo", "two commands may share a folder", "runs: a_folder_of_another and [dpo]",
-     "fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+     "open_run.lock.acquire(blocking=False)", "pass"),
     ("reward_model", "a run goes on with other flags",
      "runs: a_folder_of_another and [reward_model]",
      "or file.read_text() != text:", "or not file.read_text():"),
