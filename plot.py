@@ -91,7 +91,7 @@ def panels(names, logged):
             points = [(step["step"], step[name]) for step in steps if step.get(name) is not None]
             marker = "." if len(points) < 30 else ""
             x, y = zip(*points, strict=True) if points else ((), ())
-            axis.plot(x, y, label=run, marker=marker, linewidth=1.2)
+            axis.plot(x, y, label=common.visible(run), marker=marker, linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.set_xlabel(" or ".join(sorted(kinds)))
         axis.set_ylabel(UNITS.get(name.removeprefix("eval_"), name.replace("_", " ")))

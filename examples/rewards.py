@@ -21,7 +21,7 @@ def shortness(prompts, completions, **columns):
 def math_answer(prompts, completions, answer, **columns):
     """1 where math-verify finds the completion equal to the row's answer: LaTeX, units, sets.
 
-    pip install math-verify[antlr4_13_2]
+    pip install math-verify
     """
     from math_verify import parse, verify
 
