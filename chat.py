@@ -21,15 +21,18 @@ orange what it made rarer; tokens that only together spell a character share the
 sum. At the end of an answer stands the sum over it: its mean over samples is KL(π ‖ π_first).
 """
 import argparse
+import contextlib
 import itertools
 import os
-import readline  # noqa: F401  gives input() the arrow keys
 import sys
 import unicodedata
 
 import torch
 
 import common
+
+with contextlib.suppress(ImportError):  # Windows has none
+    import readline  # noqa: F401  gives input() the arrow keys
 
 COMMANDS = "/reset, /system TEXT, /quit; Ctrl-C stops an answer, Ctrl-D is /quit"
 LEVELS = (0.1, 0.5, 2.0)  # nats from which on a colour is pale, middling, strong
@@ -207,11 +210,11 @@ def speak(checkpoint, prompt, first, args, seed, colours):
 
 def main(args):
     checkpoints = load_checkpoints(args)
-    width = max(len(checkpoint["name"]) for checkpoint in checkpoints)
+    width = max(len(printable(checkpoint["name"])) for checkpoint in checkpoints)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(COMMANDS)
     if args.tokens:
-        print(legend(checkpoints[0]["name"], colours))
+        print(legend(printable(checkpoints[0]["name"]), colours))
     system = []
     for turn in itertools.count():
         try:
@@ -230,7 +233,7 @@ def main(args):
                 print(COMMANDS)
             elif line.strip():
                 for checkpoint in checkpoints:
-                    name = f"{checkpoint['name']:<{width}}"
+                    name = f"{printable(checkpoint['name']):<{width}}"
                     print(f"\033[1m{name}\033[0m" if colours else name, end="  ", flush=True)
                     # the same random numbers for all: what differs is the tuning
                     speak(checkpoint, line, checkpoints[0], args, args.seed + turn, colours)
@@ -242,7 +245,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with common.running("the number of checkpoints, then --max-new-tokens"):
+    with common.running("the number of checkpoints, then --max-new-tokens", resumes=""):
         sys.stdin.reconfigure(errors="replace")
         flags.error = common.fail
         main(flags.parse_args())

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import gzip
+import hashlib
 import inspect
 import itertools
 import json
@@ -27,6 +28,7 @@ for chatty in "bitsandbytes", "huggingface_hub":  # they advertise a kernel and 
 
 import bitsandbytes
 import datasets
+import huggingface_hub
 import jinja2
 import peft
 import pyarrow.parquet
@@ -53,12 +55,15 @@ SPOKEN = {*QUESTIONS, *ANSWERS, "system", "system_prompt", "context", "messages"
           "history", "text", "chosen", "rejected", "completions", "labels"}
 ANOTHER_BASE = "on another base: REWARD_MODEL=NAME, --reward examples/rewards.py:classifier"
 USER_FILES = set()  # files with reward functions: an error shows the line of theirs
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
 
 transformers.logging.set_verbosity_error()
+# no bars for what is read from this disk: that takes seconds. Downloads show theirs
 transformers.logging.disable_progress_bar()
+huggingface_hub.utils.enable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
 datasets.disable_progress_bars()
 
@@ -71,11 +76,16 @@ def visible(text: str) -> str:
 
 
 def fail(message: str):
-    """Ends the program over something that the user can mend: one line on stderr, exit code 2."""
-    if RANK > 0:
-        time.sleep(3)  # where all fail alike, the first speaks, and torchrun ends the rest
+    """Ends the program over something that the user can mend: one line on stderr, exit code 2.
+
+    With TRACEBACK=1 in the environment, the traceback of what went wrong stands above the line.
+    """
+    # where all fail alike, the first speaks, and torchrun ends the rest
+    time.sleep(3 if RANK > 0 else 0)
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # so that the line is not glued to it
+    if os.environ.get("TRACEBACK") == "1" and sys.exc_info()[0]:
+        sys.excepthook(*sys.exc_info())
     print(f"error: {visible(' '.join(message.split())):.500}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -85,7 +95,7 @@ def phase(doing: str):
     """Whatever goes wrong inside becomes one line: libraries and users raise types of their own."""
     try:
         yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError):
+    except (torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
         if os.environ.get("TRACEBACK"):
@@ -99,22 +109,28 @@ def phase(doing: str):
         fail(f"{doing}: {place}{type(error).__name__}: {str(error) or 'no reason given'}")
 
 
-GOES_ON = "the same command goes on with an unfinished run"
-ADVICE = {"KeyboardInterrupt": f"interrupted; {GOES_ON}",
-          "BrokenPipe": f"nobody reads the output any more; {GOES_ON}",
-          "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {}",
+RESUMES = "; the same command resumes an interrupted run"
+ADVICE = {"KeyboardInterrupt": "interrupted{resumes}",
+          "BrokenPipe": "nobody reads the output any more{resumes}",
+          "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {flags}",
           # torch does not say why it could not write
-          "No space left|[Dd]isk quota|inline_container": f"the disk is full; {GOES_ON}"}
+          "No space left|[Dd]isk quota|inline_container": "the disk is full{resumes}"}
 
 
 @contextlib.contextmanager
-def running(memory_flags: str):
-    """Around a whole run: its processes find each other, and what a user can mend is one line."""
+def running(memory_flags: str, resumes: str = RESUMES):
+    """Around a whole run: its processes find each other, and what a user can mend is one line.
+
+    `resumes` ends the lines of an interruption; it is "" for a program that cannot be resumed.
+    """
+    # a closed stream is None, and the next file to be opened would get its number
+    sys.stdin = sys.stdin or open(os.devnull)
+    if RANK > 0 or not sys.stdout:
+        sys.stdout = open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     if WORLD > 1:
         dist.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
     try:
         yield
         sys.stdout.flush()
@@ -123,7 +139,7 @@ def running(memory_flags: str):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
         for sign, advice in ADVICE.items():
             if re.search(sign, f"{type(error).__name__}: {error}"):
-                fail(advice.format(memory_flags))
+                fail(advice.format(flags=memory_flags, resumes=resumes))
         raise
     if WORLD > 1:
         dist.destroy_process_group()
@@ -171,9 +187,13 @@ def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = Non
         flags.set_defaults(**tiny)
         if flags.parse_args().dataset != tiny["dataset"]:
             flags.set_defaults(eval_dataset=None)  # the tiny world's held-out rows go with its own
+    if getattr(args, "lora_rank", None) == 0:  # all weights together take smaller steps
+        flags.set_defaults(learning_rate=flags.get_default("learning_rate") / 10)
     args = flags.parse_args()
-    if Path(args.output_dir, "summary.json").exists():
-        fail(f"--output-dir {args.output_dir} holds a finished run: name another one")
+    with phase(f"--output-dir {args.output_dir}"):
+        # the tokenizer, which is saved last, takes no other names
+        if not args.output_dir.encode() or Path(args.output_dir, "summary.json").exists():
+            raise ValueError("it is empty or holds a finished run: name another folder")
     return args
 
 
@@ -226,6 +246,27 @@ def base_of(name: str) -> str:
     """Where the full model of `name` is: itself, or the base of an adapter."""
     adapter = adapter_config(name)
     return find(adapter.base_model_name_or_path if adapter else name)
+
+
+def fingerprint(*names: str) -> str:
+    """A hash of what models and FILE.py:function are made of; of large files, some blocks of it."""
+    digest = hashlib.sha256()
+    for name in [*names, base_of(names[0])]:
+        path = Path(find(re.sub(r"\.py:.*", ".py", name)))
+        files = [path] if path.is_file() else sorted(path.glob("*"))
+        for file in files:
+            if file.is_file() and file.suffix in (".py", *MODEL_FILES):
+                with phase(f"reading {file}"), file.open("rb") as opened:
+                    size = file.stat().st_size
+                    digest.update(f"{file.name} {size} ".encode())
+                    for place in [*range(0, size, max(2**20, size // 16)), max(0, size - 2**20)]:
+                        opened.seek(place)
+                        digest.update(opened.read(2**20))
+        for config in ("config.json", "adapter_config.json") if not path.exists() else ():
+            # of a model of the Hub, the cache has each commit in a folder of that name
+            cached = huggingface_hub.try_to_load_from_cache(name, config)
+            digest.update(Path(cached).parent.name.encode() if isinstance(cached, str) else b"")
+    return digest.hexdigest()
 
 
 def is_tiny(name: str) -> bool:

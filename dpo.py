@@ -31,16 +31,15 @@ grows. Often the log-prob of the chosen answer falls, too: the loss asks only fo
 Shapes: P pairs are B = 2P rows of T tokens, chosen first; N answer tokens, width D, vocabulary V.
 """
 import argparse
-import fcntl
 import hashlib
 import importlib
 import json
 import math
 import operator
-import os
 import time
 from pathlib import Path
 
+import filelock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -74,7 +73,8 @@ add("--micro-batch-size", type=common.count, default=2, help="pairs per forward 
 add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
 add("--epochs", type=common.count, default=1, help="passes over the pairs")
 add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", type=common.count, default=16, help="of new LoRA matrices")
+add("--lora-rank", type=common.count, default=16,
+    help="rank of new LoRA matrices, which are on all linear layers; their alpha is twice the rank")
 add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
 add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
@@ -359,24 +359,34 @@ def update(optimizer, scaler, rate):
 
 
 def open_run(args, examples):
-    """--output-dir: a new folder, or that of an interrupted run with the same flags and data."""
+    """--output-dir: a new folder, or that of an interrupted run with the same flags and inputs."""
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    text = json.dumps(vars(args) | {"data": data}, indent=2)
+    rewards = getattr(args, "reward", [])
+    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # the lock ends with the process, however that ends; its file may stay
+        open_run.lock = filelock.FileLock(folder / "run.lock")
+        open_run.lock.acquire(blocking=False)
+        ignored = (".new", ".log", ".txt", ".out", ".lock")
+        names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
+        is_new = not names
+        if names == {file.name}:  # a start that failed before its first step has nothing to lose
+            is_new = '"output_dir"' in file.read_text()
+        if is_new:
+            write(file, text)
+        if "summary.json" in names or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
+                             "rewards, or other files: name another")
     if args.track:
         with common.phase(f"--track {args.track}"):
             tracker = importlib.import_module(args.track)
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
-    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
-        folder.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the end
-        if all(path.suffix in (".new", ".log", ".txt", ".out") for path in folder.iterdir()):
-            write(file, text)
-        if (folder / "summary.json").exists() or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or other flags, data or files: name another")
 
 
 def write(file, text):
@@ -388,11 +398,15 @@ def write(file, text):
 def restore(args, parts):
     """The state of the run, at its start or where it was interrupted; `parts` are put back."""
     file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
+    names = state.keys()
     if file.exists():
         with common.phase(f"reading {file}"):
             state = torch.load(file, map_location="cpu", weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(state.pop(name))
+            finite = all(weight.isfinite().all() for weight in parts["weights"])
+            if not finite or not names <= state.keys():
+                raise ValueError("it lacks a part, or its weights are not finite numbers")
     for weight in parts["weights"] if dist.is_initialized() else []:
         dist.broadcast(weight.data, 0)
     return state
@@ -431,8 +445,9 @@ def finish(args, state, model, tokenizer, after):
             importlib.import_module(args.track).finish()
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
-        print(f"{name:<16}{state['before'][name]:9.3f}{value:9.3f}")
-    print(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}")
+        print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
+    where = f"results: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
+    print(f"\n{common.visible(where)}")
 
 
 if __name__ == "__main__":

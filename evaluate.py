@@ -306,7 +306,7 @@ def measure(name, first, tokenizer, examples, reward, args):
     figures = {column: [] for column in SHARES + OTHERS + (PICKS if args.best_of else ())}
     samples = args.samples_per_prompt
     size = max(1, args.micro_batch_size // samples)
-    for i in tqdm(range(0, len(examples), size), desc=name, leave=False):
+    for i in tqdm(range(0, len(examples), size), desc=common.visible(name), leave=False):
         part = examples[i:i + size]
         prompts = [example["prompt"] for example in part]
         with common.autocast(model):
@@ -356,11 +356,11 @@ def tiny_runs():
 
 
 def show_table(lines, shares, others, args):
-    width = max(len(line["checkpoint"]) for line in lines)
+    width = max(len(common.visible(line["checkpoint"])) for line in lines)
     titles = "".join(f"{name.replace('@k', f'@{args.k}'):>9}" for name in others)
     print(f"\n{'':<{width}}" + "".join(f"{name:>21}" for name in shares) + titles)
     for line in lines:
-        row = f"{line['checkpoint']:<{width}}"
+        row = f"{common.visible(line['checkpoint']):<{width}}"
         for column in shares:
             low, high = line[f"{column}_interval"]
             row += f"  {line[column]:.3f} ({low:.3f}–{high:.3f})"
@@ -407,11 +407,11 @@ def main(args):
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}")
     show_table(lines, SHARES, OTHERS, args)
     if args.best_of:
-        print(f"\none of {args.best_of} samples, the best by {args.reward}")
+        print(f"\none of {args.best_of} samples, the best by {common.visible(args.reward)}")
         show_table(lines, PICKS, [], args)
 
 
 if __name__ == "__main__":
-    with common.running("--micro-batch-size, then --max-new-tokens"):
+    with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
         flags.error = common.fail
         main(flags.parse_args())

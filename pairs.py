@@ -463,11 +463,11 @@ def main(args):
         Path(new, "rows").replace(output)
     for row in rows[:3]:
         print("\n" + common.visible(json.dumps(row, ensure_ascii=False)))
-    print(f"\n{len(rows)} rows of {len(examples)} prompts: {output}")
+    print(common.visible(f"\n{len(rows)} rows of {len(examples)} prompts: {output}"))
 
 
 if __name__ == "__main__":
-    with common.running("--micro-batch-size, then --max-new-tokens"):
+    with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
         flags.error = common.fail
         if common.is_tiny(flags.parse_args().model):
             flags.set_defaults(**TINY)

@@ -27,6 +27,7 @@ UNITS = {"kl": "nats per answer", "sampler_kl": "nats per token", "entropy": "na
          "chosen_logp": "nats per answer", "rejected_logp": "nats per answer",
          "z": "nats per answer", "length": "tokens", "trained_tokens": "tokens",
          "peak_memory_gib": "GiB", "seconds": "s", "rollout_seconds": "s"}
+plt.rcParams["text.parse_math"] = False  # a $ in the name of a run is a $
 plt.style.use("petroff10")  # colours that the colour-blind can tell apart
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ runs | join(", ") }}</title>
@@ -63,9 +64,13 @@ def read_metrics(run):
     """The logged steps of a run as a list of dicts."""
     with common.phase(f"reading the metrics of {run}"):
         lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-        steps = [json.loads(line) for line in lines]
+        # as floats: one with 400 digits is infinite, where Python's integers have no end
+        steps = [json.loads(line, parse_int=float) for line in lines]
         if not steps or not all({"step"} < set(step) for step in steps):
             raise ValueError("no steps were logged there")
+        for step in steps:
+            if not all(isinstance(value, float | None) for value in step.values()):
+                raise ValueError(f"a metric is no number in {step}")
     return steps
 
 
@@ -86,7 +91,7 @@ def panels(names, logged):
             points = [(step["step"], step[name]) for step in steps if step.get(name) is not None]
             marker = "." if len(points) < 30 else ""
             x, y = zip(*points, strict=True) if points else ((), ())
-            axis.plot(x, y, label=run, marker=marker, linewidth=1.2)
+            axis.plot(x, y, label=common.visible(run), marker=marker, linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.set_xlabel(" or ".join(sorted(kinds)))
         axis.set_ylabel(UNITS.get(name.removeprefix("eval_"), name.replace("_", " ")))
@@ -97,13 +102,14 @@ def panels(names, logged):
 
 
 def draw(runs, output):
-    """Writes a picture with a panel for every number that any of the runs logged."""
+    """A picture with a panel for every number that any of the runs logged, as bytes."""
     logged = {run: read_metrics(run) for run in runs}
     figure = panels(names_of(logged), logged)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
-    with common.phase(f"writing {output}"):
-        figure.savefig(output, dpi=120)
+    with common.phase(f"drawing {output}"):
+        figure.savefig(file := io.BytesIO(), format=output.suffix[1:], dpi=120)
+    return file.getvalue()
 
 
 def as_svg(figure):
@@ -118,7 +124,8 @@ def read_about(run):
         about = {"method": "–"}
         for file in Path(run, "args.json"), Path(run, "summary.json"):
             about |= json.loads(file.read_text()) if file.exists() else {}
-        about["data"] = about.get("data", "–")[:8]  # a hash
+        for name in "data", "files":
+            about[name] = about.get(name, "–")[:8]  # a hash
         before, after = about.pop("before", {}), about.pop("after", {})
         held_out = {name: f"{before[name]:.3f} → {after[name]:.3f}" for name in after}
     return about, held_out, about.pop("samples", [])
@@ -130,31 +137,40 @@ def as_rows(columns):
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
-def write_page(runs, file):
-    """Writes the page, in which all that comes from data is escaped."""
+def make_page(runs, file):
+    """The page, in which all that comes from data is escaped, as bytes."""
     logged = {run: read_metrics(run) for run in runs}
     settings, held_out, samples = zip(*map(read_about, logged), strict=True)
     differing = [row for row in as_rows(settings) if len(set(map(str, row[1]))) > 1]
-    with common.phase(f"writing {file}"):
+    with common.phase(f"drawing {file}"):
         text = jinja2.Environment(autoescape=True).from_string(PAGE).render(
             runs=logged, colors=plt.rcParams["axes.prop_cycle"].by_key()["color"],
             differing=differing, same=[row for row in as_rows(settings) if row not in differing],
             panels=[(name, as_svg(panels([name], logged))) for name in names_of(logged)],
             held_out=as_rows(held_out), samples=zip(logged, samples, strict=True))
-        file.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+    return text.encode("utf-8", errors="xmlcharrefreplace")
 
 
 def main(args):
     picture = Path(args.output or Path(args.runs[0]) / "curves.png")
-    page = picture.with_suffix(".html") if args.output else picture.with_name("report.html")
+    page = picture.with_name("report.html")
+    if args.output:
+        picture = picture if picture.suffix else Path(f"{picture}.png")
+        page = picture.with_suffix(".html")
     for output in picture, page:
-        if output.exists():
+        with common.phase(f"--output {output}"):
+            is_there = output.exists()
+        if is_there:
             common.fail(f"{output} is there already: name a new picture with --output")
-    draw(args.runs, picture)
-    write_page(args.runs, page)
-    print(picture, page, sep="\n")
+    # both are made before one is written, or the same command would find the first in its way
+    contents = [draw(args.runs, picture), make_page(args.runs, page)]
+    for output, content in zip([picture, page], contents, strict=True):
+        with common.phase(f"writing {output}"):
+            output.write_bytes(content)
+        print(common.visible(str(output)))
 
 
 if __name__ == "__main__":
-    flags.error = common.fail
-    main(flags.parse_args())
+    with common.running("the number of runs", resumes=""):
+        flags.error = common.fail
+        main(flags.parse_args())

@@ -1,16 +1,20 @@
 """What several test files use."""
+import copy
 import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from transformers.integrations import sdpa_attention
 
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+USE_GQA = sdpa_attention.use_gqa_in_sdpa
 
 
 def pytest_configure():
@@ -20,20 +24,19 @@ def pytest_configure():
 def run_args(module, **overrides):
     """The flags of a script as its command line gives them, with some of them set."""
     argv = [module.__name__ + ".py"]
-    for name, value in overrides.items():
+    # the default folder may hold a finished run; in this one nothing can be written by mistake
+    for name, value in ({"output_dir": "/dev/null/run"} | overrides).items():
         argv.append("--" + name.replace("_", "-"))
         argv += map(str, value) if isinstance(value, list | tuple) else [str(value)]
-    defaults = dict(module.flags._defaults)
-    by_flag = {action.dest: action.default for action in module.flags._actions}
-    before = sys.argv
-    sys.argv = argv
-    try:
-        return common.parse(module.flags, module.TINY, getattr(module, "BY_LOSS", None))
-    finally:  # parse() changes the defaults of the parser, which here serves many runs
-        sys.argv = before
-        module.flags._defaults = defaults
-        for action in module.flags._actions:
-            action.default = by_flag[action.dest]
+    flags = copy.deepcopy(module.flags)  # parse() changes its defaults, and it serves many runs
+    with mock.patch.object(sys, "argv", argv):
+        return common.parse(flags, module.TINY, getattr(module, "BY_LOSS", None))
+
+
+@pytest.fixture(autouse=True)
+def fresh_attention(monkeypatch):
+    """What load_model() does to SDPA on an fp16 GPU holds for the process; here, for a test."""
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", USE_GQA)
 
 
 @pytest.fixture

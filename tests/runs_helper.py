@@ -3,17 +3,16 @@
     torchrun --nproc-per-node 2 runs_helper.py FOLDER    # runs them in two processes
 """
 import contextlib
-import fcntl
 import importlib
 import json
 import os
 import random
 import shutil
-import stat
 import sys
 from pathlib import Path
 from unittest import mock
 
+import filelock
 import torch
 import transformers
 from conftest import ROOT, run_args
@@ -67,19 +66,18 @@ def small_args(name, data, output_dir, **flags):
 @contextlib.contextmanager
 def as_one_command():
     """A folder is locked until the process ends; here, until the command would have ended."""
-    flock, locks = fcntl.flock, []
+    acquire, locks = filelock.FileLock.acquire, []
 
-    def remember(lock, how):
-        if stat.S_ISDIR(os.fstat(lock).st_mode):  # `datasets` locks files of its own
-            locks.append(lock)
-        flock(lock, how)
+    def remember(lock, *args, **kwargs):
+        locks.append(lock)
+        return acquire(lock, *args, **kwargs)
 
-    with mock.patch.object(fcntl, "flock", remember):
+    with mock.patch.object(filelock.FileLock, "acquire", remember):
         try:
             yield
         finally:
-            for lock in locks:
-                os.close(lock)
+            for lock in locks:  # those of `datasets`, too, which it has released already
+                lock.release()
             for bar in list(getattr(tqdm, "_instances", ())):
                 bar.close()
 

@@ -441,7 +441,7 @@ def test_control_characters_of_the_data_do_not_reach_the_terminal(name, data, tm
 
 
 @pytest.mark.parametrize("error, words", [
-    (KeyboardInterrupt(), "interrupted; the same command goes on"),
+    (KeyboardInterrupt(), "interrupted; the same command resumes"),
     (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower --these-flags"),
     (MemoryError(), "out of memory: lower --these-flags"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --these-flags"),

@@ -472,14 +472,14 @@ def test_a_phase_turns_what_is_raised_into_one_line(error, words, refused):
 
 
 @pytest.mark.parametrize("error, words", [
-    (KeyboardInterrupt(), "the same command goes on"),
+    (KeyboardInterrupt(), "interrupted; the same command resumes an interrupted run"),
     (torch.OutOfMemoryError("CUDA"), "lower --micro-batch-size"),
     (MemoryError(), "lower --micro-batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --micro-batch-size"),
     (OSError(28, "No space left on device"), "disk is full"),
     (OSError(122, "Disk quota exceeded"), "disk is full"),
     (RuntimeError("[enforce fail at inline_container.cc:664]"), "disk is full"),
-    (BrokenPipeError(32, "Broken pipe"), "the same command goes on"),
+    (BrokenPipeError(32, "Broken pipe"), "the same command resumes"),
 ])
 def test_what_a_user_can_mend_ends_a_run_in_one_line(error, words, refused, monkeypatch):
     """Around a whole run; out of memory inside a phase is still out of memory."""

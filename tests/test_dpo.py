@@ -773,7 +773,8 @@ def test_an_overflow_skips_a_step_and_going_on_knows_of_it(run, loss_scaling, mo
 
     monkeypatch.setattr(dpo, "score_pairs", overflow)
     monkeypatch.setattr(dpo, "update", update_and_keep)
-    monkeypatch.setattr(dpo.fcntl, "flock", lambda *args: None)  # it holds until a process ends
+    # it holds until a process ends
+    monkeypatch.setattr(dpo.filelock.FileLock, "acquire", lambda *args, **kwargs: None)
     overflow.seen = []
     whole = run("whole", save_every=2)
     scales = [step["loss_scale"] for step in whole.metrics]

@@ -249,14 +249,14 @@ def test_plot_draws_a_panel_per_metric_and_all_runs(tmp_path, monkeypatch):
         return figures[-1]
 
     monkeypatch.setattr(plot.plt, "subplots", keep)
-    plot.draw([a, b], tmp_path / "curves.png")
+    picture = plot.draw([a, b], tmp_path / "curves.png")
     axes = [axis for axis in figures[0][1].flat if axis.get_visible()]
     assert [axis.get_title() for axis in axes] == ["loss", "kl", "rollout seconds"]
     assert [axis.get_ylabel() for axis in axes] == ["loss", "nats per answer", "s"]
     assert {axis.get_xlabel() for axis in axes} == {"optimizer step or rollout"}
     assert [line.get_label() for line in axes[0].lines] == [a, b]
     assert [list(line.get_ydata()) for line in axes[0].lines] == [[2], [1]]
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert picture[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -278,8 +278,10 @@ def test_plot_refuses_what_is_no_run(content, tmp_path, refused):
 
 def test_plot_refuses_a_picture_it_cannot_write(tmp_path, refused):
     run = log(tmp_path / "run", {"step": 1, "loss": 2})
-    assert "writing" in refused(plot.draw, [run], tmp_path / "none/x.png")
-    assert "writing" in refused(plot.draw, [run], tmp_path / "x.txt")
+    for name, word in ("none/x.png", "writing"), ("x.txt", "drawing"):
+        args = plot.flags.parse_args([run, "--output", str(tmp_path / name)])
+        assert word in refused(plot.main, args)
+    assert not any(path.suffix in (".png", ".html", ".txt") for path in tmp_path.rglob("*"))
 
 
 # ---- examples/rewards.py -------------------------------------------------------------------------

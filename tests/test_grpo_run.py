@@ -446,7 +446,8 @@ def test_a_killed_run_goes_on_to_the_same_numbers(run, reward_file, monkeypatch)
         log_step(args, state, metrics)
 
     monkeypatch.setattr(grpo, "log_step", killed)
-    monkeypatch.setattr(grpo.fcntl, "flock", lambda file, how: None)  # a dead process holds none
+    # a dead process holds none
+    monkeypatch.setattr(grpo.filelock.FileLock, "acquire", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
         run("killed", **flags)
     monkeypatch.setattr(grpo, "log_step", log_step)

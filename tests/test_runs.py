@@ -1,6 +1,5 @@
 """The housekeeping of all five scripts: going on, folders, faults, processes, what is left."""
 import errno
-import fcntl
 import hashlib
 import io
 import itertools
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import filelock
 import peft
 import pytest
 import runs_helper
@@ -80,7 +80,8 @@ def assert_same_run(one, other):
 def contents(folder):
     """Every file of a folder: its name, a hash of its bytes and when it was written."""
     return {str(path): (hashlib.sha256(path.read_bytes()).digest(), path.stat().st_mtime_ns)
-            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and path.suffix != ".lock"}
 
 
 # ---- going on ------------------------------------------------------------------------------------
@@ -242,10 +243,9 @@ def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(
         finally:
             file.write_text(text)
         assert "data" in line
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    assert "one run at a time" in refused(command, name, small_args(name, data, folder, **same))
-    os.close(lock)
+    with filelock.FileLock(folder / "run.lock"):
+        line = refused(command, name, small_args(name, data, folder, **same))
+    assert "one run at a time" in line
     assert contents(folder) == before
     command(name, small_args(name, data, folder, **same))  # none of it hindered the run itself
 
@@ -296,12 +296,12 @@ def test_a_run_leaves_one_adapter_its_settings_and_its_figures(name, data, whole
     folder = whole(name)
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "args.json",
-        "chat_template.jinja", "metrics.jsonl", "summary.json", "tokenizer.json",
+        "chat_template.jinja", "metrics.jsonl", "run.lock", "summary.json", "tokenizer.json",
         "tokenizer_config.json"}
     flags = vars(small_args(name, data, folder.parent / "other", **STEPS, **EXTRA[name]))
     flags = json.loads(json.dumps(flags | {"output_dir": str(folder)}))  # as a file has them
     saved, summary = (json.loads((folder / x).read_text()) for x in ("args.json", "summary.json"))
-    assert saved == flags | {"data": saved["data"]}
+    assert saved == flags | {name: saved[name] for name in ("data", "files")}
     assert summary == summary | flags | {"load_in_4bit": False}
     steps = metrics_of(folder)
     assert summary["method"] == name and summary["step"] == 5

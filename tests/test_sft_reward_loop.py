@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 import torch.distributed as dist
@@ -94,7 +95,8 @@ class Run:
             return metrics
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script.fcntl, "flock", lambda *args: None)  # a process may run it again
+            # a process may run it again
+            patch.setattr(filelock.FileLock, "acquire", lambda *args, **kwargs: None)
             patch.setattr(script, "update", seen_update)
             patch.setattr(script, SCORE[script], seen_score)
             if change:

@@ -1,0 +1,36 @@
+"""Every script starts where a module of Unix is absent, as on Windows."""
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+CHILD = """
+import contextlib, importlib, io, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("fcntl", "readline"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+names = sys.argv[1:]
+for name in names:
+    script = importlib.import_module(name)
+    if hasattr(script, "flags"):
+        sys.argv = [name + ".py", "--help"]
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            script.flags.parse_args()
+        assert "usage: " in said.getvalue()
+assert "fcntl" not in sys.modules and "readline" not in sys.modules
+print("imported", len(names))
+"""
+
+
+def test_every_script_starts_without_the_modules_that_windows_lacks():
+    """fcntl and readline do not exist there; and `--help` works, too."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", CHILD, *SCRIPTS], env=env, cwd=ROOT, text=True,
+                          capture_output=True, timeout=200)
+    assert done.stdout.endswith(f"imported {len(SCRIPTS)}\n"), done.stderr
