@@ -45,8 +45,7 @@ add("--tokens", action="store_true", help="colour tokens by their log-ratio to t
 add("--temperature", type=common.positive, default=1.0, help="of sampling; 1e-6 is greedy")
 add("--max-new-tokens", type=common.count, default=512, help="longest answer")
 add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", type=common.variables, metavar="JSON",
-    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
+add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--load-in-4bit", **common.ON_GPU, help="quantise the base")
 add("--seed", type=common.natural, default=0, help="of the samples")
 

@@ -98,8 +98,6 @@ def phase(doing: str):
     except (torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        if os.environ.get("TRACEBACK"):
-            traceback.print_exception(error)
         frames = traceback.extract_tb(error.__traceback__)
         own = [x for x in frames if x.filename in USER_FILES]
         place = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}: " if own else ""
@@ -164,7 +162,7 @@ share = number(float, 0, 1)
 
 
 def column(text: str) -> str:
-    """An argparse type: PROMPT=NAME, where the prompt stands in a column of another name."""
+    """An argparse type: prompt=query, where the prompt stands in a column of another name."""
     if not re.fullmatch("[^=]+=[^=]+", text):
         raise argparse.ArgumentTypeError(f"{text} is not like prompt=query")
     return text
@@ -176,6 +174,10 @@ def variables(text: str) -> dict:
     if not isinstance(values, dict) or not all(key.isidentifier() for key in values):
         raise argparse.ArgumentTypeError('it must be like {"enable_thinking": false}')
     return values
+
+
+COLUMNS = {"type": column, "nargs": "+", "default": [], "metavar": "NAME=COLUMN"}
+VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
 
 
 def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = None):

@@ -44,11 +44,9 @@ add = flags.add_argument
 add("checkpoints", nargs="*", help="without any: tiny/chat and the runs on it in runs/")
 add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config], or a file")
 add("--split", default="test", help="of a Hub dataset")
-add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
-    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
 add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", type=common.variables, metavar="JSON",
-    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
+add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--size", type=common.count, default=300, help="prompts at most")
 add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
 add("--k", type=common.count, help="of pass@k: at most --samples-per-prompt, by default up to 4")

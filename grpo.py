@@ -61,11 +61,9 @@ add("--reward", nargs="+", default=["correct_answer"],
 add("--reward-weights", type=common.number(float, -1e9), nargs="+", default=[1.0])
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
-add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
-    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
 add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", type=common.variables, metavar="JSON",
-    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
+add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--eval-dataset", help="held-out prompts, else some of --dataset")
 add("--eval-size", type=common.count, default=64, help="held-out prompts")
 add("--loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"], default="grpo")
@@ -440,8 +438,7 @@ def train(args):
     if args.batch_size < common.WORLD:
         common.fail("--batch-size must not be below the number of processes")
     scorers = {name: load_reward(name, args.model) for name in args.reward}
-    tokenizer = common.load_tokenizer(
-        args.model, args.chat_template, args.template_arguments)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
                                needs_answer="correct_answer" in scorers)
     wanted = args.max_steps * args.batch_size

@@ -51,11 +51,9 @@ add = flags.add_argument
 add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/kto-mix-14k", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
-add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
-    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
 add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", type=common.variables, metavar="JSON",
-    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
+add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out rows")
 add("--beta", type=common.positive, default=0.1, help="price of leaving the reference")
@@ -110,8 +108,8 @@ def tokens_of(example, args, tokenizer):
     """The answer behind the prompt, which need not be its own; the loss mask is 1 on the answer."""
     longest = min(args.max_length, tokenizer.model_max_length)
     tokens = with_mask([(example["prompt"], False), *example["answer"]])
-    return shorten(tokens, len(tokens["input_ids"]), example["head"], len(example["prompt"]),
-                   longest)
+    length, start = len(tokens["input_ids"]), len(example["prompt"])
+    return shorten(tokens, length, example["head"], start, longest)
 
 
 def with_mask(pieces):
@@ -303,8 +301,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
-    tokenizer = common.load_tokenizer(
-        args.model, args.chat_template, args.template_arguments)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     examples, held_out = common.load_examples(
         args, encode_labelled, tokenizer, limit=args.max_steps * args.batch_size)
     for name, part in ("to train on", examples), ("held out", held_out):

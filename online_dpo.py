@@ -44,11 +44,9 @@ add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model.py")
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
-add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
-    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
 add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", type=common.variables, metavar="JSON",
-    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
+add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--eval-dataset", help="held-out prompts, else some of --dataset")
 add("--eval-size", type=common.count, default=64, help="held-out prompts, all sampled at once")
 add("--loss", choices=["dpo", "ipo", "xpo", "nash_md"], default="dpo")
@@ -303,8 +301,7 @@ def describe(batch, args):
 def train(args):
     # 1. Prompts to learn from and others to be tested on, and what scores the answers
     scorer = load_reward(args.reward, args.model)
-    tokenizer = common.load_tokenizer(
-        args.model, args.chat_template, args.template_arguments)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
                                needs_answer=args.reward == "correct_answer")
     wanted = args.max_steps * args.batch_size

@@ -57,11 +57,9 @@ add("--output", required=True, help="a new .jsonl file")
 add("--format", choices=["pairs", "best", "kto"], default="pairs")
 add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
 add("--split", default="train", help="of a Hub dataset")
-add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
-    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
 add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", type=common.variables, metavar="JSON",
-    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
+add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--size", type=common.count, default=1000, help="prompts at most")
 add("--samples", type=common.number(int, 2), default=8, help="answers to each prompt, N")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
@@ -410,8 +408,7 @@ def main(args):
             raise ValueError("its name does not end in .jsonl")
         output.open("x").close()
         output.unlink()
-    tokenizer = common.load_tokenizer(
-        args.model, args.chat_template, args.template_arguments)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed, args.columns)
     rows = rows[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,

@@ -49,11 +49,9 @@ add = flags.add_argument
 add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
 add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a file")
 add("--split", default="train", help="of a Hub dataset")
-add("--columns", type=common.column, nargs="+", default=[], metavar="PROMPT=NAME",
-    help="columns of the dataset under other names, such as prompt=query completion=reply")
+add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
 add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", type=common.variables, metavar="JSON",
-    help="variables of the chat template, such as '{\"enable_thinking\": false}'")
+add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
 add("--eval-size", type=common.count, default=100, help="held-out rows")
 add("--neftune-alpha", type=common.weight, default=0.0, help="noise that regularises; 5 is usual")
@@ -253,8 +251,7 @@ def share_stopped(model, tokenizer, answers):
 
 def train(args):
     # 1. Data first: what is wrong with it shows before the model is loaded.
-    tokenizer = common.load_tokenizer(
-        args.model, args.chat_template, args.template_arguments)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     examples, held_out = common.load_examples(
         args, encode_conversation, tokenizer, limit=args.max_steps * args.batch_size)
