@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import runpy
 import types
 
 import pytest
@@ -16,7 +17,6 @@ import dpo
 import grpo
 import ppo
 import reward_model
-import runpy
 import sft
 
 spec = importlib.util.spec_from_file_location("compare", ROOT / "docs/compare.py")
