@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import runpy
 import types
 
 import pytest
@@ -330,6 +331,6 @@ def test_results_are_written_with_date_and_versions_and_printed(results, tmp_pat
 
 
 def test_the_length_bug_pays_without_end():
-    work_shown = types.SimpleNamespace(**vars(grpo)["runpy"].run_path(
+    work_shown = types.SimpleNamespace(**runpy.run_path(
         ROOT / "docs/length_bug.py")).work_shown
     assert work_shown(["q"] * 3, ["", "4", "4" * 100]) == pytest.approx([0, 0.1, 10])
