@@ -145,6 +145,16 @@ def test_an_async_function_is_refused_before_a_model_is_loaded(
     assert "plain function, not async" in line and "rewards.py:waits" in line
 
 
+@pytest.mark.parametrize("source", [
+    "class Waits:\n    async def __call__(self, **columns):\n        return [1.0]\nf = Waits()\n",
+    "async def f(**columns):\n    yield 1.0\n",
+    "import functools\n"
+    "async def g(x, **columns):\n    return [x]\nf = functools.partial(g, 1.0)\n"])
+def test_other_async_forms_are_refused_when_they_are_loaded(source, reward_file, refused):
+    line = refused(common.load_function, f"{reward_file(source)}:f")
+    assert "plain function, not async" in line
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_function_that_reads_messages_learns_that_completions_are_strings(
         name, run, refused, shared):
