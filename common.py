@@ -556,7 +556,10 @@ def load_function(name: str):
         # At the end: a folder `datasets` beside the file must not hide the library of that name.
         sys.path.append(os.path.dirname(path))
         loaded = runpy.run_path(path)[function]
-        if not callable(loaded) or inspect.iscoroutinefunction(loaded):
+        # Of an object that is no function, its class says how it is called.
+        forms = loaded, vars(type(loaded)).get("__call__")
+        is_async = [inspect.iscoroutinefunction(x) or inspect.isasyncgenfunction(x) for x in forms]
+        if not callable(loaded) or any(is_async):
             raise ValueError("a reward must be a plain function, not async and not a value")
     return loaded
 

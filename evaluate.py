@@ -182,8 +182,9 @@ def call_reward(name, reward, examples, texts):
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
         scores = [None if score is None else float(score) for score in reward(**columns)]
-        if len(scores) != len(rows) or not all(math.isfinite(score or 0) for score in scores):
-            raise ValueError(f"not {len(rows)} finite numbers or None, but {scores}")
+        # NaN fails this comparison, and so does what fp32 would turn into infinity.
+        if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
+            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
     return scores
 
 

@@ -303,8 +303,9 @@ def call_reward(name, reward, examples, texts):
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
         scores = [None if score is None else float(score) for score in reward(**columns)]
-        if len(scores) != len(rows) or not all(math.isfinite(score or 0) for score in scores):
-            raise ValueError(f"not {len(rows)} finite numbers or None, but {scores}")
+        # NaN fails this comparison, and so does what fp32 would turn into infinity.
+        if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
+            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
     return scores
 
 
@@ -355,6 +356,8 @@ def rollout(model, scorers, examples, copies, tokenizer, args, seed):
     # A reward that does not apply to a completion is no part of its sum.
     weights = torch.tensor(args.reward_weights, device=model.device)  # [F]
     batch["rewards"] = batch["scores"].where(applies, 0.0) @ weights  # [B]
+    if not batch["rewards"].isfinite().all():
+        common.fail("a weighted sum of rewards is too large: lower --reward-weights")
     with common.reference(model):
         batch["ref_logps"] = in_parts(token_logps, model, batch, args.temperature, args)
     return batch, answers

@@ -88,6 +88,22 @@ def test_scores_that_are_not_finite_are_not_taken_for_none(monkeypatch, refused)
     assert "runs/r" in line and "not finite" in line
 
 
+@pytest.mark.parametrize("module", [grpo, ppo, online_dpo, pairs, evaluate])
+@pytest.mark.parametrize("score", [1e39, -1e39, float("nan"), float("inf")])
+def test_a_score_that_fp32_turns_into_infinity_is_refused(module, score, refused):
+    """1e39 is finite in Python, infinite in a tensor, and its group's advantages would be NaN."""
+    examples = [{"row": {"prompt": "x"}}] * 2
+    line = refused(module.call_reward, "mine", lambda **columns: [score, 0.0], examples, ["a", "b"])
+    assert f"not 2 numbers below 1e38 or None, but [{score}, 0.0]" in line
+
+
+def test_a_weighted_sum_that_overflows_is_refused_before_training(run, reward_file, refused):
+    file = reward_file("def f(prompts, completions, **columns):\n"
+                       "    return [1e37] * len(completions)\n")
+    line = refused(run, "grpo", [f"{file}:f"], reward_weights=[1e9])
+    assert "weighted sum of rewards is too large" in line
+
+
 # ---- a user's own function -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -127,6 +143,16 @@ def test_an_async_function_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(common, "load_model", None)
     line = refused(run, name, f"{shared}/field/rewards.py:waits")
     assert "plain function, not async" in line and "rewards.py:waits" in line
+
+
+@pytest.mark.parametrize("source", [
+    "class Waits:\n    async def __call__(self, **columns):\n        return [1.0]\nf = Waits()\n",
+    "async def f(**columns):\n    yield 1.0\n",
+    "import functools\n"
+    "async def g(x, **columns):\n    return [x]\nf = functools.partial(g, 1.0)\n"])
+def test_other_async_forms_are_refused_when_they_are_loaded(source, reward_file, refused):
+    line = refused(common.load_function, f"{reward_file(source)}:f")
+    assert "plain function, not async" in line
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
