@@ -343,6 +343,10 @@ def open_run(args, examples):
     rewards = getattr(args, "reward", [])
     files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
+    if args.track:
+        with common.phase(f"--track {args.track}"):
+            tracker = importlib.import_module(args.track)
+            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
         # the lock ends with the process, however that ends; its file may stay
@@ -358,10 +362,6 @@ def open_run(args, examples):
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
                              "rewards, or other files: name another")
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
 
 
 def write(file, text):

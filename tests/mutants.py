@@ -8,7 +8,7 @@ is over the wrong thing, an adapter, a detach or a lock is forgotten. The progra
 to a temporary folder, puts one mistake at a time there and runs the tests named beside it, in a
 process forked from one that has imported the libraries. A line of the table is
 
-    what is wrong, "FILE: EXPRESSION" for pytest -k in tests/test_FILE.py, old text, new text
+    what is wrong, "FILE: EXPRESSION" for pytest -k in some test_FILE.py, old text, new text
 
 where the old text stands exactly once in the script. It ends with exit code 1 if a mistake
 survives that is not in EQUIVALENT, or no longer applies.
@@ -160,15 +160,15 @@ COMMON = [
      "(torch.OutOfMemoryError, KeyboardInterrupt, ", "(KeyboardInterrupt, "),
     ("the first process waits for the others to speak", "common: the_first_speaks",
      "3 if RANK > 0 else 0", "3 if RANK == 0 else 0"),
-    ("the base of an adapter is not in the fingerprint", "system/test_hostile: in_the_fingerprint",
+    ("the base of an adapter is not in the fingerprint", "hostile: in_the_fingerprint",
      "for name in [*names, base_of(names[0])]:", "for name in names:"),
-    ("the end of a large file is not in the fingerprint", "system/test_hostile: read_in_part",
+    ("the end of a large file is not in the fingerprint", "hostile: read_in_part",
      ", max(0, size - block)]", "]"),
-    ("the middle of a large file is not in the fingerprint", "system/test_hostile: one_matrix",
+    ("the middle of a large file is not in the fingerprint", "hostile: one_matrix",
      "range(0, size, 2**20)", "range(0, size, 2**30)"),
-    ("a model of the Hub is not in the fingerprint", "system/test_hostile: by_its_commit",
+    ("a model of the Hub is not in the fingerprint", "hostile: by_its_commit",
      "if not path.exists() else ():", "if path.exists() else ():"),
-    ("full fine-tuning has LoRA's learning rate", "system/test_hostile: full_fine_tuning",
+    ("full fine-tuning has LoRA's learning rate", "hostile: full_fine_tuning",
      'flags.get_default("learning_rate") / 10', 'flags.get_default("learning_rate")'),
     ("the tiny model's held-out rows go with any data", "common: defaults_go_by",
      "flags.set_defaults(eval_dataset=None)", "pass"),
@@ -808,13 +808,13 @@ HOUSEKEEPING = [
      "or file.read_text() != text:", "or not file.read_text():"),
     ("sft", "a run goes on with other data", "runs: a_folder_of_another and [sft]",
      "json.dumps(examples, default=str)", "json.dumps([len(part) for part in examples])"),
-    ("grpo", "a run goes on with another reward", "system/test_hostile: other_weights_or_rewards",
+    ("grpo", "a run goes on with another reward", "hostile: other_weights_or_rewards",
      "common.fingerprint(args.model, *", "common.fingerprint(args.model, *[] and "),
-    ("dpo", "a state with NaN weights is restored", "system/test_hostile: saved_state_without",
+    ("dpo", "a state with NaN weights is restored", "hostile: saved_state_without",
      "if not finite or not names", "if not names"),
-    ("grpo", "a start that failed blocks the next one", "system/test_hostile: does_not_block",
+    ("grpo", "a start that failed blocks the next one", "hostile: does_not_block",
      "if names == {file.name}:", "if not names:"),
-    ("sft", "a settings file of somebody else is overwritten", "system/test_hostile: somebody_else",
+    ("sft", "a settings file of somebody else is overwritten", "hostile: somebody_else",
      """is_new = '"output_dir"' in file.read_text()""", "is_new = True"),
     ("dpo", "a killed run leaves half a file", "runs: goes_on_wherever and [dpo]",
      '    file.with_suffix(".new").write_text(text)\n    file.with_suffix(".new").replace(file)\n',
@@ -881,7 +881,8 @@ def run_tests(folder, name, expression, limit=LIMIT):
         sys.dont_write_bytecode = True
         sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
         flags = ["-x", "-n", "0", "-p", "no:cacheprovider", "--tb=short"]
-        os._exit(pytest.main([*flags, "-k", expression, f"tests/test_{name}.py"]))
+        files = [str(path) for path in Path("tests").rglob(f"test_{name}.py")]
+        os._exit(pytest.main([*flags, "-k", expression, *files]))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
         os.killpg(child, signal.SIGKILL)  # what the tests left running

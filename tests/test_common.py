@@ -502,7 +502,7 @@ def test_where_all_processes_fail_the_first_speaks(monkeypatch, refused):
     waited = []
     monkeypatch.setattr(common.time, "sleep", waited.append)
     refused(common.fail, "x")
-    assert not waited
+    assert sum(waited) == 0
     monkeypatch.setattr(common, "RANK", 1)
     refused(common.fail, "x")
     assert sum(waited) >= 1
