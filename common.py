@@ -215,7 +215,7 @@ def fingerprint(*names: str) -> str:
     """A hash of what models and FILE.py:function are made of.
 
     Of a file above 256 MiB it takes 4 KiB of every MiB: training changes nearly all weights of a
-    matrix, and 15 GB take a second.
+    matrix, and a model of 15 GB then takes 15,000 short reads.
     """
     digest = hashlib.sha256()
     for name in [*names, base_of(names[0])]:
