@@ -7,6 +7,7 @@ base, in 4 bits on a GPU (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A row 
 # ruff: noqa: E402
 import argparse
 import contextlib
+import copy
 import csv
 import gzip
 import hashlib
@@ -63,7 +64,8 @@ ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available()
 transformers.logging.set_verbosity_error()
 # no bars for what is read from this disk: that takes seconds. Downloads show theirs
 transformers.logging.disable_progress_bar()
-huggingface_hub.utils.enable_progress_bars()
+if RANK == 0 and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:  # or it warns
+    huggingface_hub.utils.enable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
 datasets.disable_progress_bars()
 
@@ -182,6 +184,7 @@ VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
 
 def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = None):
     """The flags; the tiny model and each --loss may need other defaults than the rest."""
+    flags = copy.deepcopy(flags)  # its defaults change below; those of the next run must not
     flags.error = fail
     args = flags.parse_args()
     flags.set_defaults(**by_loss[args.loss] if by_loss and args.loss in by_loss else {})
@@ -251,7 +254,11 @@ def base_of(name: str) -> str:
 
 
 def fingerprint(*names: str) -> str:
-    """A hash of what models and FILE.py:function are made of; of large files, some blocks of it."""
+    """A hash of what models and FILE.py:function are made of.
+
+    Of a file above 256 MiB it takes 4 KiB of every MiB: training changes nearly all weights of a
+    matrix, and a model of 15 GB then takes 15,000 short reads.
+    """
     digest = hashlib.sha256()
     for name in [*names, base_of(names[0])]:
         path = Path(find(re.sub(r"\.py:.*", ".py", name)))
@@ -261,9 +268,10 @@ def fingerprint(*names: str) -> str:
                 with phase(f"reading {file}"), file.open("rb") as opened:
                     size = file.stat().st_size
                     digest.update(f"{file.name} {size} ".encode())
-                    for place in [*range(0, size, max(2**20, size // 16)), max(0, size - 2**20)]:
+                    block = 2**20 if size <= 2**28 else 2**12
+                    for place in [*range(0, size, 2**20), max(0, size - block)]:
                         opened.seek(place)
-                        digest.update(opened.read(2**20))
+                        digest.update(opened.read(block))
         for config in ("config.json", "adapter_config.json") if not path.exists() else ():
             # of a model of the Hub, the cache has each commit in a folder of that name
             cached = huggingface_hub.try_to_load_from_cache(name, config)

@@ -1,8 +1,9 @@
 """What several test files use."""
-import copy
 import json
+import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +16,8 @@ import common
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 USE_GQA = sdpa_attention.use_gqa_in_sdpa
+# the tests leave nothing behind in the checkout, and hypothesis still remembers what failed
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{tempfile.gettempdir()}/hypothesis")
 
 
 def pytest_configure():
@@ -28,9 +31,8 @@ def run_args(module, **overrides):
     for name, value in ({"output_dir": "/dev/null/run"} | overrides).items():
         argv.append("--" + name.replace("_", "-"))
         argv += map(str, value) if isinstance(value, list | tuple) else [str(value)]
-    flags = copy.deepcopy(module.flags)  # parse() changes its defaults, and it serves many runs
     with mock.patch.object(sys, "argv", argv):
-        return common.parse(flags, module.TINY, getattr(module, "BY_LOSS", None))
+        return common.parse(module.flags, module.TINY, getattr(module, "BY_LOSS", None))
 
 
 @pytest.fixture(autouse=True)

@@ -317,6 +317,20 @@ def test_a_large_file_is_read_in_part(data, tmp_path):
     assert len(set(prints)) == 4
 
 
+@pytest.mark.parametrize("place", [7 * 2**20, 10**9 + 12345, 3 * 10**9])
+def test_one_matrix_of_a_large_file_that_changed_is_noticed(place, data, tmp_path):
+    """Two MiB of 4 GB, wherever they are: a matrix of 1024 x 1024 numbers in 16 bits."""
+    shutil.copytree(data / "chat", tmp_path / "model")
+    file = tmp_path / "model/more.safetensors"
+    with file.open("wb") as opened:
+        opened.truncate(4 * 10**9)
+    before = common.fingerprint(str(tmp_path / "model"))
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        opened.write(b"x" * 2**21)
+    assert common.fingerprint(str(tmp_path / "model")) != before
+
+
 def test_a_model_of_the_hub_counts_by_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "base_of", lambda name: name)
     prints = []
@@ -370,3 +384,15 @@ def test_parsing_changes_no_other_run(tmp_path):
     before = run_args(grpo, model="tiny/chat")
     run_args(grpo, model="tiny/chat", loss="gspo", lora_rank=3)
     assert vars(run_args(grpo, model="tiny/chat")) == vars(before)
+    assert grpo.flags.get_default("max_steps") != grpo.TINY["max_steps"]
+
+
+@pytest.mark.parametrize("wish", [{}, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}])
+def test_who_wants_no_bars_is_not_warned_of_it(wish):
+    env = {name: x for name, x in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    env |= wish
+    code = ("import common, huggingface_hub as hub; "
+            "print(hub.utils.are_progress_bars_disabled())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=200)
+    assert (done.stdout, done.stderr) == (f"{bool(wish)}\n", "")
