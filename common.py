@@ -178,6 +178,8 @@ def variables(text: str) -> dict:
     return values
 
 
+LORA_RANK = {"default": 16, "help": "rank of new LoRA matrices, which are on all linear layers and "
+             "have an alpha of twice the rank; an adapter keeps its own rank"}
 COLUMNS = {"type": column, "nargs": "+", "default": [], "metavar": "NAME=COLUMN"}
 VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
 

@@ -65,8 +65,7 @@ add("--micro-batch-size", type=common.count, default=4, help="answers per forwar
 add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
 add("--epochs", type=common.count, default=1, help="passes over the answers")
 add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", type=common.count, default=16,
-    help="rank of new LoRA matrices, which are on all linear layers; their alpha is twice the rank")
+add("--lora-rank", **common.LORA_RANK, type=common.count)
 add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
 add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
@@ -93,15 +92,12 @@ def encode_labelled(row, tokenizer, max_length):
             raise ValueError("no prompt, completion and label (true or false, 1 or 0), and no pair")
         answers = common.encode(tokenizer, prompt, answer, row.get("tools"))
         labelled = [(pieces, label) for pieces in answers]
-    return [encode_example(pieces, label, max_length) for pieces, label in labelled]
-
-
-def encode_example(pieces, label, max_length):
-    """An example from pieces (ids, is_answer): the head, the rest of the prompt, the answer."""
-    (head, _), (rest, _), *answer = pieces
-    length = sum(len(ids) for ids, _ in pieces)
-    return {"prompt": head + rest, "head": len(head), "answer": answer, "label": label,
-            "truncated": length > max_length}
+    examples = []
+    for ((head, _), (rest, _), *answer), label in labelled:
+        length = len(head) + len(rest) + sum(len(ids) for ids, _ in answer)
+        examples.append({"prompt": head + rest, "head": len(head), "answer": answer,
+                         "label": label, "truncated": length > max_length})
+    return examples
 
 
 def tokens_of(example, args, tokenizer):

@@ -62,8 +62,7 @@ add("--max-length", type=common.count, default=1024, help="longest prompt + answ
 add("--max-new-tokens", type=common.count, default=512, help="longest answer")
 add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
 add("--max-steps", type=common.count, default=250, help="optimizer steps")
-add("--lora-rank", type=common.count, default=16, help="rank of new LoRA matrices,\n"
-    "on all linear layers, with an alpha of twice the rank; an adapter keeps its own")
+add("--lora-rank", **common.LORA_RANK, type=common.count)
 add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
 add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--save-every", type=common.count, default=20, help="steps between savings, samples shown")

@@ -62,8 +62,7 @@ add("--micro-batch-size", type=common.count, default=2, help="pairs per forward 
 add("--learning-rate", type=common.positive, default=1e-4, help="the highest: it rises, then falls")
 add("--epochs", type=common.count, default=1, help="passes over the pairs")
 add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", type=common.count, default=16,
-    help="rank of new LoRA matrices, which are on all linear layers; their alpha is twice the rank")
+add("--lora-rank", **common.LORA_RANK, type=common.count)
 add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
 add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
 add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
