@@ -411,7 +411,7 @@ def linear_layers(model) -> list[str]:
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, inputs, output: outputs.update({module: output}))
     with autocast(model):
-        model.train().base_model(input_ids=torch.tensor([[1, 2, 3, 4]], device=model.device))
+        model.train().base_model(input_ids=torch.tensor([[1, 2, 3]], device=model.device))
     hook.remove()
     linear = torch.nn.Linear | transformers.pytorch_utils.Conv1D
     return [name for name, module in model.named_modules()
@@ -488,7 +488,7 @@ def check_forward(model, task: str):
     """
     check_weights(model)
     causal = causal_lm(model).eval()
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 6, 5, 4, 0, 0]], device=causal.device)
+    ids = torch.tensor([[1, 2, 3, 2, 1, 3], [3, 2, 1, 3, 0, 0]], device=causal.device)
     rows = [ids[:1], ids[1:, :4]]
     with autocast(causal):
         alone = [causal.base_model(input_ids=row, use_cache=False)[0][0] for row in rows]

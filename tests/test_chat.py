@@ -204,7 +204,7 @@ def test_a_special_token_in_a_line_is_mere_text(talk, scripted, tokenizer):
 def test_without_a_template_the_text_goes_on(talk, scripted, tokenizer, monkeypatch):
     bare = common.load_tokenizer("tiny/chat")
     bare.chat_template = None
-    monkeypatch.setattr(common, "load_tokenizer", lambda name: bare)
+    monkeypatch.setattr(common, "load_tokenizer", lambda name, *options: bare)
     calls = scripted(" b", " d", " f")
     talk(["a", "c", "/system s", "e"], "tiny/chat")
     texts = ["a", "a b\nc", "s\ne"]
@@ -232,7 +232,7 @@ def test_what_a_template_refuses_is_one_line_and_no_history(talk, scripted, toke
     strict = common.load_tokenizer("tiny/chat")
     strict.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system "
                             "role') }}{% endif %}" + strict.chat_template)
-    monkeypatch.setattr(common, "load_tokenizer", lambda name: strict)
+    monkeypatch.setattr(common, "load_tokenizer", lambda name, *options: strict)
     calls = scripted("A", "B")
     out = talk(["/system s", "one", "/system", "two"], "tiny/chat")
     assert re.findall(r"\[.*\]", out) == ["[not asked: no system role]"]
@@ -489,7 +489,7 @@ def test_other_tokens_cannot_be_compared(refused, tmp_path, monkeypatch):
     """Before any model is loaded."""
     load, other = common.load_tokenizer, common.load_tokenizer("tiny/chat")
     other.add_tokens(["another"])
-    monkeypatch.setattr(common, "load_tokenizer", lambda x: other if x == "o" else load(x))
+    monkeypatch.setattr(common, "load_tokenizer", lambda x, *_: other if x == "o" else load(x))
     monkeypatch.setattr(common, "load_model", lambda *args, **kwargs: pytest.fail("loads a model"))
     args = chat.flags.parse_args(["tiny/chat", "o", "--tokens"])
     assert "--tokens: o has other tokens than tiny/chat" in refused(chat.main, args)

@@ -188,7 +188,7 @@ def test_a_process_that_is_killed_goes_on_in_another(data, tmp_path):
     def child(folder, kill):
         argv = ["dpo.py"]
         for name, value in vars(small_args("dpo", data, folder, **STEPS, epochs=2)).items():
-            if value is not None:
+            if value not in (None, []):
                 argv += ["--" + name.replace("_", "-"), str(value)]
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KILL": str(kill)}
         run = subprocess.run([sys.executable, "-c", CHILD, *argv], env=env, capture_output=True)

@@ -140,7 +140,7 @@ def test_closed_streams_do_not_disturb_a_run(closed, data, tmp_path):
     """No file of the run gets the number of standard output."""
     words = ["dpo.py"]
     for name, value in vars(small_args("dpo", data, tmp_path / "run", max_steps=1)).items():
-        if value is not None:
+        if value not in (None, []):
             words += ["--" + name.replace("_", "-"), str(value)]
     shell = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, *words]
     done = subprocess.run(shell, cwd=ROOT, stderr=subprocess.PIPE, timeout=200)
