@@ -973,7 +973,8 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
         raise ValueError(f"the column {missing[0]} is missing or empty" if missing
                          else "chosen and rejected are the same")
     if isinstance(answers[0], list) and isinstance(answers[1], list):
-        answers = [with_system(answer, row) if len(answer) > 1 else answer for answer in answers]
+        answers = [with_system(answer, row) if standard_message(answer[0])["role"] == "user"
+                   else answer for answer in answers]  # the former are whole conversations
         shared = answers[0][:shared_length(*answers)]
         if any(standard_message(x)["role"] == "user" for x in shared):  # as in UltraFeedback
             prompt = shared
@@ -1028,7 +1029,11 @@ def read_file(path: Path) -> list:
     with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
             csv.field_size_limit(2**31 - 1)
-            return list(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"))
+            rows = list(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"))
+            for place, row in enumerate(rows, 1):
+                if None in row or None in row.values():
+                    raise ValueError(f"row {place} has not as many cells as the header: {row}")
+            return rows
         text = file.read().strip()
     if not text.startswith("["):  # an object per line
         text = "[" + ",\n".join(line for line in text.splitlines() if line.strip()) + "]"
@@ -1048,6 +1053,8 @@ def load_rows(source: str, split: str, limit: int, seed: int, columns=()) -> lis
             name, _, config = source.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split).shuffle(seed=seed)
             rows = rows.select(range(min(limit, len(rows))))
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a row is not an object whose keys are the names of columns")
         rows = [without_nones(row) for row in rows]
         names = {old: new for new, _, old in (pair.partition("=") for pair in columns)}
         for old in names:

@@ -316,6 +316,23 @@ def test_a_question_under_any_name_is_the_prompt_of_a_pair():
     assert tokenizer.decode(pair["prompt"]) == header
 
 
+@pytest.mark.parametrize("row", [
+    {"prompt": [user("1?")], "chosen": [says("a"), user("2?"), says("b")], "rejected": [says("c")]},
+    {"chosen": [user("1?"), says("a"), user("2?"), says("b")], "rejected": [user("1?"), says("c")]},
+    {"prompt": "1?", "chosen": [says("a"), user("2?"), says("b")], "rejected": [says("c")]},
+])
+def test_a_column_system_stands_once_before_a_pair(row):
+    tokenizer = tiny_tokenizer()
+    pair, = encode_rows(dpo.encode_pair, [row | {"system": "Be."}], tokenizer)
+    chosen = tokenizer.decode(pair["chosen"]["input_ids"])
+    rejected = tokenizer.decode(pair["rejected"]["input_ids"])
+    start = "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\n1?<|im_end|>\n"
+    assert chosen == start + ("<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\n2?<|im_end|>"
+                              "\n<|im_start|>assistant\nb<|im_end|>")
+    assert rejected == start + "<|im_start|>assistant\nc<|im_end|>"
+    assert trained(tokenizer, pair["chosen"]) == ["a<|im_end|>", "b<|im_end|>"]
+
+
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "1", "chosen": "2"}, "the column rejected is missing"), ({"prompt": "1"}, "chosen"),
     ({"prompt": "1", "chosen": "2", "rejected": "2"}, "are the same"),
@@ -364,6 +381,16 @@ def test_a_file_with_another_ending_is_not_taken_for_a_name_on_the_hub(tmp_path,
     (tmp_path / "rows.txt").write_text("x")
     assert "its name must end in .json" in refused(
         common.load_rows, str(tmp_path / "rows.txt"), "train", 9, 0)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.csv", "prompt,completion\n1,2\na, b,c\n", "row 2 has not as many cells"),
+    ("x.tsv", "prompt\tcompletion\nonly\n", "row 1 has not as many cells"),
+    ("x.json", "null", "not an object"), ("x.jsonl", "[1, 2]", "not an object")])
+def test_a_row_that_is_none_is_refused_with_its_file(tmp_path, refused, name, content, words):
+    """An unquoted comma would shift what is trained into another column."""
+    (tmp_path / name).write_text(content)
+    assert words in refused(common.load_rows, str(tmp_path / name), "train", 9, 0)
 
 
 def test_lines_of_json_say_where_they_break(write_jsonl, refused, tmp_path):
