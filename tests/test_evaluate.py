@@ -253,7 +253,7 @@ def refusal(refused, *argv):
 
 
 @pytest.mark.parametrize("body, words", [
-    ("return [1.0]", "finite numbers"), ("return [float('nan')] * len(prompts)", "finite numbers"),
+    ("return [1.0]", "below 1e38"), ("return [float('nan')] * len(prompts)", "below 1e38"),
     ("raise KeyError('x')", "KeyError"), ("import sys; sys.exit()", "SystemExit")])
 def test_bad_rewards_are_one_line(body, words, table, tmp_path, refused):
     (tmp_path / "mine.py").write_text(f"def f(prompts, **columns):\n    {body}\n")
