@@ -14,8 +14,9 @@ each conversation or micro-batch: the size of a micro-batch changes only speed a
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset chats.jsonl --neftune-alpha 5
     python sft.py --model Qwen/Qwen2.5-0.5B --lora-rank 0  # all weights, in fp32
 
-A dataset has the columns `messages` (and `tools`), or `prompt` and `completion` (texts or
-messages), or `instruction`, `input` and `output`, or `text`.
+A dataset has the column `messages` (and `tools`) or ShareGPT's `conversations`, or a prompt and an
+answer (`prompt` and `completion`, `instruction` and `output`, `question` and `answer`, ...; strings
+or messages), or `text`. docs/your_data.md lists all forms.
 
 What to watch: the loss falls steeply for a few dozen steps, while the model learns the form, then
 slowly. Where the held-out loss (--eval-every) rises again, it learns the rows by heart. `stopped`,
