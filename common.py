@@ -822,6 +822,8 @@ def text_ids(tokenizer, text: str) -> list[int]:
 def with_end(tokenizer, ids: list[int]) -> list[int]:
     """The ids with eos at their end, unless they end in a special token, white space aside."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(tokenizer.unk_token_id)  # it stands for a character, and ends nothing
+    special.add(tokenizer.eos_token_id)
     last = max((place for place, i in enumerate(ids) if i in special), default=0)
     if last > 0 and not tokenizer.decode(ids[last + 1:]).strip():
         return ids[:last + 1]

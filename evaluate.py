@@ -49,7 +49,7 @@ add("--chat-template", help="file with a chat template, in place of the model's 
 add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
 add("--size", type=common.count, default=300, help="prompts at most")
 add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
-add("--k", type=common.count, help="of pass@k: at most --samples-per-prompt, by default up to 4")
+add("--k", type=common.count, help="k of pass@k (default: 4, or --samples-per-prompt if less)")
 add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
 add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")

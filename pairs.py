@@ -66,8 +66,10 @@ add("--judge", help="a language model that compares answers, in place of --rewar
 add("--judge-template", default="examples/judge.txt", help="what the judge reads")
 add("--constitution", default="examples/constitution.txt", help="principles, one a line")
 add("--comparisons", type=common.count, default=28, help="pairs judged per prompt, at most")
-add("--max-length-ratio", type=common.number(float, 1), default=1e9, help="of a pair, in tokens")
-add("--min-score", type=common.number(float, -1e9), default=-1e9, help="least score of the best")
+add("--max-length-ratio", type=common.number(float, 1), default=1e9,
+    help="how many times longer, in tokens, one answer of a pair may be than the other")
+add("--min-score", type=common.number(float, -1e9), default=-1e9,
+    help="lowest score that the best answer to a prompt may have")
 add("--temperature", type=common.positive, default=1.0, help="of sampling")
 add("--max-new-tokens", type=common.count, default=512, help="longest answer")
 add("--micro-batch-size", type=common.count, default=32, help="answers sampled at a time")

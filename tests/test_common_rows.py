@@ -80,6 +80,12 @@ def test_a_text_ends_in_eos_once(llama, ending):
         assert side[1][0].count(llama.eos_token_id) == 1 == side[1][0][::-1].index(side[1][0][0])
 
 
+def test_an_unknown_character_does_not_end_a_text(llama):
+    """Its token is special, but eos still follows it."""
+    (example,) = encoded(llama, "Once upon", " a time€")
+    assert example[1][0][-2:] == [llama.unk_token_id, llama.eos_token_id]
+
+
 def test_pad_that_is_eos_does_not_shorten_an_answer(tmp_path, chat):
     """A tokenizer without a pad token gets eos as pad, and encodes as before, eos included."""
     chat.save_pretrained(tmp_path)

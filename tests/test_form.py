@@ -17,7 +17,7 @@ import plot
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["sft", "reward_model", "prm", "dpo", "kto", "online_dpo", "ppo", "grpo"]
 # the most lines of code that a script may have: room, not a target
-ROOM = {"common": 832, "sft": 330, "reward_model": 275, "dpo": 325, "kto": 345, "online_dpo": 370,
+ROOM = {"common": 834, "sft": 330, "reward_model": 275, "dpo": 325, "kto": 345, "online_dpo": 370,
         "ppo": 450, "grpo": 460, "prm": 315, "pairs": 330, "evaluate": 340, "chat": 185,
         "plot": 140}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
