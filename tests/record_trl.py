@@ -1,4 +1,4 @@
-"""Records TRL's losses and gradient norms in tests/trl.json, on inputs that follow from seeds.
+"""Records TRL's losses and gradient norms in tests/method/trl.json, on inputs that follow from seeds.
 
     pip install trl==1.16.0
     python tests/record_trl.py [ppo_trainer.py of TRL 1.12.0, the last release with PPO]
@@ -18,7 +18,7 @@ from unittest.mock import MagicMock
 import torch
 import torch.nn.functional as F
 
-FILE = Path(__file__).with_name("trl.json")
+FILE = Path(__file__).with_name("method") / "trl.json"
 PREFERENCES = {  # name: (loss of dpo.py, TRL's name, beta, what else)
     "dpo": ("dpo", "sigmoid", 0.2, {}), "dpo_beta": ("dpo", "sigmoid", 1.5, {}),
     "hinge": ("hinge", "hinge", 0.2, {}), "ipo": ("ipo", "ipo", 0.2, {}),

@@ -1,7 +1,7 @@
 """Builds the annotated pages: every script with its prose and typeset equations beside its code.
 
-    python docs/build.py                   # writes docs/site/; open docs/site/index.html
-    python docs/build.py --output pages    # elsewhere
+    python site/build.py                   # writes site/pages/; open site/pages/index.html
+    python site/build.py --output pages    # elsewhere
 
 All words come from the docstrings and comments of the scripts, from README.md and from docs/*.md.
 The pages need no network.
@@ -24,8 +24,8 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-DOCS = Path(__file__).resolve().parent
-ROOT = DOCS.parent
+SITE = Path(__file__).resolve().parent
+ROOT = SITE.parent
 ORDER = ["sft", "reward_model", "dpo", "kto", "online_dpo", "ppo", "grpo", "prm", "pairs", "common",
          "evaluate", "plot", "chat"]  # to read them in
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ORDER
@@ -38,7 +38,7 @@ NEIGHBOURS = {  # and what plays the same part under another name
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "score_comparisons": "score_pairs"}}
-MARKDOWN = {file.stem.lower(): file for file in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+MARKDOWN = {file.stem.lower(): file for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}
 PAGES |= {ROOT / f"{name}.py": f"{name}.html" for name in SOURCES}
 
@@ -255,7 +255,7 @@ def index_page():
 
 def build(output):
     """Writes the pages and what they need into a folder."""
-    shutil.copytree(DOCS / "assets", output / "assets", dirs_exist_ok=True)
+    shutil.copytree(SITE / "assets", output / "assets", dirs_exist_ok=True)
     dark = HtmlFormatter(style="github-dark").get_style_defs(".code")
     colours = HtmlFormatter(style="friendly").get_style_defs(".code")
     style = f"{colours}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
@@ -263,7 +263,7 @@ def build(output):
     pages = {name: markdown_page(file, output) for name, file in MARKDOWN.items()}
     pages |= {name: script_page(name) for name in SOURCES} | {"index": index_page()}
     pages |= {f"{a}-{b}": compare_page(a, b) for a, b in NEIGHBOURS}
-    template = Template((DOCS / "templates/page.html").read_text())
+    template = Template((SITE / "templates/page.html").read_text())
     for page, (html, index) in pages.items():
         html = re.sub(r"<code>(\w+)\.py</code>(?!</a>)", lambda found: link(found[1], found[0])
                       if found[1] in SOURCES else found[0], html)
@@ -275,7 +275,7 @@ def build(output):
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    flags.add_argument("--output", type=Path, default=DOCS / "site", help="a folder")
+    flags.add_argument("--output", type=Path, default=SITE / "pages", help="a folder")
     folder = flags.parse_args().output
     try:
         build(folder)

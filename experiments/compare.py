@@ -1,7 +1,7 @@
 """One task, every way: all methods from one start on the tiny world, and what makes them sick.
 
-    python docs/compare.py               # under an hour on two cores
-    python docs/compare.py --seeds 0     # the first seed: about 25
+    python experiments/compare.py               # under an hour on two cores
+    python experiments/compare.py --seeds 0     # the first seed: about 25
 
 Every run is a command that you can type; it is written to the log beside its folder. What is done
 is not done again: the same command goes on after an interruption, or only draws. Checkpoints along
@@ -42,6 +42,7 @@ flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.Ra
 add = flags.add_argument
 add("--runs", default="runs/compare", help="folder of the runs")
 add("--images", default=str(ROOT / "docs/images"), help="folder of the pictures")
+add("--results", default=str(ROOT / "experiments/results"), help="folder of compare.json")
 add("--seeds", type=common.natural, nargs="+", default=[0, 1, 2], help="sick runs take the first")
 add("--jobs", type=common.count, default=2, help="runs at a time, each on one core")
 
@@ -74,7 +75,7 @@ EXTRA = {  # with the first seed: the sick, and their healthy ones that are no m
     "ppo_beta": "ppo.py --reward {runs}/blind --beta 0.05 --save-every 5",
     "ppo_critic": "ppo.py --value-weight 0 --save-every 5",
     "grpo_rate": "grpo.py --learning-rate 1e-2 --save-every 16",
-    "grpo_length": "grpo.py --reward correct_answer docs/length_bug.py:work_shown"
+    "grpo_length": "grpo.py --reward correct_answer experiments/length_bug.py:work_shown"
                    " --reward-weights 1 1 --save-every 16",
 }
 # colours by Okabe and Ito, which the colour-blind tell apart: one a family, a marker each in it
@@ -447,7 +448,7 @@ def main(args):
         pool.shutdown(cancel_futures=True)
     results = [read_run(run) for run in runs]
     draw(results, images)
-    write_results(results, images / "compare.json")
+    write_results(results, Path(args.results, "compare.json"))
     show_table(results)
 
 

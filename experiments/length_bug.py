@@ -1,6 +1,6 @@
-"""A reward with a bug; docs/compare.py shows how that looks.
+"""A reward with a bug; experiments/compare.py shows how that looks.
 
-    python grpo.py --reward correct_answer docs/length_bug.py:work_shown --reward-weights 1 1
+    python grpo.py --reward correct_answer experiments/length_bug.py:work_shown --reward-weights 1 1
 """
 
 

@@ -1,6 +1,6 @@
 """notebooks/t4.ipynb, executed on a CPU with the tiny model, from `git clone` to the talk.
 
-    python tests/test_notebook.py NOTEBOOK    # executes a notebook as IPython does, in this folder
+    python tests/project/test_notebook.py NOTEBOOK    # executes a notebook as IPython does, in this folder
 """
 import importlib
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks/t4.ipynb"
 TALK = "What is 40 - 27?\n/quit\n"
 

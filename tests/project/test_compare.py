@@ -1,4 +1,4 @@
-"""docs/compare.py: the scripts take its commands, and its pictures show what was measured."""
+"""experiments/compare.py: the scripts take its commands, and its pictures show what was measured."""
 import argparse
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ import ppo
 import reward_model
 import sft
 
-spec = importlib.util.spec_from_file_location("compare", ROOT / "docs/compare.py")
+spec = importlib.util.spec_from_file_location("compare", ROOT / "experiments/compare.py")
 compare = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compare)
 RUNS = compare.plan(argparse.Namespace(runs="r", seeds=[0, 1, 2]))
@@ -332,5 +332,5 @@ def test_results_are_written_with_date_and_versions_and_printed(results, tmp_pat
 
 def test_the_length_bug_pays_without_end():
     work_shown = types.SimpleNamespace(**runpy.run_path(
-        ROOT / "docs/length_bug.py")).work_shown
+        ROOT / "experiments/length_bug.py")).work_shown
     assert work_shown(["q"] * 3, ["", "4", "4" * 100]) == pytest.approx([0, 0.1, 10])

@@ -196,7 +196,7 @@ def test_stop_tokens_come_from_all_three_sources():
 def test_a_base_model_ends_answers_with_a_token_it_knows(tmp_path, capsys, template):
     """Only assistant turns change, it is said, and what is saved and loaded stays the same."""
     plain = transformers.AutoTokenizer.from_pretrained(BASE)
-    plain.chat_template = (ROOT / f"tests/templates/{template}.jinja").read_text()
+    plain.chat_template = (ROOT / f"tests/system/templates/{template}.jinja").read_text()
     plain.save_pretrained(tmp_path)
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).write_text((ROOT / "tiny/base" / name).read_text())

@@ -1,4 +1,4 @@
-"""The annotated pages: docs/build.py and docs/equations.py."""
+"""The annotated pages: site/build.py and site/equations.py."""
 import ast
 import html
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_form import ROOM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "site"))
 import build  # noqa: E402
 import equations  # noqa: E402
 
@@ -228,7 +228,7 @@ def test_katex_takes_all_of_it(pages):
     assert len(tex) > 100
     program = ("const katex = require(process.argv[1]); JSON.parse(process.argv[2]).forEach("
                "(tex) => katex.renderToString(tex, {strict: 'error'}))")
-    katex = ROOT / "docs/assets/katex/katex.min.js"
+    katex = ROOT / "site/assets/katex/katex.min.js"
     subprocess.run(["node", "-e", program, str(katex), json.dumps(tex)], check=True)
 
 
@@ -265,7 +265,7 @@ def test_what_cannot_be_translated_is_refused(line):
 # ---- the command ---------------------------------------------------------------------------------
 
 def test_the_command_writes_the_site_or_says_in_one_line_why_not(tmp_path):
-    command = [sys.executable, str(ROOT / "docs/build.py"), "--output"]
+    command = [sys.executable, str(ROOT / "site/build.py"), "--output"]
     done = subprocess.run([*command, tmp_path / "new/site"], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "new/site/index.html").is_file(), done.stderr
     (tmp_path / "file").write_text("mine")

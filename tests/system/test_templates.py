@@ -78,7 +78,7 @@ def tokenizer_of(name):
     tokenizer.add_special_tokens({"eos_token": family.eos, "bos_token": family.bos or family.eos,
                                   "additional_special_tokens": family.special})
     tokenizer.add_tokens([AddedToken(token, special=False) for token in family.plain])
-    tokenizer.chat_template = (ROOT / f"tests/templates/{name}.jinja").read_text()
+    tokenizer.chat_template = (ROOT / f"tests/system/templates/{name}.jinja").read_text()
     return tokenizer
 
 
