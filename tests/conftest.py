@@ -32,7 +32,8 @@ def run_args(module, **overrides):
         argv.append("--" + name.replace("_", "-"))
         argv += map(str, value) if isinstance(value, list | tuple) else [str(value)]
     with mock.patch.object(sys, "argv", argv):
-        return common.parse(module.flags, module.TINY, getattr(module, "BY_LOSS", None))
+        flags = module.make_flags() if hasattr(module, "make_flags") else module.flags
+        return common.parse(flags, module.TINY, getattr(module, "BY_LOSS", None))
 
 
 @pytest.fixture(autouse=True)
