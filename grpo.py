@@ -71,12 +71,12 @@ completions each read 2,000 prompts. DeepSeekMath sampled 64 completions per pro
 completions in a batch. The learning rate, 2e-5, is twice the 1e-5 that TRL's documentation
 recommends for GRPO with LoRA; neither was compared here on a model of that size.
 
-What to watch: the reward rises, group_std falls, and kl and length grow slowly. With --updates 1 all
-ratios are 1. Then no clip binds, gspo equals grpo, and their loss says nothing, because the
-advantages of a group add up to 0: what is left of it is β k3. A zero_spread near 1 from the start
-means that the prompts are too easy or too hard. If entropy collapses within a few steps, lower the
+What to watch: the reward rises, group_std falls, and kl and length grow slowly. With --updates 1,
+all ratios are 1. Then no clip binds, gspo equals grpo, and their loss says nothing, because the
+advantages of a group add up to 0 and leave β k3 alone. A zero_spread near 1 from the start means
+that the prompts are too easy or too hard. If entropy collapses within a few steps, lower the
 learning rate. If the reward rises while the samples get worse, the policy exploits a gap in the
-reward (reward hacking): read the samples.
+reward. This is called reward hacking or over-optimization, and only reading the samples shows it.
 
 TRY
 
@@ -522,8 +522,8 @@ def some_samples(tokenizer, step, examples, answers, scores):
     """The first four answers with their prompts and scores, to be printed and kept."""
     samples = []
     for example, answer, score in zip(examples[:4], answers[:4], scores[:4].tolist(), strict=True):
-        prompt = common.visible(tokenizer.decode(example["prompt"]))
-        text = common.visible(tokenizer.decode(answer))
+        prompt = common.shown_text(tokenizer, example["prompt"])
+        text = common.shown_text(tokenizer, answer)
         samples.append({"step": step, "prompt": prompt, "answer": text, "score": score})
     return samples
 
@@ -552,7 +552,7 @@ def train(args):
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
     # 3. Start a new run, or resume an interrupted one.
     open_run(args, [examples, held_out])

@@ -88,15 +88,17 @@ The learning rate, 1e-5, is that of published PPO runs which train all weights (
 usually takes several times as much, so that a higher one is worth a try on a large model.
 
 What to watch: the reward rises, kl rises slowly and stays below ten nats per answer, the critic's
-explained_variance rises towards 1, and clip_fraction stays below 0.2. If reward and kl rise together
-while the samples get worse, the policy exploits mistakes of its reward model. This is reward hacking
-or over-optimization; a larger --beta, fewer steps or a better reward model help.
+explained_variance rises towards 1, and clip_fraction stays below 0.2. If reward and kl rise
+together while the samples get worse, the policy exploits mistakes of its reward model. This is
+called reward hacking or over-optimization. A larger --beta, fewer steps or a better reward model
+prevent it.
 
 TRY
 
-Shapes: B answers (b in a micro-batch) of T columns, of which L ≤ T hold a token in some row; N answer
-tokens in all, C of them at a time; D the width of the model, V the size of its vocabulary (V_t is the
-critic's value), alive the answers that have not ended, P the prompts that `sample` reads.
+Shapes: B answers (b in a micro-batch) of T columns, of which L ≤ T hold a token in some row; N
+answer tokens in all, C of them at a time; D the width of the model, V the size of its vocabulary
+(elsewhere, V is the critic's value); P the prompts that `sample` reads, alive the answers that have
+not ended.
 """
 import argparse
 import functools
@@ -518,8 +520,8 @@ def some_samples(tokenizer, step, examples, answers, scores):
     """The first four answers with their prompts and scores, to be printed and kept."""
     samples = []
     for example, answer, score in zip(examples[:4], answers[:4], scores[:4].tolist(), strict=True):
-        prompt = common.visible(tokenizer.decode(example["prompt"]))
-        text = common.visible(tokenizer.decode(answer))
+        prompt = common.shown_text(tokenizer, example["prompt"])
+        text = common.shown_text(tokenizer, answer)
         samples.append({"step": step, "prompt": prompt, "answer": text, "score": score})
     return samples
 
@@ -545,7 +547,7 @@ def train(args):
     weights = [p for p in model.parameters() if p.requires_grad] + [critic_head.weight]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
     # 3. Start a new run, or resume an interrupted one.
     open_run(args, [examples, held_out])
