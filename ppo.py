@@ -594,7 +594,7 @@ def train(args):
                 updated = update(optimizer, scaler, lr)
             # Early stopping: samples of π_old say little about a π that is far from it [8].
             epoch_kl = [x["sampler_kl"] for x in figures[-args.minibatches:]]
-            if sum(epoch_kl) / args.minibatches > args.target_kl:
+            if sum(epoch_kl) / len(epoch_kl) > args.target_kl:
                 break
 
         # 7. Log the means over all updates, print some answers, and save a checkpoint.

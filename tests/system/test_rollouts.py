@@ -209,14 +209,18 @@ def test_a_reward_function_leaves_the_critic_new(tmp_path, reward_file):
     assert not ran.start[1][-1].any() and ran.trained[-1].any(), "the critic's head"
 
 
-def test_target_kl_ends_the_epochs(tmp_path):
-    """After the first epoch whose own mean exceeds it, not the mean of all epochs."""
-    kl = iter([0.01, 0.01, 0.02, 0.04, 0.05, 0.05, 0.05, 0.05])
+def test_target_kl_ends_the_epochs_which_are_shuffled_differently(tmp_path):
+    """After the first epoch whose own mean exceeds it: neither a minibatch nor the mean of all."""
+    kl, rows = iter([0.01, 0.01, 0.0, 0.03, 0.03, 0.04, 0.05, 0.05]), []
 
-    def gradients(*args):
+    def gradients(roles, batch, some, *rest):
+        rows.append(some.tolist())
         return dict.fromkeys(ppo.FIGURES, 0.0) | {"sampler_kl": next(kl)}
     ran = run(ppo, tmp_path, epochs=4, target_kl=0.025, replace={"minibatch_gradients": gradients})
-    assert ran.metrics[0]["updates"] == 4
+    assert ran.metrics[0]["updates"] == len(rows) == 6, "the third epoch has a mean above 0.025"
+    epochs = [rows[i] + rows[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs), "each answer once per epoch"
+    assert len(set(map(str, epochs))) > 1, "epochs must be shuffled differently"
 
 
 # ---- bad input -----------------------------------------------------------------------------------
