@@ -125,38 +125,29 @@ def make_flags():
         help="variant of the loss; it also changes the defaults of --beta and the clip range")
     add("--baseline", choices=["group", "rloo", "none"], default="group",
         help="baseline of a reward: the mean of its group, of the others in it, or nothing")
-    add("--beta", type=common.weight, default=0.04,
-        help="KL penalty strength: a larger one keeps the policy closer to the reference")
-    add("--epsilon", type=common.positive, default=0.2,
-        help="lower clip: the ratio is clipped at 1 − ε (not in cispo)")
+    add("--beta", type=common.weight, default=0.04, help="strength of the KL penalty in the loss")
+    add("--epsilon", type=common.positive, default=0.2, help="lower clip: ratios below 1 − ε")
     add("--epsilon-high", type=common.positive, default=0.2,
-        help="upper clip: the ratio is clipped at 1 + ε; for cispo at this number itself")
+        help="upper clip: ratios above 1 + ε; in cispo, above this number itself")
     add("--updates", type=common.count, default=1,
         help="optimizer steps per rollout; with 1, no clip binds, and gspo equals grpo")
     add("--group-size", type=common.number(int, 2), default=8, help="completions per prompt, G")
     add("--batch-size", type=common.count, default=8, help="prompts per rollout, P")
     add("--micro-batch-size", type=common.count, default=2, help="completions per forward pass")
-    add("--sample-batch-size", type=common.count, default=128,
-        help="completions sampled at a time, but at least a group")
-    add("--temperature", type=common.positive, default=1.0,
-        help="temperature of sampling and scoring")
-    add("--max-length", type=common.count, default=1024,
-        help="longest prompt + completion, in tokens")
+    add("--sample-batch-size", type=common.count, default=128, help="completions sampled at a time")
+    add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
+    add("--max-length", type=common.count, default=1024, help="longest prompt + completion")
     add("--max-new-tokens", type=common.count, default=512, help="longest completion, in tokens")
     add("--learning-rate", type=common.positive, default=2e-5,
         help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
     add("--max-steps", type=common.count, default=250, help="number of rollouts")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
     add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU,
-        help="recomputation of activations in the backward pass, which saves memory")
-    add("--save-every", type=common.count, default=20,
-        help="rollouts between two checkpoints, at which samples are printed too")
-    add("--seed", type=common.natural, default=0,
-        help="seed of prompt order, LoRA matrices and samples")
+    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--save-every", type=common.count, default=20, help="rollouts between two checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of prompts, LoRA and samples")
     add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
-    add("--output-dir", default="runs/grpo",
-        help="folder of the run; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/grpo", help="run folder; the same command resumes a run")
     return parser
 
 

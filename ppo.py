@@ -135,15 +135,11 @@ def make_flags():
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
-    add("--beta", type=common.weight, default=0.05,
-        help="KL penalty strength: a larger one keeps the policy closer to the reference [1]")
-    add("--missing-eos-penalty", type=common.weight, default=1.0,
-        help="score deducted from an answer that does not end [3]")
+    add("--beta", type=common.weight, default=0.05, help="KL penalty strength, per token [1]")
+    add("--missing-eos-penalty", type=common.weight, default=1.0, help="penalty for truncation [3]")
     add("--gamma", type=common.share, default=1.0, help="discount factor per token")
-    add("--lam", type=common.share, default=0.95,
-        help="λ of GAE: 1 is unbiased but noisy, 0 is smooth but trusts the critic")
-    add("--epsilon", type=common.positive, default=0.2,
-        help="clip range of the ratio, and of the value's change [6]")
+    add("--lam", type=common.share, default=0.95, help="λ of GAE: 1 is noisy, 0 trusts the critic")
+    add("--epsilon", type=common.positive, default=0.2, help="clip range of ratio and value [6]")
     add("--value-weight", type=common.weight, default=0.5,
         help="weight of the critic loss; 0 freezes the critic. Policy and critic share no trained\n"
              "weight, and Adam cancels a constant factor, so a weight above 0 matters only\n"
@@ -155,8 +151,7 @@ def make_flags():
     add("--minibatches", type=common.count, default=4, help="optimizer steps per epoch")
     add("--micro-batch-size", type=common.count, default=2, help="answers per forward pass")
     add("--sample-batch-size", type=common.count, default=128, help="answers sampled at a time")
-    add("--temperature", type=common.positive, default=1.0,
-        help="temperature of sampling and scoring [9]")
+    add("--temperature", type=common.positive, default=1.0, help="sampling temperature [9]")
     add("--max-length", type=common.count, default=768, help="longest prompt + answer, in tokens")
     add("--max-new-tokens", type=common.count, default=256, help="longest answer, in tokens")
     add("--learning-rate", type=common.positive, default=1e-5,
@@ -164,15 +159,11 @@ def make_flags():
     add("--max-steps", type=common.count, default=200, help="number of rollouts")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
     add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU,
-        help="recomputation of activations in the backward pass, which saves memory")
-    add("--save-every", type=common.count, default=10,
-        help="rollouts between two checkpoints, at which samples are printed too")
-    add("--seed", type=common.natural, default=0,
-        help="seed of prompt order, LoRA matrices and samples")
+    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--save-every", type=common.count, default=10, help="rollouts between two checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of prompts, LoRA and samples")
     add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
-    add("--output-dir", default="runs/ppo",
-        help="folder of the run; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/ppo", help="run folder; the same command resumes a run")
     return parser
 
 
