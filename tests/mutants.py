@@ -451,7 +451,7 @@ PPO = [
      "(columns >= starts)", "(columns > starts)"),
     ("the ratio is to the policy itself", BY_HAND["ppo"],
      'logps, micro["logps"], micro["advantages"]', 'logps, logps.detach(), micro["advantages"]'),
-    ("moments are in fp32", "ppo: whitening", "    x = x.double()\n", ""),
+    ("moments are in fp32", "rollouts: whitening", "    x = x.double()\n", ""),
     ("the policy's loss is not scaled", "ppo: two_rollouts and sample",
      "scaler.scale((policy_losses * mask).sum() / tokens).backward()",
      "((policy_losses * mask).sum() / tokens).backward()"),
