@@ -184,7 +184,7 @@ CASES = {  # loss: baseline, epsilon, epsilon-high
     "gspo": ("group", 0.02, 0.03), "cispo": ("none", 0.1, 1.2)}
 ROWS = [{"prompt": by_hand.ask(text), "answer": answer} for text, answer in (
     ("What is 5 - 2?", 3), ("Tom has 14 figs and gets 83 more. How many figs now?", 97),
-    ("What is 9 - 8 and 12 + 9?", 21))]
+    ("What is 9 - 8 and 12 + 9?", 21), ("What is 6 - 4?", 2))]
 REWARD = """
 def varied(prompts, completions, answer, **columns):  # all completions for 3 get the same
     return [1 if x == 3 else 2 * (sum(map(ord, text)) % 8) for x, text in zip(answer, completions)]
@@ -195,7 +195,7 @@ def run_grpo(folder, loss, replace=None, **flags):
     folder.mkdir(exist_ok=True)
     (folder / "reward.py").write_text(REWARD)
     flags |= dict(zip(("baseline", "epsilon", "epsilon_high"), CASES[loss], strict=True))
-    return by_hand.Run(grpo, folder, ROWS, ROWS, watch=["rollout"], loss=loss, beta=0.3, updates=2,
+    return by_hand.Run(grpo, folder, ROWS[:3], ROWS[3:], watch=["rollout"], loss=loss, beta=0.3, updates=2,
                        reward=f"{folder / 'reward.py'}:varied", batch_size=3, group_size=3,
                        max_steps=2, temperature=1.5, max_new_tokens=20, lora_rank=4,
                        replace={"sample": by_hand.fixed_sample} | (replace or {}), **flags)

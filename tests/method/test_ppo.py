@@ -1,6 +1,6 @@
 """PPO: rewards and advantages, losses, gradients, a run by hand, the worked example.
 
-Sampling is in test_sampling.py; roles, epochs and seeds are in tests/system/test_rollouts.py.
+Sampling is in test_sampling.py; roles, whitening and seeds are in tests/system/test_rollouts.py.
 """
 import math
 import re
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
 
-import common
 import ppo
 
 
@@ -150,7 +149,7 @@ def test_the_whole_chain_follows_the_true_gradient_whatever_the_critic(enumerate
 
 ROWS = [{"prompt": by_hand.ask(text), "answer": "7"} for text in (
     "What is 36 - 25?", "Tom has 14 figs and gets 83 more. How many figs now?", "Add 2 and 5.",
-    "What is 9 - 8 and 12 + 9?", "What is 5 + 5?", "Mia has 66 eggs.", "7 - 1?")]
+    "What is 9 - 8 and 12 + 9?", "What is 5 + 5?", "Mia has 66 eggs.", "7 - 1?", "4 + 4?")]
 
 
 def run_ppo(folder, **flags):
@@ -160,11 +159,10 @@ def run_ppo(folder, **flags):
     flags = dict(batch_size=5, max_steps=2, epochs=2, minibatches=2, micro_batch_size=5, beta=0.3,
                  gamma=0.9, lam=0.7, epsilon=0.1, value_weight=0.7, missing_eos_penalty=0.8,
                  temperature=1.5, target_kl=1e6, lora_rank=4, learning_rate=4e-4) | flags
-    # fp16 GPUs scale the loss, of which nothing may be left after `update`
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled="sample_batch_size" in flags)
     replace = {"sample": answers, "common.grad_scaler": lambda model: scaler}
-    return by_hand.Run(ppo, folder, ROWS, ROWS[:3], watch=["rollout", "minibatch_gradients"],
-                       replace=replace, **flags)
+    return by_hand.Run(ppo, folder, ROWS[3:], ROWS[:3], replace=replace,
+                       watch=["rollout", "minibatch_gradients"], **flags)
 
 
 def read(hand, prompt, ids):
@@ -200,15 +198,14 @@ def rollout_by_hand(hand, call):
     every, returns = (torch.cat([x[name] for x in answers]) for name in ("advantages", "returns"))
     for x in answers:
         x["advantages"] = (x["advantages"] - every.mean()) / every.std(correction=0)
-    return answers, logged, 1 - every.var() / returns.var()
+    return answers, logged | {"explained_variance": 1 - every.var() / returns.var()}
 
 
 def minibatch_by_hand(hand, answers):
     """The figures, means over the tokens of the minibatch, with gradients."""
-    old, v_old, white, returns = (torch.cat([x[name] for x in answers])
-                                  for name in ("old", "values", "advantages", "returns"))
-    pairs = [read(hand, *x["pair"]) for x in answers]
-    new, values = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    white, returns, old, v_old = (torch.cat([x[name] for x in answers])
+                                  for name in ("advantages", "returns", "old", "values"))
+    new, values = torch.cat([torch.stack(read(hand, *x["pair"])) for x in answers], 1)
     ratio = (new - old).exp()
     binds = torch.where(white > 0, ratio > 1.1, ratio < 0.9)
     near = v_old + (values - v_old).clamp(-0.1, 0.1)
@@ -227,20 +224,19 @@ def first(tmp_path_factory):
     minibatches = [call.args[2].tolist() for call in run.calls["minibatch_gradients"]]
     with by_hand.doubles():
         hand = by_hand.Training(run)
-        _, hand.before, _ = rollout_by_hand(hand, before)
+        _, hand.before = rollout_by_hand(hand, before)
         for step, call in enumerate(rollouts):
-            answers, logged, logged["explained_variance"] = rollout_by_hand(hand, call)
+            answers, logged = rollout_by_hand(hand, call)
             every = []
             for rows in minibatches[4 * step:4 * step + 4]:
                 figures = minibatch_by_hand(hand, [answers[row] for row in rows])
                 update = hand.update(figures["policy_loss"] + 0.7 * figures["value_loss"])
                 every.append(figures)
-            for name in ppo.FIGURES:
-                logged[name] = sum(x[name].item() for x in every) / 4
-            logged["ratio_error"] = every[0]["ratio_error"]
             del update["loss"]
-            hand.log(logged | update | {"updates": 4})
-        _, hand.after, _ = rollout_by_hand(hand, after)
+            means = {name: sum(x[name].item() for x in every) / 4 for name in figures}
+            means["ratio_error"] = every[0]["ratio_error"]
+            hand.log(logged | means | update | {"updates": 4})
+        _, hand.after = rollout_by_hand(hand, after)
     for logged in hand.logged:  # every part of the method had something to do
         assert 0 < logged["clip_fraction"] < 1 and 0 < logged["stopped"] < 1
     assert abs(hand.logged[1]["kl"]) > 0.01 and hand.logged[1]["grad_norm"] > 1
@@ -254,10 +250,8 @@ def test_two_rollouts_are_those_by_hand(flags, first, tmp_path):
     run, hand = first
     run = run_ppo(tmp_path, **flags) if flags else run
     hand.check(run)
-    by_hand.close(run.summary["before"], hand.before, "before")
-    by_hand.close(run.summary["after"], hand.after, "after")
-    is_checkpointing = common.causal_lm(run.model).is_gradient_checkpointing
-    assert is_checkpointing == ("gradient_checkpointing" in flags) and run.model.training
+    by_hand.close(hand.before, run.summary["before"], "before, by hand")
+    by_hand.close(hand.after, run.summary["after"], "after, by hand")
 
 
 # ---- the worked example --------------------------------------------------------------------------

@@ -184,7 +184,19 @@ def test_a_reward_that_does_not_apply_is_no_part_of_the_sum(tmp_path, reward_fil
         ppo.train, run_args(ppo, output_dir=tmp_path / "none2", **args))
 
 
-# ---- PPO's roles and epochs ----------------------------------------------------------------------
+# ---- PPO's whitening, roles and epochs -----------------------------------------------------------
+
+def test_whitening_reads_the_mask_alone_and_keeps_its_digits():
+    """Mean 0, variance 1 over answer tokens; around 10000, squares in fp32 would round it away."""
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.arange(9) < torch.tensor([[5], [3], [9], [1], [2], [7]])
+    exact = (x[mask] - x[mask].mean()) / x[mask].std(correction=0)
+    white = ppo.whiten((10000 + x.where(mask, 0.7)).float(), mask.long())
+    by_hand.same(white[mask].double(), exact, "white: moments over the mask, in fp64?", 2e-3)
+    assert (white[~mask] == 0).all(), "white advantages outside the answers must be 0"
+    equal = ppo.whiten(torch.full((2, 3), 0.1), torch.ones(2, 3))
+    assert equal.abs().max() < 1e-3, "equal advantages must become 0, not rounding divided by 0"
+
 
 def test_the_critic_starts_as_the_reward_model_with_weights_of_its_own(tmp_path):
     """They train with the policy's, while those of the reward model and the base stay."""
