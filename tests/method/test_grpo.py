@@ -195,9 +195,9 @@ def run_grpo(folder, loss, replace=None, **flags):
     folder.mkdir(exist_ok=True)
     (folder / "reward.py").write_text(REWARD)
     flags |= dict(zip(("baseline", "epsilon", "epsilon_high"), CASES[loss], strict=True))
-    return by_hand.Run(grpo, folder, ROWS[:3], ROWS[3:], watch=["rollout"], loss=loss, beta=0.3, updates=2,
+    return by_hand.Run(grpo, folder, ROWS[:3], ROWS[3:], watch=["rollout"], loss=loss, beta=0.3,
                        reward=f"{folder / 'reward.py'}:varied", batch_size=3, group_size=3,
-                       max_steps=2, temperature=1.5, max_new_tokens=20, lora_rank=4,
+                       updates=2, max_steps=2, temperature=1.5, max_new_tokens=20, lora_rank=4,
                        replace={"sample": by_hand.fixed_sample} | (replace or {}), **flags)
 
 
