@@ -77,13 +77,8 @@ def test_each_loss_and_its_gradient_are_those_of_its_equation(loss):
         by_hand.close(value.item(), expected.item(), f"loss of {loss}")
         by_hand.same(gradient(value, logps), gradient(expected, logps), f"gradient of {loss}", 1e-7)
         by_hand.close(((is_clipped * mask).sum() / mask.sum()).item(), share, "clipped", 1e-5)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_to_learn_from_has_no_weight_and_no_nan(loss):
-    """As when DAPO drops every group."""
-    weights = grpo.token_weights(torch.zeros(2, 3), loss, 2, torch.tensor(0), 9)
-    assert (weights == 0).all(), "a division by 0 tokens"
+    # As when DAPO drops every group: no division by 0 tokens.
+    assert (grpo.token_weights(torch.zeros(2, 3), loss, 2, torch.tensor(0), 9) == 0).all()
 
 
 def test_at_ratio_1_grpo_is_reinforce_with_a_group_baseline():
@@ -118,7 +113,6 @@ def test_gspo_has_one_ratio_per_sequence_the_geometric_mean():
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     losses, is_clipped = grpo.token_losses(
         logps, torch.zeros(2, 3), torch.ones(2), mask, "gspo", 0.2, 0.28)
-    by_hand.same(losses[:, :2].detach(), torch.tensor([[-1, -1], [-1.28, -1.28]]), "losses", 1e-6)
     by_hand.same(gradient((losses * mask).sum(), logps),
                  torch.tensor([[-1.0, -1, 0], [0, 0, 0]]), "gradient: one per sequence?", 1e-6)
     assert is_clipped[:, :2].tolist() == [[False, False], [True, True]]
@@ -167,12 +161,10 @@ def test_advantages_against_the_statistics_module():
         by_hand.same(ours, torch.tensor(plain, dtype=torch.float64), f"A of {loss}, {baseline}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [2, 3, 5, 7, 11, 13])
-def test_equal_rewards_give_exactly_no_advantage(size, dtype):
+def test_equal_rewards_give_exactly_no_advantage(size):
     """Also where the rounded mean of equal numbers is another, which 1e-4 would blow up."""
-    rewards = torch.tensor([0.1, 1 / 3, 0.7, -1e-3, 1e6 + 0.1, 0.0], dtype=dtype)
-    rewards = rewards[:, None].expand(-1, size)
+    rewards = torch.tensor([0.1, 1 / 3, 0.7, -1e-3, 1e6 + 0.1])[:, None].expand(-1, size)
     for baseline, scale in (("group", True), ("group", False), ("rloo", True)):
         assert (grpo.group_advantages(rewards, baseline, scale) == 0).all(), "rounding / 1e-4"
 

@@ -33,11 +33,9 @@ def test_each_token_pays_its_kl_and_the_last_one_gets_the_score():
     """−β (log π − log π_ref) per token, plus the score on the last generated token alone."""
     logps, ref, mask = random_batch(2)
     scores = torch.arange(10.0, 16.0, dtype=torch.float64)
-    expected = torch.zeros_like(logps)
-    for row, t in mask.nonzero().tolist():
-        expected[row, t] = -0.3 * (logps[row, t] - ref[row, t])
-        is_last = mask[row, t + 1:].sum() == 0
-        expected[row, t] += scores[row] if is_last else 0
+    expected = -0.3 * (logps - ref) * mask
+    for row, score in enumerate(scores):
+        expected[row, mask[row].nonzero()[-1]] += score
     by_hand.same(ppo.token_rewards(scores, logps, ref, mask, 0.3), expected,
          "token rewards: is the KL's sign flipped, or the score not on the last answer token?")
 

@@ -1,5 +1,6 @@
 """Rollouts of ppo.py and grpo.py: seeds and prompts per process, who reads what, early stopping."""
 import json
+from types import SimpleNamespace
 
 import by_hand
 import pytest
@@ -114,6 +115,30 @@ def test_samples_have_their_prompts_answers_and_scores(script, tmp_path, reward_
                          "answer": by_hand.tokenizer().decode(ids),
                          "score": len(text) + 100.0 * answer})
     assert ran.summary["samples"] == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sample_leaves_everything_as_it_was(training):
+    """Mode, random numbers and flags; the KV cache is used in spite of gradient checkpointing."""
+    model, prompts, widths = common.load_model("tiny/chat"), [[5, 9, 17, 33], [80, 12]], []
+    args = SimpleNamespace(max_new_tokens=6, temperature=1.0)
+    plain = grpo.sample(model, by_hand.tokenizer(), prompts, 2, args, 0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train(training)
+    causal = common.causal_lm(model)
+
+    def state():
+        modes = [(module.training, getattr(module, "gradient_checkpointing", None))
+                 for module in model.modules()]
+        grads = [(p.requires_grad, p.grad, p.sum().item()) for p in model.parameters()]
+        configs = causal.config.to_dict(), causal.generation_config.to_dict()
+        return modes, grads, model.active_adapter, configs, torch.get_rng_state().tolist()
+    before = state()
+    hook = causal.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    assert grpo.sample(model, by_hand.tokenizer(), prompts, 2, args, 0) == plain
+    hook.remove()
+    assert state() == before and widths == [4, 1, 1, 1, 1, 1]
 
 
 # ---- who reads what ------------------------------------------------------------------------------
