@@ -6,7 +6,6 @@ matter. The naive computation reads each row alone, in evaluation mode, without 
 import json
 import re
 import shutil
-import warnings
 from argparse import Namespace
 
 import peft
@@ -124,85 +123,65 @@ def test_log_probs_and_gradients_are_those_of_a_plain_forward_pass(name, folders
         assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6
 
 
+@pytest.fixture
+def sampled(monkeypatch):
+    """Calls a sampler; returns the answers, and the log-probs with which each token was drawn."""
+    def call(sampler, *args):
+        multinomial, steps = torch.multinomial, []
+
+        def spy(probs, number, generator):
+            token = multinomial(probs, number, generator=generator)
+            steps.append(probs.gather(1, token)[:, 0].log().tolist())
+            return token
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "multinomial", spy)
+            answers = sampler(*args)
+        drawn = [[] for _ in answers]
+        for t, logps in enumerate(steps):  # rows leave the batch when they end
+            alive = [i for i, answer in enumerate(answers) if len(answer) > t]
+            for i, logp in zip(alive, logps, strict=True):
+                drawn[i].append(logp)
+        return answers, [torch.tensor(logps) for logps in drawn]
+    return call
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sampled_log_probs_are_those_that_are_scored(name, folders, monkeypatch):
+def test_sampled_log_probs_are_those_that_are_scored(name, folders, sampled):
     """Prompts of two lengths, padded on the left, several copies, rows that leave the batch."""
-    model, tokenizer, drawn = with_adapter(folders(name)), make_tokenizer(), []
+    model, tokenizer = with_adapter(folders(name)), make_tokenizer()
     model.generation_config.eos_token_id = list(range(40, 48))
-
-    def spy(probs, number, generator):
-        token = multinomial(probs, number, generator=generator)
-        drawn.append(probs.gather(1, token)[:, 0].log())
-        return token
-
-    multinomial = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", spy)
     args = Namespace(max_new_tokens=10, temperature=1.0)
-    answers = grpo.sample(model, tokenizer, [ROWS[0][:7], ROWS[1][:3]], 4, args, 0)
+    prompts = [ROWS[0][:7], ROWS[1][:3]]
+    answers, drawn = sampled(grpo.sample, model, tokenizer, prompts, 4, args, 0)
     assert len({len(answer) for answer in answers}) > 2
     prompts = [ROWS[0][:7]] * 4 + [ROWS[1][:3]] * 4
     with torch.no_grad():
         scored = grpo.token_logps(model, grpo.join_answers(prompts, answers, tokenizer, model))
         model.eval()
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            sampled = []
-            for t in range(len(answer)):
-                alive = [j for j in range(len(answers)) if len(answers[j]) > t]
-                sampled.append(drawn[t][alive.index(i)])
-            sampled, start = torch.stack(sampled), len(prompt) - 1
-            plain = naive_logps(model, prompt + answer)[start:]
-            torch.testing.assert_close(sampled, plain, rtol=1e-4, atol=1e-4)
-            ours = scored[i, start:start + len(answer)]
-            torch.testing.assert_close(ours, sampled, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama3", "qwen3.5"])
-def test_sampling_warns_of_nothing(name, folders, monkeypatch):
-    """A later transformers would take no keyword of which this one says that it goes away."""
-    said = []
-    model = with_adapter(folders(name))
-    logger = transformers.logging.get_logger("transformers")
-    monkeypatch.setattr(logger, "callHandlers", lambda record: said.append(record.getMessage()))
-    transformers.logging.set_verbosity_warning()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            args = Namespace(max_new_tokens=4, temperature=1.0)
-            grpo.sample(model, make_tokenizer(), [ROWS[0], ROWS[1]], 2, args, 0)
-            sft.sample_answers(model, make_tokenizer(), [ROWS[0], ROWS[1]], 4, 0)
-    finally:
-        transformers.logging.set_verbosity_error()
-    assert said == []
+            plain = naive_logps(model, prompt + answer)[len(prompt) - 1:]
+            ours = scored[i, len(prompt) - 1:len(prompt) - 1 + len(answer)]
+            torch.testing.assert_close(drawn[i], plain, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3.5", "gemma2"])
-def test_a_mixture_is_sampled_from_two_caches(name, folders, monkeypatch):
-    """With m = 1 from the reference alone, with m = 0 from the policy, whatever the cache."""
-    model, tokenizer, drawn = with_adapter(folders(name)), make_tokenizer(), []
+def test_a_mixture_is_sampled_from_two_caches(name, folders, sampled):
+    """Of the policy and of the reference, whatever the cache."""
+    model, tokenizer = with_adapter(folders(name)), make_tokenizer()
     model.generation_config.eos_token_id = list(range(44, 48))
-    multinomial = torch.multinomial
-
-    def spy(probs, number, generator):
-        token = multinomial(probs, number, generator=generator)
-        drawn.append(probs.gather(1, token)[:, 0].log())
-        return token
-
-    monkeypatch.setattr(torch, "multinomial", spy)
     prompts, args = [ROWS[0][:6], ROWS[1][:3]], Namespace(max_new_tokens=6, temperature=1.0)
-    answers = online_dpo.sample_mixture(model, tokenizer, prompts, 0.3, args, 0)
+    answers, drawn = sampled(
+        online_dpo.sample_mixture, model, tokenizer, prompts, 0.3, args, 0)
     model.eval()
-    with torch.no_grad():
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            ids, logps = torch.tensor([prompt + answer]), []
-            for role in common.using(model, "default"), common.reference(model):
-                with role:
-                    logits = common.causal_lm(model)(input_ids=ids, use_cache=False).logits[0]
-                logps.append(logits.log_softmax(-1))
-            mixed = (0.7 * logps[0] + 0.3 * logps[1]).log_softmax(-1)
-            for t, token in enumerate(answer):
-                alive = [j for j in range(2) if len(answers[j]) > t]
-                expected = mixed[len(prompt) - 1 + t, token].item()
-                assert drawn[t][alive.index(i)].item() == pytest.approx(expected, abs=1e-4)
+    for prompt, answer, logps in zip(prompts, answers, drawn, strict=True):
+        with torch.no_grad():
+            policy = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            with model.disable_adapter():
+                reference = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        mixed = (0.7 * policy + 0.3 * reference).log_softmax(-1)[len(prompt) - 1:-1]
+        torch.testing.assert_close(logps, mixed[range(len(answer)), answer], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite"])
@@ -335,18 +314,10 @@ def test_gemma_3_and_4_are_warned_of_in_fp16(name, warned, folders, monkeypatch,
 
 def test_settings_say_how_much_is_in_4_bits(folders):
     """The experts of a mixture are no linear layers, and stay in 16 bits."""
-    shares = {}
-    for name in "qwen3", "mixtral":
-        model = common.load_model(folders(name), "on", lora_rank=4)
-        described = common.settings(model)
-        full = common.load_model(folders(name), "off", trainable=False)
-        assert common.settings(full)["share_in_4bit"] == 0
-        linear = sum(m.weight.numel() for key, m in full.named_modules()
-                     if isinstance(m, torch.nn.Linear) and "lm_head" not in key)
-        shares[name] = described["share_in_4bit"]
-        total = sum(p.numel() for p in full.parameters())
-        assert shares[name] == pytest.approx(linear / total, abs=0.006)
-    assert shares["mixtral"] < 0.3 < shares["qwen3"]
+    shares = {name: common.settings(common.load_model(folders(name), bits, lora_rank=4))
+              ["share_in_4bit"] for name, bits in (
+                  ("qwen3", "on"), ("mixtral", "on"), ("llama3", "off"))}
+    assert shares["llama3"] == 0 < shares["mixtral"] < 0.3 < shares["qwen3"] < 1, shares
 
 
 def test_lora_leaves_vision_towers_and_routers_alone(folders, tmp_path):

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import runs_helper
 import torch
-from conftest import ROOT, metrics_of, run_args
+from conftest import ROOT, flags_of, metrics_of, run_args
 from runs_helper import command, small_args
 
 import chat
@@ -41,18 +41,15 @@ def test_a_folder_name_that_cannot_be_used_is_refused_at_once(name, refused):
     assert refused(run_args, dpo, output_dir=name).startswith("error: --output-dir ")
 
 
-def test_a_folder_that_may_not_be_read_is_refused_at_once(refused, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_read_or_made_is_refused(data, refused, monkeypatch, tmp_path):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
+    args = small_args("dpo", data, "/proc/run", max_steps=1)
+    assert "--output-dir /proc/run" in refused(command, "dpo", args)
     monkeypatch.setattr(Path, "exists", denied)
     monkeypatch.setattr(common, "is_tiny", lambda name: False)
     assert "Permission denied" in refused(run_args, dpo, output_dir=tmp_path / "run")
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_training(data, refused):
-    args = small_args("dpo", data, "/proc/run", max_steps=1)
-    assert "--output-dir /proc/run" in refused(command, "dpo", args)
 
 
 # ---- files of a run that are not what they should be ---------------------------------------------
@@ -65,22 +62,28 @@ def test_a_summary_that_is_no_object_is_one_line(content, data, tmp_path, refuse
     assert "loading the model" in refused(run_args, dpo, model=tmp_path / "model")
     (tmp_path / "model/metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
     if content != "[]":  # which adds nothing to the settings
-        args = plot.flags.parse_args([str(tmp_path / "model")])
+        args = flags_of(plot).parse_args([str(tmp_path / "model")])
         assert "reading the settings" in refused(plot.main, args)
+
+
+def interrupt(name, args, monkeypatch):
+    """Leaves the state of a run after its first step."""
+    module = runs_helper.SCRIPTS[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "log_step", runs_helper.interrupted(module.log_step))
+        with pytest.raises(InterruptedError):
+            command(name, args)
 
 
 @pytest.mark.parametrize("broken", ["step", "metrics", "samples", "nan"])
 def test_a_saved_state_without_a_part_or_with_nan_is_refused(
         broken, data, tmp_path, refused, monkeypatch):
     args = small_args("dpo", data, tmp_path / "run", max_steps=2, save_every=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(dpo, "log_step", runs_helper.interrupted(dpo.log_step))
-        with pytest.raises(InterruptedError):
-            command("dpo", args)
+    interrupt("dpo", args, monkeypatch)
     file = tmp_path / "run/resume.pt"
     state = torch.load(file, weights_only=True)
     if broken == "nan":
-        state["weights"]["0"][0, 0] = float("nan")
+        next(iter(state["weights"].values())).fill_(float("nan"))
     else:
         del state[broken]
     torch.save(state, file)
@@ -94,15 +97,12 @@ def raise_in_phase(error):
         raise error
 
 
-def test_an_exception_that_is_its_own_cause_ends(refused):
+def test_odd_exceptions_are_one_line_and_an_interrupt_stays_one(refused):
     error, other = ValueError("round"), ValueError("about")
     error.__cause__ = error
     assert refused(raise_in_phase, error) == "error: doing this: ValueError: round"
     error.__cause__, other.__cause__ = other, error
     assert "doing this: ValueError" in refused(raise_in_phase, error)
-
-
-def test_what_is_no_exception_is_one_line_and_an_interrupt_stays_one(refused):
     assert "doing this: CancelledError" in refused(raise_in_phase, asyncio.CancelledError())
     with pytest.raises(KeyboardInterrupt):
         raise_in_phase(KeyboardInterrupt())
@@ -119,18 +119,6 @@ def test_a_traceback_is_shown_on_request(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         common.fail("without an exception")
     assert capsys.readouterr().err == "error: without an exception\n"
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_only_what_can_be_resumed_says_so(error, refused):
-    def run(**options):
-        with common.running("--flags", **options):
-            raise error
-
-    assert "the same command resumes an interrupted run" in refused(run)
-    assert "same command" not in refused(run, resumes="")
-    for name in ("chat", "evaluate", "pairs", "plot"):
-        assert 'resumes=""' in (ROOT / f"{name}.py").read_text(), name
 
 
 # ---- streams -------------------------------------------------------------------------------------
@@ -164,41 +152,31 @@ def a_run(folder, line='{"step": 1, "loss": 2}'):
 
 
 def draw(*words):
-    plot.main(plot.flags.parse_args([str(word) for word in words]))
+    plot.main(flags_of(plot).parse_args([str(word) for word in words]))
 
 
-def test_numbers_without_end_are_drawn_as_infinite(tmp_path):
+def test_numbers_without_end_are_infinite_and_what_is_no_number_is_refused(tmp_path, refused):
     for digits in 400, 5000:
         run = a_run(tmp_path / str(digits), '{"step": 1, "loss": %s}' % ("9" * digits))
         draw(run)
         assert plot.read_metrics(run) == [{"step": 1.0, "loss": float("inf")}]
-        assert (tmp_path / str(digits) / "curves.png").exists()
+    for value in '"x"', "[1]", "{}", "true":
+        run = a_run(tmp_path / value, f'{{"step": 1, "loss": {value}}}')
+        assert "no number" in refused(draw, run)
 
 
-@pytest.mark.parametrize("value", ['"x"', "[1]", "{}", "true"])
-def test_a_metric_that_is_no_number_is_refused(value, tmp_path, refused):
-    run = a_run(tmp_path / "run", f'{{"step": 1, "loss": {value}}}')
-    assert "no number" in refused(draw, run)
-
-
-def test_a_picture_without_a_suffix_overwrites_none_with_one(tmp_path, refused):
+def test_a_picture_overwrites_nothing_and_none_is_left_without_its_page(tmp_path, refused):
     run = a_run(tmp_path / "run")
     for name in "x.png", "x.html":
         (tmp_path / name).write_text("mine")
         assert f"{name} is there already" in refused(draw, run, "--output", tmp_path / "x")
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
+    (tmp_path / "run/args.json").write_text("{")
+    assert "reading the settings" in refused(draw, run, "--output", tmp_path / "x")
+    (tmp_path / "run/args.json").unlink()
     draw(run, "--output", tmp_path / "x")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "x.png", "x.html"}
-
-
-def test_a_page_that_fails_leaves_no_picture(tmp_path, refused):
-    """Or the same command would be refused once the page is mended."""
-    run = a_run(tmp_path / "run")
-    (tmp_path / "run/args.json").write_text("{")
-    assert "reading the settings" in refused(draw, run)
-    (tmp_path / "run/args.json").unlink()
-    draw(run)
 
 
 def test_odd_names_of_runs_are_drawn(tmp_path, refused):
@@ -215,7 +193,7 @@ def test_names_cannot_move_the_cursor(data, tmp_path, capsys):
     command("dpo", small_args("dpo", data, folder, max_steps=1))
     draw(folder)
     line = {"checkpoint": str(folder), "kl": None}
-    evaluate.show_table([line], [], ["kl"], evaluate.flags.parse_args([]))
+    evaluate.show_table([line], [], ["kl"], flags_of(evaluate).parse_args([]))
     shown = capsys.readouterr().out
     assert ESCAPE not in shown and shown.count(r"a\x1b[2J") == 5  # twice by finish and by draw
 
@@ -233,7 +211,8 @@ def test_the_name_of_a_checkpoint_cannot_move_the_cursor(data, tmp_path, capsys,
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
-    chat.main(chat.flags.parse_args([str(name), str(name), "--tokens", "--max-new-tokens", "2"]))
+    words = [str(name), str(name), "--tokens", "--max-new-tokens", "2"]
+    chat.main(flags_of(chat).parse_args(words))
     said = capsys.readouterr().out
     assert ESCAPE not in said and r"a\x1b[2J" in said
 
@@ -250,14 +229,6 @@ def test_an_end_token_cannot_move_the_cursor(data, tmp_path, capsys):
 
 
 # ---- a resumed run is the same run ---------------------------------------------------------------
-
-def interrupt(name, args, monkeypatch):
-    module = runs_helper.SCRIPTS[name]
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "log_step", runs_helper.interrupted(module.log_step))
-        with pytest.raises(InterruptedError):
-            command(name, args)
-
 
 @pytest.mark.parametrize("changed", ["weights", "template", "reward"])
 def test_a_run_is_not_resumed_with_other_weights_or_rewards(
@@ -280,7 +251,7 @@ def test_a_run_is_not_resumed_with_other_weights_or_rewards(
         file.write_bytes(before + b"\n")
     assert "other flags, data, weights or rewards" in refused(command, "grpo", args)
     file.write_bytes(before)
-    plot.main(plot.flags.parse_args([str(tmp_path / "run")]))  # what it leaves is no obstacle
+    plot.main(flags_of(plot).parse_args([str(tmp_path / "run")]))  # what it leaves is no obstacle
     command("grpo", args)
     assert len(metrics_of(tmp_path / "run")) == 2
 
@@ -301,34 +272,23 @@ def test_an_adapter_and_its_base_are_both_in_the_fingerprint(data, tmp_path):
     assert common.fingerprint(str(tmp_path / "adapter")) == prints[-1]
 
 
-def test_a_large_file_is_read_in_part(data, tmp_path):
-    """Its start, its end and its size count; 40 GB, nearly all of it a hole, take no time."""
+def test_any_changed_part_of_a_large_file_is_noticed(data, tmp_path):
+    """Its size, start and end, or 2 MiB of it, a matrix of 1024 x 1024 numbers."""
     shutil.copytree(data / "chat", tmp_path / "model")
     file = tmp_path / "model/more.safetensors"
-    prints = []
     file.touch()
-    for size, place in ((40 * 10**9, 0), (40 * 10**9, 2), (40 * 10**9, 40 * 10**9 - 2),
-                        (40 * 10**9 + 1, 0)):
+    large = 4 * 10**9
+    prints = []
+    for size, place, count in ((large, 0, 0), (large, 0, 1), (large, 2, 1), (large, large - 1, 1),
+                               (large + 1, 0, 1), (large, 7 * 2**20, 2**21),
+                               (large, 10**9 + 12345, 2**21), (large, 3 * 10**9, 2**21)):
         with file.open("r+b") as opened:
+            opened.truncate(0)
             opened.truncate(size)
             opened.seek(place)
-            opened.write(b"x")
+            opened.write(b"x" * count)
         prints.append(common.fingerprint(str(tmp_path / "model")))
-    assert len(set(prints)) == 4
-
-
-@pytest.mark.parametrize("place", [7 * 2**20, 10**9 + 12345, 3 * 10**9])
-def test_one_matrix_of_a_large_file_that_changed_is_noticed(place, data, tmp_path):
-    """Two MiB of 4 GB, wherever they are: a matrix of 1024 x 1024 numbers in 16 bits."""
-    shutil.copytree(data / "chat", tmp_path / "model")
-    file = tmp_path / "model/more.safetensors"
-    with file.open("wb") as opened:
-        opened.truncate(4 * 10**9)
-    before = common.fingerprint(str(tmp_path / "model"))
-    with file.open("r+b") as opened:
-        opened.seek(place)
-        opened.write(b"x" * 2**21)
-    assert common.fingerprint(str(tmp_path / "model")) != before
+    assert len(set(prints)) == len(prints), "two different files have one fingerprint"
 
 
 def test_a_model_of_the_hub_counts_by_its_commit(tmp_path, monkeypatch):
@@ -384,7 +344,6 @@ def test_parsing_changes_no_other_run(tmp_path):
     before = run_args(grpo, model="tiny/chat")
     run_args(grpo, model="tiny/chat", loss="gspo", lora_rank=3)
     assert vars(run_args(grpo, model="tiny/chat")) == vars(before)
-    assert grpo.flags.get_default("max_steps") != grpo.TINY["max_steps"]
 
 
 @pytest.mark.parametrize("wish", [{}, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}])
