@@ -1,4 +1,4 @@
-"""experiments/compare.py: the scripts take its commands, and its pictures show what was measured."""
+"""experiments/compare.py: the scripts take its commands, its pictures show what was measured."""
 import argparse
 import importlib
 import importlib.util
