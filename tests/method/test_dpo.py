@@ -1,16 +1,14 @@
 """DPO and its variants: the losses, the pairs and their masks, and a run by hand, as in dpo.py.
 
-What all scripts share is proven once: log-probs, clipping and the learning rate in
-tests/system/test_loop.py, sampling and padding in test_sft.py.
+Proven elsewhere, once for all scripts: the forms of rows (tests/system/test_common_rows.py),
+log-probs, clipping, learning rate, order, 16 bits (tests/system/test_loop.py).
 """
-import json
 import math
 from contextlib import nullcontext
 
 import by_hand
 import pytest
 import torch
-import transformers
 from by_hand import ask, close, say, tokenizer
 from conftest import run_args
 
@@ -79,6 +77,8 @@ def equation(loss, c, r, ref_c, ref_r, n, m, beta, epsilon=0.0, gamma=0.0):
         value = -c / n - beta * sigma(torch.log(odds_c / odds_r)).log()
     if loss in ("simpo", "orpo"):
         return value, beta * c / n, beta * r / m
+    if loss == "cpo":
+        return value, beta * c, beta * r
     return value, beta * (c - ref_c), beta * (r - ref_r)
 
 
@@ -165,20 +165,6 @@ def test_only_the_answer_is_trained_in_all_forms_of_a_pair(system):
         assert first[side]["input_ids"][:len(first["prompt"])] == first["prompt"]
 
 
-def test_strings_end_in_eos_once_and_share_their_prompt_as_tokens():
-    """An answer that ends in eos keeps one; a prompt may be what both strings begin with."""
-    eos, texts = tokenizer().eos_token, {"chosen": " 1 + 1 = 2", "rejected": " 1 + 1 = 3"}
-    pair = dpo.encode_pair({"prompt": "Q: 1 + 1?"} | texts, tokenizer(), 64)
-    ended = {side: text + eos for side, text in texts.items()}
-    assert dpo.encode_pair({"prompt": "Q: 1 + 1?"} | ended, tokenizer(), 64) == pair
-    assert [trained_text(pair[side]) for side in texts] == list(ended.values())
-    whole = {side: "Q: 1 + 1?" + text for side, text in texts.items()}
-    implicit = dpo.encode_pair(whole, tokenizer(), 64)
-    assert [implicit[side]["input_ids"] for side in texts] == [
-        pair[side]["input_ids"] for side in texts]
-    assert trained_text(implicit["chosen"]) == "2" + eos, "prompt: what both strings begin with"
-
-
 def test_tools_reach_the_template(monkeypatch):
     """As a list or as its JSON, in the prompt of both sides."""
     shown = "{% if tools %}<|im_start|>{{ tools[0].name }}<|im_end|>{% endif %}"
@@ -187,16 +173,6 @@ def test_tools_reach_the_template(monkeypatch):
         pair = dpo.encode_pair(ROW | {"tools": tools}, tokenizer(), 64)
         for ids in pair["prompt"], pair["chosen"]["input_ids"], pair["rejected"]["input_ids"]:
             assert tokenizer().decode(ids).startswith("<|im_start|>add<|im_end|><|im_start|>user")
-
-
-@pytest.mark.parametrize("bad", [
-    {"rejected": None}, {"rejected": ROW["chosen"]}, {"rejected": 0.5}, {"rejected": []},
-    {"rejected": "3"}, {"rejected": [{"role": "assistant", "text": "3"}]}, {"prompt": None},
-    {"prompt": None, "chosen": ask("Hi") + say("2"), "rejected": ask("Ho") + say("2")}])
-def test_rows_that_cannot_be_used_are_dropped_and_counted(bad, capsys):
-    pairs = common.encode_rows("pairs", [ROW, ROW | bad], dpo.encode_pair, tokenizer(), 64)
-    assert len(pairs) == 1
-    assert "1 rows cannot be used, the first is row 2: " in capsys.readouterr().out
 
 
 def test_both_sides_of_a_truncated_pair_keep_the_same_prompt():
@@ -214,21 +190,6 @@ def test_both_sides_of_a_truncated_pair_keep_the_same_prompt():
         for side, answer in answers.items():
             assert pair[side]["input_ids"] == (prompt + answer)[:room], (room, side)
             assert pair[side]["loss_mask"].index(1) == kept, f"{side}: the mask begins elsewhere"
-
-
-def test_real_preferences_become_masked_pairs(shared):
-    """With Qwen2.5's tokenizer, what is trained is the answer and the token that ends it."""
-    qwen = transformers.AutoTokenizer.from_pretrained(shared / "tokenizers/Qwen2.5-0.5B-Instruct")
-    for name in "pref_hh_string", "pref_dpo_mix_conversational":
-        for line in (shared / f"data/{name}.jsonl").read_text().splitlines()[:40]:
-            row = json.loads(line)
-            pair = dpo.encode_pair(row, qwen, 10**6)
-            for side in "chosen", "rejected":
-                example, end = pair[side], len(pair["prompt"])
-                text = row[side] if isinstance(row[side], str) else row[side][0]["content"]
-                assert example["loss_mask"] == [0] * end + [1] * (len(example["input_ids"]) - end)
-                stop = qwen.eos_token if isinstance(row[side], str) else "<|im_end|>"
-                assert qwen.decode(example["input_ids"][end:]) == text + stop
 
 
 # ---- a run by hand -------------------------------------------------------------------------------
@@ -268,17 +229,17 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
     hand = by_hand.Training(run)
     row_of = {tuple(tokens_of(row)[0]): row for row in ROWS}
     batches, lengths = run.batches("pair_losses"), []
-    for batch in batches:
-        rows = [row_of[tuple(pair["prompt"])] for pair in batch]
-        lengths.append([max(map(len, tokens_of(row)[1:])) + len(tokens_of(row)[0]) for row in rows])
-        loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
-        hand.log(figures | hand.update(loss))
-    hand.check(run)
-    for when, model in ("before", hand.reference), ("after", hand.model):
-        _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
-        close(run.summary[when], figures, when)
+    with by_hand.doubles():
+        for batch in batches:
+            rows = [row_of[tuple(pair["prompt"])] for pair in batch]
+            lengths.append([pair["length"] for pair in batch])
+            loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
+            hand.log(figures | hand.update(loss))
+        hand.check(run)
+        for when, model in ("before", hand.reference), ("after", hand.model):
+            _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
+            close(run.summary[when], figures, when)
     assert set(run.summary["after"]) == set(dpo.FIGURES)
-    close(run.metrics[0]["margin"] if run.args.loss in LOSSES[:3] else 0, 0, "margin of step 1")
     assert list(map(len, batches)) == [4, 4, 3] and lengths == list(map(sorted, lengths))
     sampled = [call.args[2:] for call in run.calls["sample_answers"]]
     prompts = [by_hand.prompt_ids(row["prompt"]) for row in HELD_OUT[:3]]

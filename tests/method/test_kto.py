@@ -293,15 +293,16 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
         undesirable_weight=1.2, **flags, replace={
             "sample_answers": lambda model, _, prompts, *rest: prompts})
     hand = by_hand.Training(run)
-    for batch in kto.plan_batches([row["label"] for row in ROWS], run.args):
-        rows = [ROWS[i] for i in batch]
-        loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
-        hand.log(figures | hand.update(loss))
-    hand.check(run)
+    with by_hand.doubles():
+        for batch in kto.plan_batches([row["label"] for row in ROWS], run.args):
+            rows = [ROWS[i] for i in batch]
+            loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
+            hand.log(figures | hand.update(loss))
+        hand.check(run)
+        for when, model in ("before", hand.reference), ("after", hand.model):
+            _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
+            close(run.summary[when], figures, when)
     assert max(line["z"] for line in run.metrics) > 0.05, "this test needs a z above 0"
-    for when, model in ("before", hand.reference), ("after", hand.model):
-        _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
-        close(run.summary[when], figures, when)
 
 
 def test_a_run_starts_at_half_the_weights_and_at_z_0_and_reads_no_reference_gradient(

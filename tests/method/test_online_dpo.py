@@ -316,12 +316,13 @@ def test_a_run_equals_the_same_steps_by_hand(loss, preference, size, run):
     run = run(replace={"sample_mixture": fixed_draws}, loss=loss, preference=preference,
               micro_batch_size=size)
     hand = by_hand.Training(run)
-    for _ in range(2):  # each step has all four prompts
-        value, figures = figures_by_hand(hand.model, hand.reference, ROWS, run.args)
-        hand.log(figures | hand.update(value))
-    hand.check(run)
-    _, figures = figures_by_hand(hand.model, hand.reference, HELD_OUT, run.args)
-    close(run.summary["after"], figures, "held out")
+    with by_hand.doubles():
+        for _ in range(2):  # each step has all four prompts
+            value, figures = figures_by_hand(hand.model, hand.reference, ROWS, run.args)
+            hand.log(figures | hand.update(value))
+        hand.check(run)
+        _, figures = figures_by_hand(hand.model, hand.reference, HELD_OUT, run.args)
+        close(run.summary["after"], figures, "held out")
     first, second = run.metrics
     assert 0 < first["ties"] < 1 and 0 < first["stopped"] < 1 and abs(second["kl"]) > 0.05, (
         "this test needs a tie, an answer without an end, and a policy that moves")
