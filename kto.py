@@ -11,7 +11,7 @@ DPO compares the two answers of a pair. Here nothing says which two answers to c
 what people do with a single outcome. They judge it against what they are used to, the reference
 point z: above z it is a gain, below z a loss, and each further bit of either matters less (Kahneman
 and Tversky 1979). So the value of a desirable answer is λ_D times a sigmoid of its gain, between 0
-and λ_D, and the loss is what it lacks to λ_D. For an undesirable answer gain and loss are swapped:
+and λ_D, and the loss is λ_D minus that value. For an undesirable answer, gain and loss are swapped:
 
     loss = λ_D (1 − σ(r(x, y) − β z))                       if y is desirable       (section 4.1)
     loss = λ_U (1 − σ(β z − r(x, y)))                       if y is undesirable
@@ -19,8 +19,8 @@ and λ_D, and the loss is what it lacks to λ_D. For an undesirable answer gain 
 
 λ_D and λ_U are weights. z stands for KL(π ‖ π_ref), how far π has moved as a whole. A true KL needs
 samples from π, which are slow. The answer to another prompt is a cheap, biased stand-in: nothing
-trains π to prefer it after this prompt, so its log-ratio shows only the overall drift. Without z,
-the policy could lower the loss by making every answer in the data likelier. z gets no gradient.
+trains π to prefer it after this prompt, so its log-ratio shows only the overall drift. z gets no
+gradient; it decides where σ is steep, and so which answers have the largest gradient.
 
 Compared with DPO, the implicit reward, the reference and the masks stay. The pairs go, and with
 them the loss that grows without bound: σ is flat far from z, so an answer far on the wrong side,
@@ -90,7 +90,7 @@ def make_flags():
     add("--undesirable-weight", type=common.positive, default=1.0,
         help="λ_U, weight of the loss of undesirable answers")
     add("--max-length", type=common.number(int, 4), default=1024,
-        help="longest prompt + answer, in tokens; what is longer is truncated")
+        help="longest prompt + answer, in tokens; longer examples are truncated")
     add("--batch-size", type=common.number(int, 2), default=32, help="answers per optimizer step")
     add("--micro-batch-size", type=common.count, default=4, help="answers per forward pass")
     add("--learning-rate", type=common.positive, default=2e-5,
