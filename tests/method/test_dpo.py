@@ -1,7 +1,7 @@
 """DPO and its variants: the losses, the pairs and their masks, and a run by hand, as in dpo.py.
 
 Proven elsewhere, once for all scripts: the forms of rows (tests/system/test_common_rows.py),
-log-probs, clipping, learning rate, order, 16 bits (tests/system/test_loop.py).
+log-probs, clipping, learning rate, order and 16 bits (tests/system/test_loop.py).
 """
 import math
 from contextlib import nullcontext
@@ -163,16 +163,6 @@ def test_only_the_answer_is_trained_in_all_forms_of_a_pair(system):
     for side, text in ("chosen", "2 + 2 = 4"), ("rejected", "5"):
         assert trained_text(first[side]) == text + "<|im_end|>", f"loss mask of {side}"
         assert first[side]["input_ids"][:len(first["prompt"])] == first["prompt"]
-
-
-def test_tools_reach_the_template(monkeypatch):
-    """As a list or as its JSON, in the prompt of both sides."""
-    shown = "{% if tools %}<|im_start|>{{ tools[0].name }}<|im_end|>{% endif %}"
-    monkeypatch.setattr(tokenizer(), "chat_template", shown + tokenizer().chat_template)
-    for tools in [{"name": "add"}], '[{"name": "add"}]':
-        pair = dpo.encode_pair(ROW | {"tools": tools}, tokenizer(), 64)
-        for ids in pair["prompt"], pair["chosen"]["input_ids"], pair["rejected"]["input_ids"]:
-            assert tokenizer().decode(ids).startswith("<|im_start|>add<|im_end|><|im_start|>user")
 
 
 def test_both_sides_of_a_truncated_pair_keep_the_same_prompt():

@@ -1,8 +1,8 @@
-"""KTO: the loss, the rows, the reference point z, the steps, and a run by hand, as in kto.py."""
+"""KTO: the loss, the mask, the reference point z, and a run by hand, in the order of kto.py.
+
+How labels are read and how steps are planned is in tests/system/test_preference_rows.py.
+"""
 import copy
-import math
-from collections import Counter
-from types import SimpleNamespace
 
 import by_hand
 import pytest
@@ -100,55 +100,12 @@ def test_a_pair_taken_apart_is_two_labelled_rows():
     assert text_of(encoded(texts)[0]) == ("1 + 1", " = 2" + tokenizer().eos_token, True)
 
 
-def test_labels_are_true_and_false_or_1_and_0_as_numbers_or_words(capsys):
-    """As .csv files have them. A row with any other label is dropped, and the report says why."""
-    for label in 0, 1, "0", "1", "true", "False", False:
-        assert encoded([ROWS[0] | {"label": label}])[0]["label"] == (label in (1, "1", "true"))
-    for label in None, 0.5, 2, -1, "yes", "", [True], {"a": True}:
-        capsys.readouterr()
-        assert len(encoded([ROWS[0], ROWS[0] | {"label": label}])) == 1, f"label {label!r}"
-        assert "first is row 2: no prompt, completion and label (true" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("bad", [
-    {"label": True}, {"prompt": "x", "label": True}, {"completion": "x", "label": True},
-    {"prompt": "", "completion": "x", "label": True}, {"prompt": "x", "completion": "", "label": 1},
-    {"prompt": ask("x"), "completion": ask("y"), "label": False},
-    {"prompt": ask("x"), "completion": say(""), "label": False}, {"prompt": "x", "rejected": "y"}])
-def test_other_rows_that_cannot_be_used_are_dropped_and_counted(bad, capsys):
-    assert len(encoded([ROWS[0], bad])) == 1
-    assert "1 rows cannot be used, the first is row 2: " in capsys.readouterr().out
-
-
-def test_every_turn_of_a_completion_is_trained_and_nothing_of_the_prompt(monkeypatch):
-    """Earlier answers are prompt, and so are the tools; a user's turn in between is not trained."""
-    shown = "{% if tools %}<|im_start|>{{ tools[0].name }}<|im_end|>{% endif %}"
-    monkeypatch.setattr(tokenizer(), "chat_template", shown + tokenizer().chat_template)
+def test_every_turn_of_a_completion_is_trained_and_nothing_of_the_prompt():
+    """Earlier answers belong to the prompt, and a user's turn in between is not trained."""
     example, = encoded([{"prompt": ask("Add 1 and 2.") + say("3") + ask("And 4?"), "label": False,
-                         "completion": say("7") + ask("And 1?") + say("8"),
-                         "tools": [{"name": "add"}]}])
+                         "completion": say("7") + ask("And 1?") + say("8")}])
     prompt, *rest = text_of(example)
     assert rest == ["7<|im_end|>8<|im_end|>", False] and prompt.count("assistant\n") == 2
-    assert prompt.startswith("<|im_start|>add<|im_end|>"), "tools do not reach the template"
-
-
-def test_an_answer_after_any_prompt_is_truncated_as_everything_is():
-    """The prompt keeps its end, at least half the room; the answer its start; a mask is never 0."""
-    long, short = encoded([row("Add 1 and 2. " * 9, "1 + 2 = 3", True), ROWS[2]], 1000)
-    for answer, asked in (long, long), (short, long), (long, short):
-        example = answer | {"prompt": asked["prompt"], "head": 3}
-        prompt, ids = asked["prompt"], [token for part, _ in answer["answer"] for token in part]
-        length = len(prompt) + len(ids)
-        for room in range(8, length + 2):
-            tokens = kto.tokens_of(example, SimpleNamespace(max_length=room), tokenizer())
-            least = min(len(prompt), max(room // 2, 3 + room // 4))
-            kept = max(least, len(prompt) - max(0, length - room))
-            expected = prompt[:3] + prompt[len(prompt) - kept + 3:] + ids
-            assert tokens["input_ids"] == expected[:room], f"--max-length {room}"
-            assert tokens["loss_mask"].index(1) == kept, "the mask is 1 on the prompt, or too late"
-    huge = long | {"prompt": long["prompt"] * 200}
-    tokens = kto.tokens_of(huge, SimpleNamespace(max_length=10**6), tokenizer())
-    assert len(tokens["input_ids"]) == tokenizer().model_max_length, "longer than the model reads"
 
 
 # ---- the reference point -------------------------------------------------------------------------
@@ -201,64 +158,6 @@ def test_a_prompt_is_not_another_one_because_a_token_spans_its_end():
     assert [pair["prompt"] for pair in pairs] == [[8, 9], [8, 9], [8, 9], [5, 6, 7, 8], [8, 9]]
     assert [pair["head"] for pair in pairs] == [3, 3, 3, 4, 3], "head: that of the other prompt"
     assert [pair["answer"] for pair in pairs] == [0, 1, 2, 3, 4]
-
-
-# ---- steps ---------------------------------------------------------------------------------------
-
-def plan(good, bad, size, **flags):
-    labels = [i % (good + bad) < good for i in range(good + bad)]
-    flags = {"max_steps": 40, "epochs": 7} | flags
-    return labels, kto.plan_batches(labels, run_args(kto, batch_size=size, **flags))
-
-
-@pytest.mark.parametrize("good, bad, size", [
-    (1, 50, 32), (50, 1, 32), (3, 100, 16), (7, 7, 2), (1, 1, 8), (40, 60, 10), (5, 2, 100)])
-def test_each_step_has_both_labels_in_their_share(good, bad, size):
-    """As near as whole numbers allow, but at least one of each."""
-    labels, batches = plan(good, bad, size)
-    size = min(size, good + bad)
-    assert batches.shape == (min(40, math.ceil(7 * (good + bad) / size)), size)
-    for batch in batches.tolist():
-        desirable, exact = sum(labels[i] for i in batch), size * good / (good + bad)
-        assert 1 <= desirable <= size - 1, "a step has one label only"
-        assert abs(desirable - exact) <= 0.5 or desirable in (1, size - 1)
-
-
-def test_each_label_has_an_order_of_its_own_that_follows_from_the_seed():
-    """All answers with a label come once before any comes again, in another order."""
-    labels, batches = plan(10, 20, 6, epochs=4)
-    assert set(Counter(batches.flatten().tolist()).values()) == {4}
-    good = [i for i in batches.flatten().tolist() if labels[i]]
-    rounds = [good[i:i + 10] for i in range(0, 40, 10)]
-    assert all(sorted(order) == list(range(10)) for order in rounds)
-    assert len({tuple(order) for order in [*rounds, range(10)]}) == 5, "an order comes twice"
-    assert torch.equal(batches, plan(10, 20, 6, epochs=4)[1])
-    assert not torch.equal(batches, plan(10, 20, 6, epochs=4, seed=1)[1])
-
-
-def test_a_line_says_where_one_label_outweighs_the_other_and_what_mends_it(capsys):
-    """Outside 1 to 3/2, bounds included; with the weight that it recommends, it is silent."""
-    def said(good, bad, desirable=1.0, undesirable=1.0):
-        plan(good, bad, 10**6, desirable_weight=desirable, undesirable_weight=undesirable)
-        return capsys.readouterr().out
-
-    assert said(5, 5) == said(3, 2) == said(1, 3, 3.0) == said(3, 1, 1.0, 2.0) == ""
-    for case in (4, 5), (46, 30), (1, 50), (50, 1), (5, 5, 0.9), (5, 5, 1.6), (7, 90, 1.7, 0.3):
-        good, bad, desirable, undesirable = (*case, 1.0, 1.0)[:4]
-        line, ratio = said(*case), good * desirable / (bad * undesirable)
-        assert f"n_D λ_D / (n_U λ_U) is {ratio:.3g} " in line, case
-        assert said(good, bad, float(line.split("--desirable-weight ")[1]), undesirable) == ""
-
-
-@pytest.mark.parametrize("label", [True, False])
-@pytest.mark.parametrize("where", ["to train on", "held out"])
-def test_data_of_one_label_only_are_refused_before_a_model_is_loaded(
-        where, label, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(common, "load_model", lambda *args: pytest.fail("the model was loaded"))
-    one = [each for each in ROWS if each["label"] == label]
-    rows = (one, HELD_OUT) if where == "to train on" else (ROWS, one)
-    line = refused(by_hand.Run, kto, tmp_path, *rows)
-    assert f"all answers {where} have the same label" in line
 
 
 # ---- a run by hand -------------------------------------------------------------------------------
