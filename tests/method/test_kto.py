@@ -134,7 +134,7 @@ def z_by_hand(model, reference, rows):
                    for j, answer in zip(partners(prompts), answers, strict=True)) / len(rows)
 
 
-@pytest.mark.parametrize("std, sign", [(0.02, 1), (-0.02, -1)])
+@pytest.mark.parametrize("std, sign", [(-0.02, 1), (0.02, -1)])
 def test_z_is_the_mean_over_mismatched_answers_but_not_below_0(std, sign):
     """By brute force, one answer at a time, for any micro-batch."""
     with by_hand.doubles():
@@ -146,7 +146,7 @@ def test_z_is_the_mean_over_mismatched_answers_but_not_below_0(std, sign):
             args = run_args(kto, micro_batch_size=size)
             z = kto.reference_point(model, encoded(ROWS), args, tokenizer())
             close(z, max(0.0, mean), f"z with micro-batches of {size}; the mean is {mean:.3f}")
-        assert mean * sign > 0.05, "this test needs a mean above 0 and one below"
+        assert mean * sign > 0.03, "this test needs a mean above 0 and one below"
         assert kto.reference_point(model, encoded(ROWS[:3]), args, tokenizer()) == 0, "no mismatch"
 
 
