@@ -4,9 +4,9 @@
     python benchmarks/memory.py --scripts dpo --gib 22
 
 An estimate from shapes, with each script's own defaults, for sequences that are all as long as
---max-length allows: 4-bit weights, fp16 activations, gradient checkpointing. tests/system/test_memory.py
-holds the same sums against measured peaks of small models on a CPU; no T4 was at hand. A T4 has
-14.7 GiB, of which the CUDA context and fragmentation leave about 13.8.
+--max-length allows: 4-bit weights, fp16 activations, gradient checkpointing.
+tests/system/test_memory.py holds the same sums against measured peaks of small models on a CPU; no
+T4 was at hand. A T4 has 14.7 GiB, of which the CUDA context and fragmentation leave about 13.8.
 
     weights      linear layers in NF4, half a byte and a scale per weight; embeddings in fp16
     training     LoRA matrices in fp32 with gradient and Adam's two moments; PPO has two adapters

@@ -38,7 +38,8 @@ NEIGHBOURS = {  # and what plays the same part under another name
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "score_comparisons": "score_pairs"}}
-MARKDOWN = {file.stem.lower(): file for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKDOWN = {file.stem.lower(): file for file in PROSE}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}
 PAGES |= {ROOT / f"{name}.py": f"{name}.html" for name in SOURCES}
 

@@ -3,8 +3,8 @@
     python tests/copy_function.py grpo.py token_logps chunk_logps   # edited in grpo.py, copied
     python tests/copy_function.py grpo.py housekeeping              # all below that heading
 
-Functions of the same name are identical in all scripts (tests/project/test_form.py checks it), because each
-script has to be readable on its own. Edit a function once, then run this.
+Functions of the same name are identical in all scripts (tests/project/test_form.py checks it),
+because each script has to be readable on its own. Edit a function once, then run this.
 """
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""Records TRL's losses and gradient norms in tests/method/trl.json, on inputs that follow from seeds.
+"""Records TRL's losses and gradient norms in tests/method/trl.json, on inputs made from seeds.
 
     pip install trl==1.16.0
     python tests/record_trl.py [ppo_trainer.py of TRL 1.12.0, the last release with PPO]

@@ -1,6 +1,6 @@
 """notebooks/t4.ipynb, executed on a CPU with the tiny model, from `git clone` to the talk.
 
-    python tests/project/test_notebook.py NOTEBOOK    # executes a notebook as IPython does, in this folder
+    python tests/project/test_notebook.py NOTEBOOK    # executes a notebook as IPython does
 """
 import importlib
 import json
