@@ -49,8 +49,6 @@ samples fewer different answers. If `reward` rises while `sampled` falls, the po
 reward (reward hacking). Of two runs with the same accuracy, the one with the smaller `kl` has kept
 more of the model that it started from. Differences within the intervals mean nothing.
 
-CHANGE
-
 Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T columns hold tokens; N
 tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
 """

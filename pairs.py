@@ -55,8 +55,6 @@ much longer than the worst, the scorer likes length (--max-length-ratio limits t
 verdicts flip, the judge prefers a position rather than an answer, unless its template shows one
 answer at a time (judge_claim.txt), so that it may say the same of both.
 
-CHANGE
-
 Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; width D,
 vocabulary V. The program runs in one process.
 """

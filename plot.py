@@ -9,11 +9,12 @@ has the settings, those that differ between the runs first, the held-out figures
 training, and answers of the policy with their scores. docs/metrics.md says what each metric means
 and what a healthy curve looks like.
 
-To see what one setting does, run a script twice and plot both runs:
+To see what one setting does, run a script twice and plot both runs. Here the pairwise loss does not
+care about a constant that is added to all rewards; only --centering keeps their mean at 0:
 
-    python dpo.py --output-dir runs/beta2
-    python dpo.py --beta 0.1 --output-dir runs/beta01
-    python plot.py runs/beta2 runs/beta01 --output beta.png    # CHANGE
+    python reward_model.py --output-dir runs/centered
+    python reward_model.py --centering 0 --output-dir runs/drifting
+    python plot.py runs/centered runs/drifting --output centering.png    # see the panel `reward`
 """
 import argparse
 import base64
