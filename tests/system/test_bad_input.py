@@ -119,7 +119,8 @@ BROKEN = {  # folder of `data`: what is wrong with a copy of it
     "adapter": {
         "rank": change_json("adapter_config", r=8), "nan": nan_in("lora"),
         "base": change_json("adapter_config", base_model_name_or_path="tiny/nothing"),
-        "shape": change_weights(lambda key, x: x[:, :-1]), "names": rename_weights},
+        "shape": change_weights(lambda key, x: x[:, :-1]), "names": rename_weights,
+        "alpha": change_json("adapter_config", lora_alpha=float("nan"))},
     "reward": {
         "rank": change_json("adapter_config", r=8), "nan": nan_in("lora"), "names": rename_weights,
         "no score": change_weights(lambda key, x: None if "score" in key else x),

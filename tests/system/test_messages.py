@@ -1,7 +1,8 @@
 """Messages, columns and files as people bring them: what is trained is right, or named and refused.
 
-The inputs are small versions of reports from the field; the files themselves are in ../shared.
+The inputs are small versions of reports from the field.
 """
+import argparse
 import functools
 import gzip
 import json
@@ -234,7 +235,7 @@ def test_a_template_file_and_its_arguments_become_part_of_the_template(tmp_path,
     assert common.encode_prompt(common.load_tokenizer(str(tmp_path / "run")), [user("4?")]) == ids
     assert "none.jinja" in refused(common.load_tokenizer, "tiny/chat", "none.jinja")
     for bad in ("[]", '{"a b": 1}'):
-        with pytest.raises(common.argparse.ArgumentTypeError):
+        with pytest.raises(argparse.ArgumentTypeError):
             common.variables(bad)
 
 
@@ -314,7 +315,7 @@ def test_columns_can_be_named(write_jsonl, refused):
     rows = common.load_rows(file, "train", 9, 0, ["prompt=ask", "completion=reply"])
     assert rows == [{"prompt": "1", "completion": "2"}]
     assert "no column nope" in refused(common.load_rows, file, "train", 9, 0, ["prompt=nope"])
-    with pytest.raises(common.argparse.ArgumentTypeError):
+    with pytest.raises(argparse.ArgumentTypeError):
         common.column("prompt")
 
 
@@ -371,38 +372,3 @@ def test_chats_that_begin_alike_are_not_left_out(write_jsonl, capsys):
     training, held_out = common.load_examples(args, sft.encode_conversation, tiny_tokenizer(), 99)
     assert not {tuple(x["prompt"]) for x in training} & {tuple(x["prompt"]) for x in held_out}
     assert f"{len(training)} to train on, 4 held out" in capsys.readouterr().out
-
-
-# ---- the files of ../shared ----------------------------------------------------------------------
-
-def test_reports_from_the_field(shared, capsys):
-    """Each file with a real tokenizer: how many rows are usable, and what is trained."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        shared / "tokenizers/Qwen2.5-0.5B-Instruct")
-    prompts = functools.partial(grpo.encode_row, max_new_tokens=8, needs_answer=True)
-    chat, weather = sft.encode_conversation, '{"name": "weather", "arguments": {"city": "Oslo"}}'
-    cases = {
-        "sharegpt": (chat, 12, ["apple"]), "sharegpt_role_content": (chat, 12, ["apple"]),
-        "assistant_speaks_first": (chat, 12, [
-            "Welcome to the fruit shop!", "Here is your apple."]),
-        "content_text_parts": (chat, 12, ["Green."]), "turn_weights": (chat, 12, ["apple"]),
-        "tools_empty_string": (chat, 12, ["apple"]), "common_column_names": (chat, 6, ["4"]),
-        "numeric_completions.csv": (chat, 12, ["0"]),
-        "thumbs_0_1.csv": (kto.encode_labelled, 12, None),
-        "tool_arguments_as_string": (chat, 12, [
-            f"<tool_call>\n{weather}\n</tool_call>", "It is 9 C."]),
-        "pairs_with_question_column": (dpo.encode_pair, 12, ["Yes, apple"]),
-        "prompts_named_problem": (prompts, 12, None),
-        "prompt_ends_in_assistant": (prompts, 12, None)}
-    for name, (make, count, said) in cases.items():
-        file = name if "." in name else name + ".jsonl"
-        rows = common.load_rows(str(shared / "field" / file), "train", 99, 0)
-        examples = encode_rows(make, rows, tokenizer, 512)
-        assert len(examples) == count, name
-        tokens = examples[0].get("tokens", examples[0].get("chosen"))
-        if said:
-            assert trained(tokenizer, tokens) == [text + "<|im_end|>" for text in said], name
-        assert "cannot be used" not in capsys.readouterr().out
-    rows = common.load_rows(str(shared / "field/reasoning_content.jsonl"), "train", 99, 0)
-    with pytest.raises(ValueError, match="does not print the reasoning_content of message 2"):
-        sft.encode_conversation(rows[0], tokenizer, 512)

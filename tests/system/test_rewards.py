@@ -1,8 +1,6 @@
 """Rewards and judges as people bring them: what they say is used as it is meant, or refused."""
 import json
-import os
 import shutil
-import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, flags_of, run_args
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 import common
 import evaluate
@@ -337,42 +334,3 @@ def test_a_rubric_is_the_weighted_share_of_what_is_fulfilled(rewards, monkeypatc
         assert score == pytest.approx(reached / sum(x["weight"] for x in criteria), abs=1e-5)
     with pytest.raises(ValueError, match="weight"):
         rewards.rubric(prompts[:1], texts[:1], rubric=[[own[0] | {"weight": -1}]])
-
-
-@pytest.mark.parametrize("pad", ["given", "none"])
-def test_a_classifier_scores_a_batch_as_one_at_a_time(pad, rewards, tmp_path, monkeypatch):
-    """Of 40 answers of many lengths; also a model that names no pad token."""
-    torch.manual_seed(0)
-    tokenizer = common.load_tokenizer("tiny/chat")
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24,
-                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         num_labels=1,
-                         pad_token_id=tokenizer.pad_token_id if pad == "given" else None)
-    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
-    prompts = [row["prompt"] for row in ROWS[:4]] * 10
-    texts = ["so " * (i % 13) + str(i) for i in range(40)]
-    scores = rewards.classifier(prompts, texts)
-    alone = [rewards.classifier([prompt], [text])[0]
-             for prompt, text in zip(prompts, texts, strict=True)]
-    assert scores == pytest.approx(alone, abs=1e-5) and len(set(scores)) > 30
-    model, _ = rewards.load_classifier(str(tmp_path))
-    chat = [*prompts[5], {"role": "assistant", "content": texts[5]}]
-    ids = tokenizer.apply_chat_template(chat, return_dict=False)
-    assert scores[5] == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
-
-
-def test_the_examples_are_rewards_of_a_whole_command(tmp_path):
-    """As the file's first lines call them."""
-    command = [sys.executable, "grpo.py", "--reward", "correct_answer",
-               "examples/rewards.py:overlong", "examples/rewards.py:rubric", "--reward-weights",
-               "1", "1", "0.5", "--max-steps", "1", "--batch-size", "2", "--eval-size", "2",
-               "--output-dir", str(tmp_path / "run")]
-    names = {"LENGTH_TOKENIZER": "tiny/chat", "LENGTH_MAX": "24", "LENGTH_CACHE": "8",
-             "RUBRIC_JUDGE": "tiny/chat"}
-    subprocess.run(command, cwd=ROOT, env=os.environ | names, check=True, capture_output=True)
-    logged = json.loads((tmp_path / "run/metrics.jsonl").read_text())
-    means = [logged[f"reward_{name}"] for name in command[3:6]]
-    assert logged["reward"] == pytest.approx(means[0] + means[1] + 0.5 * means[2], abs=1e-5)
-    assert -1 <= means[1] <= 0 < means[2] < 1
