@@ -295,7 +295,7 @@ def test_full_fine_tuning_has_a_learning_rate_ten_times_lower(monkeypatch):
         assert run_args(sft, **model, lora_rank=0, learning_rate=0.5).learning_rate == 0.5
 
 
-def test_parsing_changes_no_other_run(tmp_path):
+def test_parsing_changes_no_other_run():
     """Each of several runs in one process gets the defaults that a process of its own gives."""
     before = run_args(grpo, model="tiny/chat")
     run_args(grpo, model="tiny/chat", loss="gspo", lora_rank=3)
