@@ -26,7 +26,8 @@ flags.add_argument("--output", help="new picture, its page beside it (else in th
 UNITS = {"kl": "nats per answer", "sampler_kl": "nats per token", "entropy": "nats per token",
          "chosen_logp": "nats per answer", "rejected_logp": "nats per answer",
          "z": "nats per answer", "length": "tokens", "trained_tokens": "tokens",
-         "peak_memory_gib": "GiB", "seconds": "s", "rollout_seconds": "s"}
+         "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB", "seconds": "s",
+         "rollout_seconds": "s"}
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a run is a $
 plt.style.use("petroff10")  # colours that the colour-blind can tell apart
 PAGE = """<!DOCTYPE html>

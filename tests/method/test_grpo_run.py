@@ -107,7 +107,7 @@ def test_a_reward_that_does_not_apply_is_no_part_of_the_sum(run, reward_file, re
     examples = [{"prompt": common.encode_prompt(tokenizer, row["prompt"]), "row": row}
                 for row in ROWS + HELD_OUT]
     names = [f"{reward_file}:{function}" for function in ("for_odd_rows", "tenth", "for_no_row")]
-    rewards = {name: grpo.load_reward(name, "tiny/chat") for name in names}
+    rewards = {name: grpo.load_reward(name, None) for name in names}
     args = run_args(grpo, reward=names, reward_weights=[0.5, 3, 7], max_new_tokens=4)
     batch, answers = grpo.rollout(common.load_model("tiny/chat"), rewards, examples, 2, tokenizer,
                                   args, 0)
@@ -440,10 +440,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(run, reward_file, monkeypatch)
     flags = dict(reward=f"{reward_file}:varied", max_steps=3, updates=2)
     whole, log_step = run("whole", **flags), grpo.log_step
 
-    def killed(args, state, metrics):
+    def killed(args, state, metrics, *rest):
         if metrics["step"] == 3:
             raise KeyboardInterrupt
-        log_step(args, state, metrics)
+        log_step(args, state, metrics, *rest)
 
     monkeypatch.setattr(grpo, "log_step", killed)
     # a dead process holds none

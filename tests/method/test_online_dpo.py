@@ -508,7 +508,7 @@ def test_an_answer_without_an_end_loses_the_penalty_in_its_pair_alone(
     args = run_args(online_dpo, reward=f"{reward_file}:length", missing_eos_penalty=penalty,
                     preference="hard")
     examples = [{"prompt": prompt, "row": {"prompt": ROWS[0]["prompt"]}}] * 3
-    reward = online_dpo.load_reward(args.reward, args.model)
+    reward = online_dpo.load_reward(args.reward, model)
     batch = online_dpo.rollout(model, reward, examples, tokenizer, args, 0)
     assert batch["stopped"].tolist() == [False, True, False, True, True, False]
     texts = [tokenizer.decode(ids) for ids in ([40, 41, 42, 43, 44], [40], [40, 41, 42, 43])]
@@ -526,12 +526,11 @@ def test_preferences_are_those_of_score_differences_and_add_up_to_1(reward_file,
     prompt = common.encode_prompt(tokenizer, ROWS[0]["prompt"])
     scores = torch.tensor([0.3, -2.0, 1.0, 1e-9, 0.3 - 1.5, 40.0, 1.0, 0.0])
     monkeypatch.setattr(online_dpo, "sample_mixture", fixed_draws)
-    monkeypatch.setattr(online_dpo, "score_answers", lambda *args: scores)
     examples = [{"prompt": prompt, "row": {"prompt": ROWS[0]["prompt"]}}] * 4
     for kind, expected in (("sigmoid", [sigmoid(1.5), sigmoid(-42), 0.5, sigmoid(1e-9)]),
                            ("hard", [1, 0, 0.5, 1])):
         args = run_args(online_dpo, missing_eos_penalty=0, preference=kind)
-        batch = online_dpo.rollout(model, None, examples, tokenizer, args, 0)
+        batch = online_dpo.rollout(model, lambda *args: scores, examples, tokenizer, args, 0)
         assert batch["wins"][:4].tolist() == pytest.approx(expected, rel=1e-6)
         assert (batch["wins"] + batch["wins"].roll(4)).tolist() == pytest.approx([1] * 8)
         assert (batch["wins"] == 0.5).tolist() == [False, False, True, False] * 2

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,10 +82,10 @@ def test_the_mean_of_a_table_leaves_out_what_a_reward_does_not_apply_to(
 
 def test_scores_that_are_not_finite_are_not_taken_for_none(monkeypatch, refused):
     """A reward model that overflows must not look like a reward that does not apply."""
-    scorer = torch.nn.Linear(1, 1)
+    head = torch.nn.Linear(1, 1)
     monkeypatch.setattr(grpo.common, "using", lambda model, role: torch.no_grad())
     monkeypatch.setattr(grpo, "in_parts", lambda *args: torch.tensor([1.0, float("nan")]))
-    line = refused(grpo.score_answers, scorer, "runs/r", None, None, None, None, None)
+    line = refused(grpo.scores_of_model, "runs/r", head, None, None, None, None, None)
     assert "runs/r" in line and "not finite" in line
 
 
@@ -171,7 +172,10 @@ def test_what_lies_beside_a_reward_can_be_imported(reward_file, monkeypatch):
                        "    import beside_a_reward, peft\n"
                        "    return [beside_a_reward.double(double(len(x))) for x in completions]\n")
     for module in ONLINE.values():
-        assert module.load_reward(f"{file}:f", "tiny/chat")(completions=["abc"]) == [12.0]
+        model = SimpleNamespace(device="cpu")
+        reward = module.load_reward(f"{file}:f", model)
+        examples = [{"row": {"prompt": "x"}}]
+        assert reward(model, None, examples, ["abc"], None).tolist() == [12.0]
     for module in pairs, evaluate:
         assert module.load_scorer(f"{file}:f", None)(completions=["abc"]) == [12.0]
 
@@ -258,7 +262,7 @@ def copy_reward(folder, summary):
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_a_process_reward_model_is_no_reward_of_a_whole_answer(name, tmp_path, refused):
-    line = refused(ONLINE[name].load_reward, copy_reward(tmp_path / "r", '{"method": "prm"}'),
+    line = refused(ONLINE[name].check_reward, copy_reward(tmp_path / "r", '{"method": "prm"}'),
                    "tiny/chat")
     assert "prm.py saved it" in line
 
@@ -267,7 +271,7 @@ def test_a_process_reward_model_is_no_reward_of_a_whole_answer(name, tmp_path, r
 def test_other_summaries_are_those_of_reward_models(summary, tmp_path):
     """A folder without any, like tiny/reward, is one; so is one of an unknown form."""
     folder = copy_reward(tmp_path / "r", summary)
-    assert grpo.load_reward(folder, "tiny/chat") is None
+    grpo.check_reward(folder, "tiny/chat")
     args = pairs.flags.parse_args(["--output", "x.jsonl"])
     for module in pairs, evaluate:
         assert module.load_scorer(folder, args).args[2] is False  # not by steps
