@@ -174,7 +174,8 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_kept(name, data, started,
     file = started(name) / "resume.pt"
     broken = {"half": file.read_bytes()[:2000], "empty": b"", "text": b"not torch"}
     state = torch.load(file, weights_only=True)
-    weight_name, weight = state["weights"].popitem()
+    weight_name = next(iter(state["weights"]))
+    weight = state["weights"].pop(weight_name)
     for kind in "missing", "shape":
         torch.save(state, file)
         broken[kind] = file.read_bytes()
@@ -300,7 +301,7 @@ def test_a_newcomer_sees_legible_samples_a_table_and_what_to_do_next(data, tmp_p
     said = capsys.readouterr().out.partition("samples: held-out prompts")
     assert re.search(r"held out +before +after\nloss ", said[0])
     assert f"python chat.py {tmp_path}/run" in said[0]
-    samples = re.findall(r" prompt: (.+)\n before: (.+)\n  after: (.+)\n", said[2])
+    samples = re.findall(r"  prompt: (.+)\n  before: (.+)\n   after: (.+)\n", said[2])
     assert len(samples) == 3 and "<|im_start|>user What is" in samples[0][0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [list(sample) for sample in summary["samples"]] == [["prompt", "before", "after"]] * 3
