@@ -48,6 +48,7 @@ def for_odd_rows(prompts, completions, difficulty, **columns):
 def for_no_row(prompts, completions, **columns): return [None] * len(prompts)
 def exits(prompts, completions, **columns): sys.exit(0)
 """
+CLOCK = {"seconds", "rollout_seconds", "tokens_per_second", "peak_memory_gib"}
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def check_run(folder, loss, rel=1e-4):
         for name in ("varied_but_on_3", "tenth"):
             key, = [key for key in logged if key.endswith(":" + name)]
             logged[name.removesuffix("_but_on_3")] = logged.pop(key)
-        assert logged.keys() - {"seconds", "rollout_seconds", "peak_memory_gib"} == expected.keys()
+        assert logged.keys() - CLOCK == expected.keys()
         for name, value in expected.items():
             assert logged[name] == pytest.approx(value, rel=rel, abs=1e-5), (logged["step"], name)
     assert json.loads((folder / "summary.json").read_text())["after"] == pytest.approx(after, rel)
@@ -373,7 +374,7 @@ def test_a_run_without_evaluations_trains_to_the_same_weights(run, reward_file, 
 def same_run(first, second):
     """Bit for bit but for the time."""
     for a, b in zip(metrics_of(first), metrics_of(second), strict=True):
-        for name in a.keys() - {"seconds", "rollout_seconds", "peak_memory_gib"}:
+        for name in a.keys() - CLOCK:
             assert a[name] == b[name], (a["step"], name)
     old, new = (load_file(path / "adapter_model.safetensors") for path in (first, second))
     for name, weight in old.items():
