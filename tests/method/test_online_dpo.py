@@ -139,13 +139,13 @@ def test_preferences_compare_penalized_scores_of_the_same_prompt(monkeypatch):
     y, other = [[40, eos], [40, eos], [40, 41], [40, eos]], [[41, eos], [41], [40, 42], [42, eos]]
     scores = torch.tensor([0.3, -2.0, 1.0, 1e-9, -1.2, 0.0, 1.0, 0.0])
     gaps = [1.5, -2 - (0 - PENALTY), 0, 1e-9]
-    monkeypatch.setattr(online_dpo, "score_answers", lambda *args: scores.clone())
     for kind, expected in ("sigmoid", list(map(sigmoid, gaps))), ("hard", [1, 1, 0.5, 1]):
         drawn = iter([y, other])
         monkeypatch.setattr(online_dpo, "sample_mixture", lambda *args, drawn=drawn: next(drawn))
         args = run_args(online_dpo, missing_eos_penalty=PENALTY, preference=kind)
         examples = [{"prompt": prompt, "row": {}}] * 4
-        batch, answers = online_dpo.rollout(model, None, examples, tokenizer(), args, 0)
+        batch, answers = online_dpo.rollout(
+            model, lambda *args: scores.clone(), examples, tokenizer(), args, 0)
         assert answers == y + other and batch["stopped"].tolist() == [1, 1, 0, 1, 1, 0, 0, 1]
         first, second = batch["wins"].tolist()[:4], batch["wins"].tolist()[4:]
         assert first == pytest.approx(expected, rel=1e-6), f"{kind}: P(y ≻ y')"
