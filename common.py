@@ -633,9 +633,9 @@ def write_card(folder, summary: dict):
     """
     base = base_of(summary["model"])
     card = Path(base, "README.md")
-    if not card.exists():
-        card = huggingface_hub.try_to_load_from_cache(base, "README.md")
-    license_of_base = huggingface_hub.ModelCard.load(card).data.license if card else None
+    if not Path(base).exists():
+        card = Path(str(huggingface_hub.try_to_load_from_cache(base, "README.md")))
+    license_of_base = huggingface_hub.ModelCard.load(card).data.license if card.exists() else None
     data = huggingface_hub.ModelCardData(
         base_model=base, library_name="peft", license=license_of_base, tags=[summary["method"]])
     versions = [f"{x.__name__} {x.__version__}" for x in (torch, transformers, peft)]

@@ -355,18 +355,9 @@ def show_samples(samples):
             print(f"{name:>8}: {' '.join(text.split())}")
 
 
-def until_stop(answer, stop_ids):
-    """The ids of an answer up to its first stop token, without the pads behind it."""
-    for place, token in enumerate(answer):
-        if token in stop_ids:
-            return answer[:place + 1]
-    return answer
-
-
 def share_stopped(answers, stop_ids):
     """The share of answers that end by themselves, with a stop token."""
-    stopped = [until_stop(answer, stop_ids)[-1] in stop_ids for answer in answers]
-    return sum(stopped) / len(stopped)
+    return sum(answer[-1] in stop_ids for answer in answers) / len(answers)
 
 
 def train(args):
