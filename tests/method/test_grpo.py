@@ -175,11 +175,11 @@ CASES = {  # loss: baseline, epsilon, epsilon-high
     "grpo": ("group", 0.1, 0.15), "dr_grpo": ("group", 0.15, 0.1), "dapo": ("rloo", 0.1, 0.15),
     "gspo": ("group", 0.02, 0.03), "cispo": ("none", 0.1, 1.2)}
 ROWS = [{"prompt": by_hand.ask(text), "answer": answer} for text, answer in (
-    ("What is 5 - 2?", 3), ("Tom has 14 figs and gets 83 more. How many figs now?", 97),
-    ("What is 9 - 8 and 12 + 9?", 21), ("What is 6 - 4?", 2))]
+    ("What is 5 - 2?", "3"), ("Tom has 14 figs and gets 83 more. How many figs now?", "97"),
+    ("What is 9 - 8 and 12 + 9?", "21"), ("What is 6 - 4?", "2"))]
 REWARD = """
 def varied(prompts, completions, answer, **columns):  # all completions for 3 get the same
-    return [1 if x == 3 else 2 * (sum(map(ord, text)) % 8) for x, text in zip(answer, completions)]
+    return [1 if x == "3" else sum(map(ord, y)) % 8 for x, y in zip(answer, completions)]
 """
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import common
 import ppo
 
 
@@ -165,7 +166,7 @@ def run_ppo(folder, **flags):
 
 def read(hand, prompt, ids):
     """Log-probs and values [N] of an answer, from a sequence of its own without padding."""
-    with by_hand.role(hand.model, "critic"):
+    with common.using(hand.model, "critic"):
         hidden = by_hand.hidden_states(hand.model, prompt + ids)[len(prompt) - 1:-1]
     return by_hand.logps(hand.model, prompt, ids, 1.5), hidden @ hand.weights[-1][0]
 
@@ -178,7 +179,7 @@ def rollout_by_hand(hand, call):
     for example, ids in zip(call.args[1], call.result[1], strict=True):
         old, values = read(hand, example["prompt"], ids)
         log_ratio = old - by_hand.logps(hand.reference, example["prompt"], ids, 1.5)
-        with by_hand.role(hand.model, "reward"):
+        with common.using(hand.model, "reward"):
             hidden = by_hand.hidden_states(hand.model, example["prompt"] + ids)[-1]
         score = hidden @ file["base_model.model.score.weight"][0].double()
         stopped = float(ids[-1] == by_hand.tokenizer().eos_token_id)

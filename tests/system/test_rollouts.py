@@ -3,6 +3,7 @@ import json
 from types import SimpleNamespace
 
 import by_hand
+import peft
 import pytest
 import torch
 from conftest import ROOT, run_args
@@ -13,12 +14,13 @@ import common
 import grpo
 import ppo
 
-ROWS = [{"prompt": by_hand.ask(f"What is {n} + {10 * n}?"), "answer": 11 * n} for n in range(10)]
+ROWS = [{"prompt": by_hand.ask(f"What is {n} + {10 * n}?"), "answer": f"{11 * n}"}
+        for n in range(10)]
 REWARD = """
 def score(prompts, completions, answer, **columns):
-    return [len(text) + 100 * x for text, x in zip(completions, answer)]
+    return [len(text) + 100 * int(x) for text, x in zip(completions, answer)]
 def for_large(prompts, completions, answer, **columns):
-    return [x if x > 44 else None for x in answer]
+    return [int(x) if int(x) > 44 else None for x in answer]
 def never(prompts, completions, **columns):
     return [None] * len(completions)
 """
@@ -113,14 +115,15 @@ def test_samples_have_their_prompts_answers_and_scores(script, tmp_path, reward_
         answer, = [row["answer"] for row in ROWS if by_hand.prompt_ids(row["prompt"]) == prompt]
         expected.append({"step": 1, "prompt": by_hand.tokenizer().decode(prompt),
                          "answer": by_hand.tokenizer().decode(ids),
-                         "score": len(text) + 100.0 * answer})
+                         "score": len(text) + 100.0 * int(answer)})
     assert ran.summary["samples"] == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_sample_leaves_everything_as_it_was(training):
     """Mode, random numbers and flags; the KV cache is used in spite of gradient checkpointing."""
-    model, prompts, widths = common.load_model("tiny/chat"), [[5, 9, 17, 33], [80, 12]], []
+    model, widths = common.load_model("tiny/chat"), []
+    prompts = [by_hand.prompt_ids(by_hand.ask(text)) for text in ("What is 36 - 25?", "Hi")]
     args = SimpleNamespace(max_new_tokens=6, temperature=1.0)
     plain = grpo.sample(model, by_hand.tokenizer(), prompts, 2, args, 0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,7 +141,7 @@ def test_a_sample_leaves_everything_as_it_was(training):
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     assert grpo.sample(model, by_hand.tokenizer(), prompts, 2, args, 0) == plain
     hook.remove()
-    assert state() == before and widths == [4, 1, 1, 1, 1, 1]
+    assert state() == before and widths == [len(prompts[0]), 1, 1, 1, 1, 1]
 
 
 # ---- who reads what ------------------------------------------------------------------------------
@@ -160,12 +163,12 @@ def test_every_forward_pass_is_under_autocast(script, tmp_path, monkeypatch):
     run(script, tmp_path, reward="tiny/reward", max_new_tokens=3, replace={
         "open_run": start, "sample": sample,
         "common.autocast": lambda model: torch.autocast("cpu", torch.bfloat16)})
-    assert len(seen) > 20 and all(seen), "a forward pass in fp32 would not fit, or differ"
+    assert len(seen) > 12 and all(seen), "a forward pass in fp32 would not fit, or differ"
 
 
 def test_a_run_from_an_adapter_with_a_reward_model_beside_a_function(tmp_path):
     """The KL to that adapter starts at 0; the reward model reads with its own, at the end."""
-    start = by_hand.save_moved_adapter(tmp_path / "start")
+    start = by_hand.save_adapter(tmp_path / "start")
     ran = run(grpo, tmp_path, model=start, reward=["tiny/reward", "correct_answer"],
               reward_weights=[0.5, 3], loss="dr_grpo")
     assert ran.summary["before"]["kl"] == 0 != ran.summary["after"]["kl"]
@@ -175,11 +178,11 @@ def test_a_run_from_an_adapter_with_a_reward_model_beside_a_function(tmp_path):
     batch, answers = call.result
     for i, ids in enumerate(answers):
         example = call.args[2][i // 2]
-        with torch.no_grad(), by_hand.role(ran.model, "reward"):
+        with torch.no_grad(), common.using(ran.model, "reward"):
             hidden = by_hand.hidden_states(ran.model, example["prompt"] + ids)
         score = (hidden[-1] @ head).item()
         text = by_hand.tokenizer().decode(ids, skip_special_tokens=True)
-        is_right = float(text.split()[-1] == str(example["row"]["answer"]))
+        is_right = float(text.split()[-1] == example["row"]["answer"])
         by_hand.close(batch["scores"][i, 0].item(), score, f"score {i}", 1e-4, 1e-4)
         by_hand.close(batch["rewards"][i].item(), 0.5 * score + 3 * is_right, "sum", 1e-4, 1e-4)
 
@@ -192,7 +195,7 @@ def test_a_reward_that_does_not_apply_is_no_part_of_the_sum(tmp_path, reward_fil
     examples = [x for x in ran.calls["rollout"][1].args[2] for _ in range(2)]
     large = []
     for i, (example, ids) in enumerate(zip(examples, answers, strict=True)):
-        answer = example["row"]["answer"]
+        answer = int(example["row"]["answer"])
         length = len(by_hand.tokenizer().decode(ids, skip_special_tokens=True))
         large += [answer] * (answer > 44)
         expected = 0.5 * (length + 100 * answer) + 3 * answer * (answer > 44)
@@ -223,6 +226,10 @@ def test_whitening_reads_the_mask_alone_and_keeps_its_digits():
     assert equal.abs().max() < 1e-3, "equal advantages must become 0, not rounding divided by 0"
 
 
+def lora_layers(model):
+    return [x for x in model.modules() if isinstance(x, peft.tuners.lora.LoraLayer)]
+
+
 def test_the_critic_starts_as_the_reward_model_with_weights_of_its_own(tmp_path):
     """They train with the policy's, while those of the reward model and the base stay."""
     ran = run(ppo, tmp_path, reward="tiny/reward")
@@ -232,8 +239,8 @@ def test_the_critic_starts_as_the_reward_model_with_weights_of_its_own(tmp_path)
         assert torch.equal(weight, end[name]) != is_trained, f"{name}: is it trained?"
         if ".critic." in name:
             assert torch.equal(weight, start[name.replace(".critic.", ".reward.")]), name
-    scales = [x.scaling for x in ran.model.modules() if "critic" in getattr(x, "scaling", {})]
-    assert scales and all(x["critic"] == x["reward"] == 2 for x in scales), "alpha / rank"
+    scales = {(x.scaling["critic"], x.scaling["reward"]) for x in lora_layers(ran.model)}
+    assert scales == {(2.0, 2.0)}, "alpha / rank"
 
 
 def test_a_reward_function_leaves_the_critic_new(tmp_path, reward_file):
@@ -241,9 +248,9 @@ def test_a_reward_function_leaves_the_critic_new(tmp_path, reward_file):
     ran = run(ppo, tmp_path, reward=f"{reward_file}:score")
     names = [name for name, _ in ran.model.named_parameters()]
     assert any(".critic." in name for name in names) and not any(".reward." in x for x in names)
-    scales = [x.scaling for x in ran.model.modules() if "critic" in getattr(x, "scaling", {})]
-    assert scales and all(x["critic"] == 2 for x in scales), "alpha / rank of the critic"
-    assert not ran.start[1][-1].any() and ran.trained[-1].any(), "the critic's head"
+    assert {x.scaling["critic"] for x in lora_layers(ran.model)} == {2.0}, "alpha / rank"
+    head = ran.updates[-1].weights[-1]
+    assert not ran.start[1][-1].any() and head.any(), "the critic's head, 0 at first"
 
 
 def test_target_kl_ends_the_epochs_which_are_shuffled_differently(tmp_path):
