@@ -52,7 +52,7 @@ def test_the_worked_example_of_the_docstring():
 def equation(loss, a, b, ref_a, ref_b, win):
     """The loss of one pair: a is log π(y|x), b is log π(y'|x), win is P(y ≻ y')."""
     if loss == "nash_md":
-        return -(win - 0.5 - BETA * (a - ref_a)) * a
+        return -(win - 0.5 - BETA * (a - ref_a).item()) * a
     if win == 0.5:
         return 0.0 * a
     h = (a - ref_a) - (b - ref_b)  # of y over y'
@@ -127,9 +127,8 @@ def varied(prompts, completions, **columns): return [sum(map(ord, x)) % 3 for x 
 
 
 def fixed_draws(model, words, prompts, m, args, seed):
-    """In place of sample_mixture: the seed of y is even, the seed of y' odd."""
-    return [answer_to(prompt, 2 * (seed % 2)) if sum(prompt) % 2 else answer_to(prompt, seed % 2)
-            for prompt in prompts]
+    """In place of sample_mixture: the seed of y is even, the seed of y' odd; some y do not stop."""
+    return [answer_to(prompt, seed % 2 + 2 * (len(prompt) % 2)) for prompt in prompts]
 
 
 def test_preferences_compare_penalized_scores_of_the_same_prompt(monkeypatch):
