@@ -442,10 +442,11 @@ def save(args, state, weights, optimizer, scaler):
 
 def log_step(args, state, metrics, tokens, progress, shown):
     """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
-    memory = common.peak_memory()
-    metrics |= {"tokens_per_second": round(tokens / metrics["seconds"], 1)} | memory
-    shown = [*shown, "tokens_per_second", *memory]
-    progress.set_postfix({name: metrics[name] for name in shown}, refresh=False)
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:
