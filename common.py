@@ -665,8 +665,9 @@ def copy_weights(saved: dict, weights: dict):
 
 
 def peak_memory() -> float | None:
-    """The most memory that the process has held, in GiB: of the GPU, or where there is none of the
-    machine. (None on Windows, which does not tell.)
+    """The most memory that the process has held, in GiB: GPU memory, or main memory without a GPU.
+
+    None on Windows without a GPU.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
