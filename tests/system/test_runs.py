@@ -282,7 +282,8 @@ def test_a_newcomer_sees_legible_samples_a_table_and_what_to_do_next(data, tmp_p
     assert re.search(r"held out +before +after\nloss ", said[0])
     assert f"python chat.py {tmp_path}/run" in said[0]
     samples = re.findall(r"  prompt: (.+)\n  before: (.+)\n   after: (.+)\n", said[2])
-    assert len(samples) == 3 and "<|im_start|>user What is" in samples[0][0]
+    assert len(samples) == 3
+    assert samples[0][0] == "<|im_start|>user Add 12 and 9.<|im_end|> <|im_start|>assistant"
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [list(sample) for sample in summary["samples"]] == [["prompt", "before", "after"]] * 3
 
