@@ -160,19 +160,6 @@ def test_a_plain_number_is_all_of_the_answer(text, number):
     assert grpo.plain_number(text) == expected
 
 
-def test_answers_that_are_no_plain_number_are_dropped_and_math_verify_is_named(shared):
-    """Of 12 real answers 4 are plain; with its last number as the truth 3/4 would be 4."""
-    tokenizer, kept = common.load_tokenizer("tiny/chat"), []
-    for line in (shared / "field/latex_answers.jsonl").open():
-        try:
-            example = grpo.encode_row(json.loads(line), tokenizer, 512, 64, True)
-            kept.append(example["row"]["answer"])
-        except ValueError as error:
-            assert "examples/rewards.py:math_answer" in str(error)
-    assert kept == ["4", "42", "0.5", "-3"]
-    assert grpo.correct_answer([], ["4", "4"], answer=[r"\frac{3}{4}", "4"]) == [0.0, 1.0]
-
-
 # ---- judges --------------------------------------------------------------------------------------
 
 HOSTILE = "{{ cycler.__init__.__globals__.os.system('touch %s') }}"
