@@ -63,7 +63,7 @@ def test_where_one_reward_is_all_there_is_it_must_apply(name, run, refused, rewa
     file = reward_file("def abstains(prompts, completions, **columns):\n"
                        "    return [None] * len(prompts)\n")
     line = refused(run, name, f"{file}:abstains")
-    assert "returns None" in line and "number" in line and "mine.py:abstains" in line
+    assert re.search("return(s|ed) None", line) and "mine.py:abstains" in line
 
 
 def test_the_mean_of_a_table_leaves_out_what_a_reward_does_not_apply_to(
