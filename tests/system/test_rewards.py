@@ -1,5 +1,6 @@
 """Rewards and judges as people bring them: what they say is used as it is meant, or refused."""
 import json
+import re
 import shutil
 import sys
 from decimal import Decimal
