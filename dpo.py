@@ -49,9 +49,10 @@ less as the margin grows.
 What to watch: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5 and the
 margin grows. `chosen_logp` often falls as well, because the loss asks only for the difference.
 
-Change one thing: with `--beta 0.1` the tiny model still orders 0.98 of the held-out pairs right,
-but `chosen_logp` falls from −0.5 to −5.8 and its answers turn into garbage. So weak a KL penalty
-leaves π free to make both answers of a pair unlikely, as long as the gap between them grows.
+Change one thing: with `--beta 0.1` the tiny model still orders 0.98 of the held-out pairs
+correctly, but its samples turn into garbage: 0.15 of them are correct instead of 0.94, and
+`chosen_logp` falls from −0.5 to −5.8. So weak a KL penalty lets π make both answers of a pair
+unlikely, as long as the gap between them grows.
 
 The default learning rate, 2e-5, is four times the 5e-6 that TRL suggests for DPO with LoRA. If the
 chosen log-prob collapses on your data, try theirs first.
@@ -433,8 +434,9 @@ def train(args):
     after = evaluate(model, held_out, args, pad_id)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
     for prompt, old, new in zip(prompts, state["answers"], answers, strict=True):
-        texts = [common.shown_text(tokenizer, ids) for ids in (prompt, old, new)]
-        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
+        state["samples"].append({"prompt": common.shown_text(tokenizer, prompt),
+                                 "before": common.shown_text(tokenizer, old),
+                                 "after": common.shown_text(tokenizer, new)})
     finish(args, state, model, tokenizer, after)
     show_samples(state["samples"])
 

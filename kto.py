@@ -470,8 +470,9 @@ def train(args):
     after = evaluate(model, held_out, args, tokenizer)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
     for prompt, old, new in zip(prompts, state["answers"], answers, strict=True):
-        texts = [common.shown_text(tokenizer, ids) for ids in (prompt, old, new)]
-        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
+        state["samples"].append({"prompt": common.shown_text(tokenizer, prompt),
+                                 "before": common.shown_text(tokenizer, old),
+                                 "after": common.shown_text(tokenizer, new)})
     finish(args, state, model, tokenizer, after)
     show_samples(state["samples"])
 
