@@ -115,7 +115,7 @@ def make_flags():
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS, help="other names of columns: prompt=query")
-    add("--chat-template", help="file with a chat template to use in place of the model's own")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
@@ -143,7 +143,7 @@ def make_flags():
     add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
     add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
     add("--save-every", type=common.count, default=20, help="rollouts between two checkpoints")
-    add("--seed", type=common.natural, default=0, help="seed of prompts, LoRA and samples")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
     add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
     add("--output-dir", default="runs/grpo", help="run folder; the same command resumes a run")
     return parser

@@ -158,9 +158,7 @@ def run_ppo(folder, **flags):
     flags = dict(batch_size=5, max_steps=2, epochs=2, minibatches=2, micro_batch_size=5, beta=0.3,
                  gamma=0.9, lam=0.7, epsilon=0.1, value_weight=0.7, missing_eos_penalty=0.8,
                  temperature=1.5, target_kl=1e6, lora_rank=4, learning_rate=4e-4) | flags
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled="sample_batch_size" in flags)
-    replace = {"sample": answers, "common.grad_scaler": lambda model: scaler}
-    return by_hand.Run(ppo, folder, ROWS[3:], ROWS[:3], replace=replace,
+    return by_hand.Run(ppo, folder, ROWS[3:], ROWS[:3], replace={"sample": answers},
                        watch=["rollout", "minibatch_gradients"], **flags)
 
 
@@ -245,7 +243,7 @@ def first(tmp_path_factory):
 @pytest.mark.parametrize("flags", [{}, dict(micro_batch_size=1, sample_batch_size=2),
                                    dict(micro_batch_size=3, gradient_checkpointing="on")], ids=str)
 def test_two_rollouts_are_those_by_hand(flags, first, tmp_path):
-    """Each logged number and weight, however the batch is divided, checkpointed or scaled."""
+    """Each logged number and weight, however the batch is divided or checkpointed."""
     run, hand = first
     run = run_ppo(tmp_path, **flags) if flags else run
     hand.check(run)
