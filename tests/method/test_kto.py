@@ -136,7 +136,7 @@ def z_by_hand(model, reference, rows):
                    for j, answer in zip(partners(prompts), answers, strict=True)) / len(rows)
 
 
-@pytest.mark.parametrize("std, sign", [(-0.02, 1), (0.02, -1)])
+@pytest.mark.parametrize("std, sign", [(0.02, 1), (-0.01, -1)])
 def test_z_is_the_mean_over_mismatched_answers_but_not_below_0(std, sign):
     """By brute force, one answer at a time, for any micro-batch."""
     torch.manual_seed(0)
