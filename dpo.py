@@ -214,8 +214,8 @@ def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps
                     beta=0.1, label_smoothing=0.0, gamma=1.0):
     """Losses, implicit rewards of the chosen and of the rejected answers, [P] each.
 
-    The four log-probs are sums over the tokens of an answer, [P] each. Without a reference, the
-    last two are 0. Only simpo and orpo need the lengths: the numbers of these tokens, [P] each.
+    The four log-probs are sums over the tokens of an answer, [P] each. Losses without a reference
+    get zeros for the last two. The lengths, [P] each, are only needed by simpo and orpo.
     """
     if loss in ("simpo", "orpo"):
         # The mean over the tokens, so that an answer gains nothing by its length.
@@ -225,12 +225,12 @@ def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)  # [P], eq. 5
     margins = chosen_rewards - rejected_rewards  # [P]
     if loss == "dpo":
-        # Eq. 7, if no label is wrong. Else the mean over right and wrong labels: conservative DPO,
-        # ericmitchell.ai/cdpo.pdf, eq. 3.
+        # Eq. 7, if no label is wrong. With label smoothing, conservative DPO: the expectation over
+        # correct and wrong labels (ericmitchell.ai/cdpo.pdf, eq. 3).
         wrong = label_smoothing
         losses = -(1 - wrong) * F.logsigmoid(margins) - wrong * F.logsigmoid(-margins)  # [P]
     elif loss == "ipo":
-        # Azar et al. 2023, arXiv:2310.12036, eq. 17: the log-ratios shall be 1/(2β) apart.
+        # Azar et al. 2023, arXiv:2310.12036, eq. 17: the log-ratios should be 1/(2β) apart.
         losses = (margins / beta - 1 / (2 * beta)) ** 2  # [P]
     elif loss == "hinge":
         # The loss of SLiC (arXiv:2305.10425) on DPO's margin: Liu et al. 2023, arXiv:2309.06657.
@@ -259,7 +259,7 @@ FIGURES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "ch
 
 
 def pair_losses(model, pairs, args, pad_id):
-    """The losses [P], and what is logged of each pair: {name: [P]} for the FIGURES."""
+    """The losses, [P], and the FIGURES to log, {name: [P]}."""
     # One forward pass reads both answers of every pair.
     examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     batch = collate(examples, pad_id, model.device)  # [2P, T] each
@@ -267,7 +267,7 @@ def pair_losses(model, pairs, args, pad_id):
         policy_logps = token_logps(model, batch).sum(-1)  # [2P], log π(y|x)
         ref_logps = torch.zeros_like(policy_logps)  # [2P]
         if args.loss not in REFERENCE_FREE:
-            # The reference is the same model without what this run has trained.
+            # The reference is the model that this run started from.
             with torch.no_grad(), common.reference(model):
                 ref_logps = token_logps(model, batch).sum(-1)  # [2P], log π_ref(y|x)
     lengths = batch["loss_mask"][:, 1:].sum(-1)  # [2P], |y|
@@ -291,7 +291,7 @@ def pair_losses(model, pairs, args, pad_id):
 
 @torch.no_grad()
 def evaluate(model, pairs, args, pad_id):
-    """The FIGURES as means over held-out pairs, which the processes split between them."""
+    """The means of the FIGURES over held-out pairs, which the processes split between them."""
     model.eval()
     mine = pairs[common.RANK::common.WORLD]
     sums = {}

@@ -33,7 +33,7 @@ loss is 1 − 0.550 = 0.450; if not, 1 − σ(−0.2) = 0.550. Both gradients ha
 
     python kto.py                                           # the embedded tiny model, on a laptop
     python kto.py --model Qwen/Qwen2.5-0.5B                 # 4-bit LoRA, sized for a 16 GB T4
-    python kto.py --model runs/sft --dataset labelled.jsonl  # an SFT adapter: it is the reference
+    python kto.py --model runs/sft --dataset labeled.jsonl   # an SFT adapter: it is the reference
 
 What to watch: the loss starts at 0.5 if both λ are 1, and `margin`, the mean reward of desirable
 answers minus that of undesirable ones, grows. `z` stays 0 as long as mismatched answers only become
@@ -77,7 +77,7 @@ def make_flags():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
-    add("--dataset", default="trl-lib/kto-mix-14k", help="labelled answers: Hub name or local file")
+    add("--dataset", default="trl-lib/kto-mix-14k", help="labeled answers: Hub name or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS, help="column names, such as prompt=query completion=reply")
     add("--chat-template", help="file with a chat template that replaces the model's own")
@@ -220,17 +220,17 @@ def answer_logps(model, examples, args, tokenizer):
     batch = collate(rows, tokenizer.pad_token_id, model.device)  # [B, T] each
     with common.autocast(model):
         policy_logps = token_logps(model, batch).sum(-1)  # [B]
-        # The reference is the same model without what this run has trained.
+        # The reference is the model that this run started from.
         with torch.no_grad(), common.reference(model):
             ref_logps = token_logps(model, batch).sum(-1)  # [B]
     return policy_logps, ref_logps
 
 
 def answer_losses(model, examples, z, args, tokenizer):
-    """The losses [B], and what is logged of each answer: {name: [B]} for the FIGURES.
+    """The losses, [B], and the FIGURES to log, {name: [B]}.
 
-    As in dpo.py, chosen stands for desirable and rejected for undesirable. Each answer has a value
-    for one of the two and a 0 for the other.
+    The names are those of dpo.py: chosen means desirable and rejected means undesirable. An answer
+    counts 0 in the figures of the other label.
     """
     policy_logps, ref_logps = answer_logps(model, examples, args, tokenizer)  # [B] each
     log_ratios = policy_logps - ref_logps  # [B]
@@ -257,15 +257,15 @@ def mismatched(examples):
 def differs(prompt, other):
     """Whether two prompts, as ids, differ in some token, and not in their length only.
 
-    Two prompts of which one is a prefix of the other may be the same string, which ends at another
-    token because of the answer that follows.
+    If one is a prefix of the other, both may come from the same string: the token at its end can
+    belong to the answer instead.
     """
     return common.shared_length(prompt, other) < min(len(prompt), len(other))
 
 
 @torch.no_grad()
 def reference_point(model, examples, args, tokenizer):
-    """z: the mean log-ratio of mismatched answers, but at least 0, and 0 if there are none."""
+    """z: the mean log-ratio of mismatched answers, at least 0; 0 if there are none."""
     pairs = mismatched(examples)
     mine = pairs[common.RANK::common.WORLD]
     sums = {}
@@ -299,7 +299,7 @@ def plan_batches(labels, args):
 
 
 def draw(members, count, generator):
-    """`count` of the members: all in random order, then all in another, until there are enough."""
+    """`count` of the members: all in a random order, then in another, until there are enough."""
     order = []
     while len(order) < count:
         order += torch.randperm(len(members), generator=generator).tolist()
@@ -307,16 +307,16 @@ def draw(members, count, generator):
 
 
 def advise_weights(n_desirable, n_undesirable, args):
-    """Says so if one label outweighs the other more than the paper (section 4.2) recommends."""
+    """Prints a line if the weight of a label is not what the paper (section 4.2) recommends."""
     ratio = n_desirable * args.desirable_weight / (n_undesirable * args.undesirable_weight)
     if not 1 <= ratio <= 3 / 2:
         better = args.desirable_weight / ratio * 5 / 4
-        print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step, and the paper recommends 1 to 1.5:"
-              f" try --desirable-weight {better:.3g}")
+        print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step. The paper recommends 1 to 1.5, so "
+              f"try --desirable-weight {better:.3g}")
 
 
 def describe(sums, labels, z, device):
-    """What is logged: means over all answers, or over the answers with one label."""
+    """The figures to log: means over all answers, or over the answers with one label."""
     totals = over_processes(sums, FIGURES, device)
     n_desirable = sum(labels)
     n_undesirable = len(labels) - n_desirable
@@ -330,7 +330,7 @@ def describe(sums, labels, z, device):
 
 @torch.no_grad()
 def evaluate(model, examples, args, tokenizer):
-    """What is logged, of held-out answers, which have a reference point z of their own."""
+    """The figures of held-out answers, which have a reference point z of their own."""
     model.eval()
     z = reference_point(model, examples, args, tokenizer)
     mine = examples[common.RANK::common.WORLD]

@@ -194,7 +194,7 @@ def online_loss(logps, other_logps, ref_logps, other_ref_logps, wins, loss, beta
     lead = wins - 0.5  # [P], above 0 where y has the higher score, below 0 where y' has it
     margin = lead.sign() * (reward - other_reward)  # [P], h = r(x, y_w) − r(x, y_l)
     if loss == "nash_md":
-        # Only the gradient has a meaning, not the value. Equal scores are no special case here.
+        # Only the gradient is meaningful, not the value. Equal scores are no special case here.
         return -(lead - reward).detach() * logps  # [P]
     if loss == "dpo":
         losses = -F.logsigmoid(margin)  # [P]
@@ -202,7 +202,7 @@ def online_loss(logps, other_logps, ref_logps, other_ref_logps, wins, loss, beta
         losses = (margin / beta - 1 / (2 * beta)) ** 2  # [P]
     elif loss == "xpo":
         losses = -F.logsigmoid(margin) + alpha * other_logps  # [P]
-    # Equal scores are no pair. (XPO's paper has no ties; here they also lose the term with α.)
+    # A tie is no pair. (The paper of XPO has no ties; here a tie has no term with α either.)
     return losses * (lead != 0)  # [P]
 
 
@@ -221,8 +221,8 @@ def batch_losses(logps, batch, args):
 def sample_mixture(model, tokenizer, prompts, m, args, seed):
     """An answer to each of P prompts, as ids; every token comes from exactly π^(1−m) π_ref^m / Z.
 
-    The first pass reads the prompts, each later pass the one token that it adds to an answer. What
-    came before is in the KV cache, one for each model that has a share.
+    The first forward pass reads the prompts, and each later pass reads one new token per answer.
+    The keys and values of earlier tokens are in a KV cache, one for π and one for π_ref.
     """
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
     causal = common.causal_lm(model)
@@ -233,8 +233,8 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
     tokens, mask = batch["input_ids"].to(causal.device), batch["attention_mask"].to(causal.device)
     cache = ref_cache = None
     answers = [[] for _ in prompts]
-    # The A answers that have not ended. They are the same list objects: what is appended to one is
-    # appended to its answer.
+    # The A answers that have not ended. They are the same list objects, so that appending to one
+    # extends its answer.
     alive = list(answers)
     for _ in range(args.max_new_tokens):
         mixed = 0.0
@@ -270,12 +270,12 @@ def next_logps(causal, tokens, mask, cache, temperature):
 
 
 def sample_in_parts(model, tokenizer, prompts, m, args, seed):
-    """sample_mixture for --sample-batch-size prompts at a time, because the cache needs memory."""
+    """Samples --sample-batch-size answers at a time, because a KV cache needs memory."""
     answers = []
     for i in range(0, len(prompts), args.sample_batch_size):
         part = prompts[i:i + args.sample_batch_size]
         with common.autocast(model):
-            # Seeds advance by even numbers, so that those of y and of y', seed + 1, never meet.
+            # y starts at an even distance and y' at an odd one, so that no two parts share a seed.
             answers += sample_mixture(model, tokenizer, part, m, args, seed + 2 * i)
     return answers
 
@@ -394,9 +394,9 @@ def in_parts(function, model, batch, argument, args):
 
 
 def describe(batch, args):
-    """What is logged: means over the answers y, which π alone sampled, and over the pairs.
+    """The figures to log: means over the answers y, which π sampled, and means over the pairs.
 
-    kl is in nats per answer. Ties are no pairs; without any pair, the means over pairs are 0.
+    kl is in nats per answer. A tie is no pair; without any pair, the means over pairs are 0.
     """
     prompts = len(batch["wins"]) // 2  # P
     first = {name: value[:prompts] for name, value in batch.items()}  # [P, ...] of y
