@@ -337,7 +337,7 @@ def pick(count, texts, scores, correct):
     numbers = [last_number(text) for text in texts[:count]]
     # Answers without a number have no vote; of equal votes, the number that came first wins.
     votes = collections.Counter(number for number in numbers if number is not None)
-    elected = votes.most_common(1)[0][0] if votes else None
+    elected = max(votes, key=votes.get) if votes else None
     return {"first": correct[0], "majority": correct[numbers.index(elected)],
             "best": correct[scores.index(max(scores))], "oracle": max(correct)}
 

@@ -72,8 +72,7 @@ def loss_of(script, model, count, length):
     """The loss of `count` rows or pairs, all of them `length` tokens long."""
     rows = [example(length, i) for i in range(2 * count)]
     if script == "sft":
-        logps, mask = sft.row_logps(model, [{"tokens": row} for row in rows[:count]], 0)
-        return sft.sft_loss(logps, mask, 100)
+        return sft.batch_loss(model, [{"tokens": row} for row in rows[:count]], 100, 0)
     batch = [{"chosen": rows[2 * i], "rejected": rows[2 * i + 1], "margin": 0.0}
              for i in range(count)]
     if script == "dpo":
@@ -82,7 +81,7 @@ def loss_of(script, model, count, length):
     for row in rows:
         del row["loss_mask"]
     args = argparse.Namespace(centering=0.01)
-    return reward_model.pair_losses(model, batch, args, 0)[0].sum()
+    return reward_model.comparison_losses(model, batch, args, 0)[0].sum()
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
