@@ -52,7 +52,7 @@ def test_the_worked_example_of_the_docstring():
 def equation(loss, a, b, ref_a, ref_b, win):
     """The loss of one pair: a is log π(y|x), b is log π(y'|x), win is P(y ≻ y')."""
     if loss == "nash_md":
-        return -(win - 0.5 - BETA * (a - ref_a)) * a
+        return -(win - 0.5 - BETA * (a - ref_a).item()) * a
     if win == 0.5:
         return 0.0 * a
     h = (a - ref_a) - (b - ref_b)  # of y over y'
@@ -127,9 +127,8 @@ def varied(prompts, completions, **columns): return [sum(map(ord, x)) % 3 for x 
 
 
 def fixed_draws(model, words, prompts, m, args, seed):
-    """In place of sample_mixture: the seed of y is even, the seed of y' odd."""
-    return [answer_to(prompt, 2 * (seed % 2)) if sum(prompt) % 2 else answer_to(prompt, seed % 2)
-            for prompt in prompts]
+    """In place of sample_mixture: the seed of y is even, the seed of y' odd; some y do not stop."""
+    return [answer_to(prompt, seed % 2 + 2 * (len(prompt) % 2)) for prompt in prompts]
 
 
 def test_preferences_compare_penalized_scores_of_the_same_prompt(monkeypatch):
@@ -140,13 +139,13 @@ def test_preferences_compare_penalized_scores_of_the_same_prompt(monkeypatch):
     y, other = [[40, eos], [40, eos], [40, 41], [40, eos]], [[41, eos], [41], [40, 42], [42, eos]]
     scores = torch.tensor([0.3, -2.0, 1.0, 1e-9, -1.2, 0.0, 1.0, 0.0])
     gaps = [1.5, -2 - (0 - PENALTY), 0, 1e-9]
-    monkeypatch.setattr(online_dpo, "score_answers", lambda *args: scores.clone())
     for kind, expected in ("sigmoid", list(map(sigmoid, gaps))), ("hard", [1, 1, 0.5, 1]):
         drawn = iter([y, other])
         monkeypatch.setattr(online_dpo, "sample_mixture", lambda *args, drawn=drawn: next(drawn))
         args = run_args(online_dpo, missing_eos_penalty=PENALTY, preference=kind)
         examples = [{"prompt": prompt, "row": {}}] * 4
-        batch, answers = online_dpo.rollout(model, None, examples, tokenizer(), args, 0)
+        batch, answers = online_dpo.rollout(
+            model, lambda *args: scores.clone(), examples, tokenizer(), args, 0)
         assert answers == y + other and batch["stopped"].tolist() == [1, 1, 0, 1, 1, 0, 0, 1]
         first, second = batch["wins"].tolist()[:4], batch["wins"].tolist()[4:]
         assert first == pytest.approx(expected, rel=1e-6), f"{kind}: P(y ≻ y')"

@@ -124,16 +124,14 @@ def test_a_traceback_is_shown_on_request(monkeypatch, capsys):
 
 # ---- streams -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("closed", ["<&- >&-", "<&- >&- 2>&-"])
-def test_closed_streams_do_not_disturb_a_run(closed, data, tmp_path):
+def test_closed_streams_do_not_disturb_a_run(data, tmp_path):
     """No file of the run gets the number of standard output."""
     words = ["dpo.py"]
     for name, value in vars(small_args("dpo", data, tmp_path / "run", max_steps=1)).items():
         if value not in (None, []):
             words += ["--" + name.replace("_", "-"), str(value)]
-    shell = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, *words]
-    done = subprocess.run(shell, cwd=ROOT, stderr=subprocess.PIPE, timeout=200)
-    assert done.returncode == 0, done.stderr
+    shell = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, *words]
+    assert subprocess.run(shell, cwd=ROOT, timeout=200).returncode == 0
     assert len(metrics_of(tmp_path / "run")) == 1
     json.loads((tmp_path / "run/summary.json").read_text())
 
@@ -194,7 +192,7 @@ def test_names_cannot_move_the_cursor(data, tmp_path, capsys, monkeypatch):
 
 # ---- a resumed run is the same run ---------------------------------------------------------------
 
-@pytest.mark.parametrize("changed", ["weights", "template", "reward"])
+@pytest.mark.parametrize("changed", ["weights", "reward"])
 def test_a_run_is_not_resumed_with_other_weights_or_rewards(
         changed, data, tmp_path, refused, monkeypatch):
     """And once they are what they were, the same command resumes it."""
@@ -204,15 +202,12 @@ def test_a_run_is_not_resumed_with_other_weights_or_rewards(
     args = small_args("grpo", data, tmp_path / "run", max_steps=2, save_every=1,
                       model=tmp_path / "chat", reward=f"{reward}:score")
     interrupt("grpo", args, monkeypatch)
-    file = {"weights": tmp_path / "chat/model.safetensors", "reward": reward,
-            "template": tmp_path / "chat/generation_config.json"}[changed]
+    file = tmp_path / "chat/model.safetensors" if changed == "weights" else reward
     before = file.read_bytes()
     if changed == "weights":
         file.write_bytes(before[:-4] + bytes(4))
-    elif changed == "reward":
-        file.write_text(REWARD.format("-len(text)"))
     else:
-        file.write_bytes(before + b"\n")
+        file.write_text(REWARD.format("-len(text)"))
     assert "other flags, data, weights or rewards" in refused(command, "grpo", args)
     file.write_bytes(before)
     plot.main(flags_of(plot).parse_args([str(tmp_path / "run")]))  # what it leaves is no obstacle
@@ -295,19 +290,17 @@ def test_full_fine_tuning_has_a_learning_rate_ten_times_lower(monkeypatch):
         assert run_args(sft, **model, lora_rank=0, learning_rate=0.5).learning_rate == 0.5
 
 
-def test_parsing_changes_no_other_run(tmp_path):
+def test_parsing_changes_no_other_run():
     """Each of several runs in one process gets the defaults that a process of its own gives."""
     before = run_args(grpo, model="tiny/chat")
     run_args(grpo, model="tiny/chat", loss="gspo", lora_rank=3)
     assert vars(run_args(grpo, model="tiny/chat")) == vars(before)
 
 
-@pytest.mark.parametrize("wish", [{}, {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}])
-def test_who_wants_no_bars_is_not_warned_of_it(wish):
-    env = {name: x for name, x in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
-    env |= wish
+def test_who_wants_no_bars_is_not_warned_of_it():
     code = ("import common, huggingface_hub as hub; "
             "print(hub.utils.are_progress_bars_disabled())")
+    env = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
                           capture_output=True, timeout=200)
-    assert (done.stdout, done.stderr) == (f"{bool(wish)}\n", "")
+    assert (done.stdout, done.stderr) == ("True\n", "")

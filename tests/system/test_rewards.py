@@ -206,7 +206,7 @@ def copy_reward(folder, summary):
 
 def test_a_process_reward_model_is_no_reward_of_a_whole_answer(tmp_path, refused):
     folder = copy_reward(tmp_path / "r", '{"method": "prm"}')
-    assert "prm.py saved it" in refused(grpo.load_reward, folder, "tiny/chat")
+    assert "prm.py saved it" in refused(grpo.check_reward, folder, "tiny/chat")
     for name, summary in enumerate((None, "[]", "{}", '{"method": "reward_model"}')):
         common.reward_config(copy_reward(tmp_path / str(name), summary), "tiny/chat")
 

@@ -188,18 +188,16 @@ def test_tool_calls_are_trained(name, question):
 def test_thoughts_are_trained_where_they_stand_at_inference():
     """Qwen3 drops earlier thoughts: each answer is trained with its own, and after none."""
     tokenizer = tokenizer_of("qwen3")
-    thought = "<think>\nhm {}\n</think>\n\nIt is {}."
+    said = [f"<think>\nhm {number}\n</think>\n\nIt is {number}." for number in "12"]
     chat = []
-    for number in "12":
-        chat.append({"role": "user", "content": f"Question {number}?"})
-        chat.append({"role": "assistant", "content": thought.format(number, number)})
-    first, second = encoded(tokenizer, [], chat)
-    assert tokenizer.decode(first[-1][0]) == thought.format(1, 1) + "<|im_end|>"
-    assert tokenizer.decode(second[-1][0]) == thought.format(2, 2) + "<|im_end|>"
-    before = tokenizer.decode(second[0][0])
+    for text in said:
+        chat += [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]
+    examples = encoded(tokenizer, [], chat)
+    assert [tokenizer.decode(x[-1][0]) for x in examples] == [x + "<|im_end|>" for x in said]
+    before = tokenizer.decode(examples[1][0][0])
     assert "hm" not in before and "It is 1." in before
     # one turn after a given prompt is one example
-    assert encoded(tokenizer, chat[:3], chat[3:]) == [second]
+    assert encoded(tokenizer, chat[:3], chat[3:]) == examples[1:]
 
 
 ATTACKS = {
@@ -229,17 +227,6 @@ def test_no_data_becomes_a_special_token(attack, place):
         return
     assert specials(tokenizer, sum((ids for ids, _ in example), [])) == harmless
     assert example[-1][0][-1] == tokenizer.eos_token_id
-
-
-def test_a_template_that_cuts_at_a_special_token_keeps_its_structure():
-    """Qwen3 splits answers at </think>; also where that is special, headers stay special tokens."""
-    tokenizer = copy.deepcopy(tokenizer_of("qwen3"))
-    tokenizer.add_special_tokens({"additional_special_tokens": [*IM, "<think>", "</think>"]})
-    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
-    chat = [{"role": "user", "content": "What?"}, thought, {"role": "user", "content": "Sure?"}]
-    start, end = map(tokenizer.convert_tokens_to_ids, IM)
-    ids = common.encode_prompt(tokenizer, chat)
-    assert [i for i in ids if i in (start, end)] == [start, end] * 3 + [start]
 
 
 def test_an_end_that_an_answer_spells_is_not_its_end(tmp_path):
@@ -278,20 +265,6 @@ def test_ids_do_not_change_with_the_calendar(tmp_path, monkeypatch):
     date = re.compile(r"\d\d \w+ 20\d\d")
     assert {date.sub("", text) for text in ours} == {
         re.sub(r"\d\d May 2031", "", text) for text in theirs}, "more than the date changed"
-
-
-def test_phi3_tokens_that_swallow_blanks():
-    """As published, its tokens swallow what is blank behind them; the mask is right there too."""
-    tokenizer = copy.deepcopy(tokenizer_of("phi3"))
-    swallow = [AddedToken(f"<|turn_{x}|>", rstrip=True, special=True) for x in ("user", "end")]
-    tokenizer.add_special_tokens({"additional_special_tokens": swallow})
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ ('<|turn_user|>\n' if m.role == 'user' else '')"
-        " + m.content + '<|turn_end|>\n' }}{% endfor %}")
-    chat = [{"role": "user", "content": "  Q"}, {"role": "assistant", "content": "  A "}] * 2
-    example, = encoded(tokenizer, [], chat)
-    said = [tokenizer.decode(ids) for ids, is_answer in example if is_answer]
-    assert said == ["A <|turn_end|>"] * 2
 
 
 def test_a_template_that_asks_for_a_thought_and_drops_it_is_usable_without_thoughts():
