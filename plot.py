@@ -9,8 +9,8 @@ has the settings, those that differ between the runs first, the held-out figures
 training, and answers of the policy with their scores. docs/metrics.md says what each metric means
 and what a healthy curve looks like.
 
-To see what one setting does, run a script twice and plot both runs. Here the pairwise loss does not
-care about a constant that is added to all rewards; only --centering keeps their mean at 0:
+To see what a setting does, run a script twice and plot both runs. For example, the loss of a reward
+model does not change if a constant is added to all rewards; only --centering keeps them near 0:
 
     python reward_model.py --output-dir runs/centered
     python reward_model.py --centering 0 --output-dir runs/drifting
