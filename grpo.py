@@ -316,7 +316,7 @@ def check_reward(name, policy):
 
 
 def load_reward(name, model):
-    """What --reward names: a function of (model, batch, examples, texts, args) to scores [B]."""
+    """The reward as a function (model, batch, examples, texts, args), which returns scores [B]."""
     if name == "correct_answer":
         return functools.partial(scores_of_function, name, correct_answer)
     if name.rpartition(":")[0].endswith(".py"):
@@ -343,7 +343,7 @@ def call_reward(name, function, examples, texts):
 
 
 def scores_of_function(name, function, model, batch, examples, texts, args):
-    """Scores [B] by a function of the rows and texts. NaN: it does not apply to the answer."""
+    """Scores [B] by a function of rows and texts; NaN where it returns None: it does not apply."""
     scores = call_reward(name, function, examples, texts)
     scores = [math.nan if score is None else score for score in scores]
     return torch.tensor(scores, device=model.device)
@@ -566,7 +566,7 @@ def learning_rate(step, steps, peak):
 
 
 def update(optimizer, scaler, lr):
-    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
     weights = optimizer.param_groups[0]["params"]
     # A process without a share of the batch has no gradients, but takes part in the sum.
     for weight in weights:
@@ -590,7 +590,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. A single process changes nothing."""
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -643,7 +643,7 @@ def open_run(args, examples):
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
+                             "rewards, or other files: name another folder")
 
 
 def write(file, text):
@@ -687,10 +687,11 @@ def save(args, state, weights, optimizer, scaler):
 
 def log_step(args, state, metrics, tokens, progress, shown):
     """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
-    memory = common.peak_memory()
-    metrics |= {"tokens_per_second": round(tokens / metrics["seconds"], 1)} | memory
-    shown = [*shown, "tokens_per_second", *memory]
-    progress.set_postfix({name: metrics[name] for name in shown}, refresh=False)
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:

@@ -288,10 +288,10 @@ def test_evaluations_a_loss_scale_and_an_interruption_change_nothing(
         "cpu", init_scale=2.0**8, growth_interval=1)}
     log_step = script.log_step
 
-    def killed(args, state, metrics):
+    def killed(args, state, metrics, *rest):
         if metrics["step"] == 3:
             raise KeyboardInterrupt
-        log_step(args, state, metrics)
+        log_step(args, state, metrics, *rest)
 
     with pytest.raises(KeyboardInterrupt):
         train(script, tmp_path, replace=replace | {"log_step": killed}, **flags)
