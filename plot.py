@@ -139,7 +139,7 @@ def draw_panels(names, logged):
     return figure
 
 
-def draw(runs, output):
+def draw_picture(runs, output):
     """The picture as bytes: a panel for every metric that any of the runs logged, and a legend."""
     logged = {run: read_metrics(run) for run in runs}
     figure = draw_panels(metrics_of(logged), logged)
@@ -213,7 +213,7 @@ def main(args):
             common.fail(f"{output} exists already: name a new picture with --output")
 
     # 2. Make both before one is written, or the same command would find the first in its way.
-    contents = {picture: draw(args.runs, picture), report: make_report(args.runs, report)}
+    contents = {picture: draw_picture(args.runs, picture), report: make_report(args.runs, report)}
 
     # 3. Write them.
     for output, content in contents.items():

@@ -621,8 +621,8 @@ CHAT = [
      "            token = torch.multinomial(first_logps.exp(), 1, generator=generator)\n"
      "        ids.append(token.item())\n        yield log_ratio"),
     ("both models share a cache", "chat: plain_forward",
-     "next_logps(first, unread, mask, first_cache, temperature)",
-     "next_logps(first, unread, mask, cache, temperature)"),
+     "read_logps(first, unread, mask, first_cache, temperature)",
+     "read_logps(first, unread, mask, cache, temperature)"),
     ("all checkpoints stop where the first one does", "chat: own_stop_tokens",
      'checkpoint["tokenizer"], model.generation_config)',
      'checkpoint["tokenizer"], checkpoints[0]["model"].generation_config)'),

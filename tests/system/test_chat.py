@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import chat
 import common
 
-WORDS = ["a b  c", " two  spaces \n\tand a tab", "naïve café", "它不是 12", "\U0001d54f ≤ ½",
+WORDS = [" two  spaces \n\tand a tab", "naïve café", "它不是 12", "\U0001d54f ≤ ½",
          "\U0001f468\u200d\U0001f469\u200d\U0001f467 and \U0001f44d\U0001f3fd",  # joined emoji
          "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"]  # Persian, with a joiner
 
@@ -130,14 +130,6 @@ def test_each_checkpoint_has_its_own_stop_tokens(talk, tokenizer, tmp_path):
         assert re.search(f"^{other} +40 - 27$", out, re.M), "a second stop token is not shown"
 
 
-def test_equal_checkpoints_say_the_same_and_every_turn_is_drawn_anew(talk):
-    lines = ["What is 40 - 27?", "/reset"] * 4
-    out = talk(lines, "tiny/chat", "tiny/chat", "--temperature", 2)
-    said = re.findall(r"^tiny/chat  (.*)", out, re.M)
-    assert len(said) == 8 and said[::2] == said[1::2] and len(set(said)) > 2
-    assert talk(lines, "tiny/chat", "tiny/chat", "--temperature", 2, "--seed", 9) != out
-
-
 # ---- what is read --------------------------------------------------------------------------------
 
 def test_each_reads_the_template_of_its_own_history(talk, scripted, tokenizer, adapter):
@@ -166,7 +158,7 @@ def test_commands_and_special_tokens_in_a_line(talk, scripted, tokenizer):
     assert calls[0]["prompt"].count(tokenizer.eos_token_id) == 1  # that of the question
 
 
-def test_without_a_template_the_text_is_continued(talk, scripted, monkeypatch, shared):
+def test_without_a_template_the_text_is_continued(talk, scripted, monkeypatch):
     bare = common.load_tokenizer("tiny/chat")
     bare.chat_template = None
     monkeypatch.setattr(common, "load_tokenizer", lambda name, *options: bare)
@@ -174,17 +166,13 @@ def test_without_a_template_the_text_is_continued(talk, scripted, monkeypatch, s
     talk(["a", "c", "/system s", "e"], "tiny/chat")
     texts = ["a", "a b\nc", "s\ne"]
     assert [call["prompt"] for call in calls] == [bare(text)["input_ids"] for text in texts]
-    # SentencePiece decodes "▁time" alone to "time".
-    llama = AutoTokenizer.from_pretrained(shared / "models/stories260K")
-    ids, start = llama("Once upon a time")["input_ids"], len(llama("Once upon")["input_ids"])
-    assert chat.text_from(llama, ids, start) == " a time"
 
 
 def test_a_prompt_that_the_template_refuses_is_not_asked(talk, scripted, tokenizer, monkeypatch):
-    strict = common.load_tokenizer("tiny/chat")
-    strict.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system "
-                            "role') }}{% endif %}" + strict.chat_template)
-    monkeypatch.setattr(common, "load_tokenizer", lambda name, *options: strict)
+    monkeypatch.setattr(tokenizer, "chat_template", (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + tokenizer.chat_template))
+    monkeypatch.setattr(common, "load_tokenizer", lambda name, *options: tokenizer)
     calls = scripted("A", "B")
     out = talk(["/system s", "one", "/system", "two"], "tiny/chat")
     assert re.findall(r"\[.*\]", out) == ["[not asked: no system role]"]
@@ -193,9 +181,8 @@ def test_a_prompt_that_the_template_refuses_is_not_asked(talk, scripted, tokeniz
 
 def test_a_full_context_ends_an_answer_until_reset(talk, tokenizer):
     """At so high a temperature an answer hardly ever ends by itself."""
-    over, almost = "7" * (512 - len(prompt_of(tokenizer, ""))), "7" * (
-        508 - len(prompt_of(tokenizer, "")))
-    assert len(prompt_of(tokenizer, over)) == 512
+    used = len(prompt_of(tokenizer, ""))
+    over, almost = "7" * (512 - used), "7" * (508 - used)
     out = talk([over, "/reset", almost, "and now?", "/reset", "1 + 1?"], "tiny/chat",
                "--temperature", 1e6, "--max-new-tokens", 6)
     full = "the context of 512 tokens is full: /reset begins a new conversation"
@@ -258,15 +245,17 @@ def test_ctrl_c_in_a_terminal():
     os.close(screen)
 
 
-def test_a_pipe():
-    """Every prompt is printed once; no colors; bytes that are not text do no harm."""
-    lines = b"What is 2 + 3?\nHow \xff\n/system Count.\nWhat is 2 + 3?"
-    done = subprocess.run([sys.executable, "chat.py", "tiny/chat"], cwd=ROOT, input=lines,
-                          capture_output=True, timeout=200)
+def test_a_pipe_and_the_seeds_of_turns():
+    """Prompts are printed, without colors; equal checkpoints say the same, each turn differs."""
+    lines = b"What is 2 + 3?\n/reset\n" * 3 + b"How \xff\n/system Count.\nWhat is 2 + 3?"
+    command = [sys.executable, "chat.py", "tiny/chat", "tiny/chat", "--temperature", "2"]
+    done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, timeout=200)
     out = done.stdout.decode()
     assert done.returncode == 0 and "Traceback" not in done.stderr.decode() and "\033" not in out
-    assert out.count("> What is 2 + 3?\n") == 2 and out.count("> How �\n") == 1
-    assert out.count("\ntiny/chat  ") == 3
+    assert out.count("> What is 2 + 3?\n") == 4 and out.count("> How �\n") == 1
+    said = re.findall(r"^tiny/chat  (.*)", out, re.M)
+    assert len(said) == 10 and said[::2] == said[1::2], "the seeds of two checkpoints differ"
+    assert len(set(said[:6])) > 1, "the seeds of turns are the same"
 
 
 # ---- what is seen --------------------------------------------------------------------------------
@@ -308,21 +297,15 @@ def test_any_tokens_are_streamed_as_they_decode(tokenizer):
         assert "".join(text for text, _ in spelled(tokenizer, [7], tokens)) == whole
 
 
-@pytest.mark.parametrize("ratio, strength", [(0.0, 0), (0.09, 0), (0.1, 1), (0.49, 1), (0.5, 2),
-                                             (1.9, 2), (2.0, 3), (30.0, 3)])
-def test_colors_show_sign_and_size(ratio, strength):
-    for sign, shades in (1, chat.BLUE), (-1, chat.ORANGE):
-        shade = f"\033[30;48;5;{shades[strength - 1]}mx\033[0m"
-        assert chat.paint("x", sign * ratio, True) == (shade if strength else "x")
-        number = f"x[{sign * ratio:+.1f}]"
-        assert chat.paint("x", sign * ratio, False) == (number if strength else "x")
-
-
-def test_text_cannot_move_the_cursor_or_leave_its_color():
+def test_colors_show_sign_and_size_and_text_cannot_leave_them():
+    for ratio, shade in ((0.0, ""), (0.09, ""), (0.1, 153), (0.5, 111), (2.0, 69), (-0.1, 223),
+                         (-1.9, 215), (-30.0, 208)):
+        painted = f"\033[30;48;5;{shade}mx\033[0m" if shade else "x"
+        assert chat.paint("x", ratio, True) == painted, f"color of a log-ratio of {ratio}"
+        assert chat.paint("x", ratio, False) == (f"x[{ratio:+.1f}]" if shade else "x")
     assert chat.paint("\n", 1.0, True) == "\033[30;48;5;111m↵\033[0m\n\033[30;48;5;111m\033[0m"
     assert chat.printable("a\x1b[2J\rb\u202e\n\tc") == "a\\x1b[2J\\rb\\u202e\n\tc"
-    for text in WORDS + ["1\u00a0000", "\u3000"]:
-        assert chat.printable(text) == text
+    assert all(chat.printable(text) == text for text in [*WORDS, "1\u00a0000", "\u3000"])
 
 
 def test_log_ratios_on_the_screen_are_exact(talk, adapter, models, monkeypatch):
