@@ -237,14 +237,14 @@ def batch_losses(logps, batch, args):
 def sample_mixture(model, tokenizer, prompts, m, args, seed):
     """An answer to each of P prompts, as ids; every token comes from exactly π^(1−m) π_ref^m / Z.
 
-    The first forward pass reads the prompts, and each later pass reads one new token per answer.
     The keys and values of earlier tokens are in a KV cache, one for π and one for π_ref.
     """
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
     causal = common.causal_lm(model)
     generator = torch.Generator(causal.device).manual_seed(seed)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
-    # With padding on the left, all prompts end in the same column.
+    # With padding on the left, all prompts end in the same column. The first pass reads all tokens,
+    # [P, T]; each later pass reads one token per answer, [A, 1].
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     tokens, mask = batch["input_ids"].to(causal.device), batch["attention_mask"].to(causal.device)
     cache = ref_cache = None
