@@ -49,8 +49,8 @@ What to watch: `reward` and `margin` rise while `kl` rises slowly. `ties` is the
 from which dpo, ipo and xpo learn nothing: if it is high, the prompts are too easy or too hard.
 
 Change one thing: with `--temperature 0.3` the tiny model gives the same correct answer twice to
-nearly every prompt. `ties` is 0.98 from the first step on and almost nothing is learned, because a
-preference needs two answers that differ.
+nearly every prompt. `ties` is 0.98 from the first step on (0.6 at temperature 1) and almost nothing
+is learned, because a preference needs two answers that differ.
 
 The default learning rate, 2e-5, is that of dpo.py. TRL suggests 5e-6 for DPO and 1e-5 for GRPO with
 LoRA and has no figure for online DPO. If kl jumps up on your data, try these first.

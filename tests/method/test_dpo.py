@@ -231,9 +231,8 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
     for when, model in ("before", hand.reference), ("after", hand.model):
         _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
         close(run.summary[when], figures, when)
-    sampled = [call.args[2:] for call in run.calls["sample_answers"]]
-    prompts = [by_hand.prompt_ids(row["prompt"]) for row in HELD_OUT[:3]]
-    assert sampled == [(prompts, 64, 5)] * 2, "samples: held-out prompts, one seed"
+    sampled, asked = run.calls["sample_answers"], [tokens_of(row)[0] for row in HELD_OUT[:3]]
+    assert [call.args[2:] for call in sampled] == [(asked, 64, 5)] * 2, "samples: prompts, one seed"
 
 
 def test_max_steps_shortens_the_schedule_and_the_first_loss_is_log_2(tmp_path, capsys):
