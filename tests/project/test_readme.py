@@ -9,14 +9,13 @@ from conftest import ROOT
 from test_form import METHODS, ROOM
 
 README = (ROOT / "README.md").read_text()
-CHANGED = {"own.jsonl", "prompts.jsonl", "cat.py:mentions_a_cat"}  # files that a reader has made
 
 
 def commands(text):
-    """The words of every command in an indented block: [[script, flag, …], …]."""
-    blocks = re.findall(r"^    (?:[A-Z_]+=\S+ )*python (\w+\.py.*)$",
-                        text.replace("\\\n", " "), re.M)
-    return [shlex.split(line.replace("{", "").replace("'", ""), comments=True) for line in blocks]
+    """The words of every command, in an indented block or between backticks."""
+    blocks = re.findall(r"^ +(?:[A-Z_]+=\S+ )*python (\w+\.py.*)$", text.replace("\\\n", " "), re.M)
+    inline = re.findall(r"`(?:[A-Z_]+=\S+ )*python\s(\w+\.py[^`]*)`", text)
+    return [shlex.split(line, comments=True) for line in blocks + inline if "..." not in line]
 
 
 def test_readme_keeps_to_its_room():
