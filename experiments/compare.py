@@ -405,7 +405,7 @@ def draw_accuracy(results, file):
     axis.grid(False)
     axis.tick_params(left=False)
     axis.spines[["left", "bottom"]].set_visible(False)
-    axis.set_title("Correct answers to 300 new questions, before and after training", loc="left")
+    axis.set_title("Correct answers, before and after training", loc="left", pad=12)
     save_figure(figure, file)
 
 
