@@ -117,8 +117,8 @@ def die(*args, **kwargs):
 
 def interrupted(log_step):
     """log_step, after which step 2 ends the run: what was saved is step 1."""
-    def log_and_stop(args, state, metrics):
-        log_step(args, state, metrics)
+    def log_and_stop(args, state, metrics, *rest):
+        log_step(args, state, metrics, *rest)
         if metrics["step"] == 2:
             raise InterruptedError
     return log_and_stop
