@@ -664,15 +664,18 @@ def copy_weights(saved: dict, weights: dict):
         weights[name].data.copy_(value)
 
 
-def peak_memory() -> dict:
-    """The most memory that this process has held, in GiB: of the GPU, or else of the machine."""
+def peak_memory() -> float | None:
+    """The most memory that the process has held, in GiB: GPU memory, or main memory without a GPU.
+
+    None on Windows without a GPU.
+    """
     if torch.cuda.is_available():
-        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+        return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "win32":
-        return {}
+        return None
     import resource  # Windows has no such module
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_memory_gib": peak / (2**30 if sys.platform == "darwin" else 2**20)}
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ---- tokens --------------------------------------------------------------------------------------

@@ -470,10 +470,12 @@ def train(args):
     after = evaluate(model, held_out, args, tokenizer)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
     for prompt, old, new in zip(prompts, state["answers"], answers, strict=True):
-        texts = [common.shown_text(tokenizer, ids) for ids in (prompt, old, new)]
-        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
+        state["samples"].append({"prompt": common.shown_text(tokenizer, prompt),
+                                 "before": common.shown_text(tokenizer, old),
+                                 "after": common.shown_text(tokenizer, new)})
     finish(args, state, model, tokenizer, after)
     show_samples(state["samples"])
+    show_next(args)
 
 
 # ---- the optimizer step --------------------------------------------------------------------------
@@ -486,7 +488,7 @@ def learning_rate(step, steps, peak):
 
 
 def update(optimizer, scaler, lr):
-    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
     weights = optimizer.param_groups[0]["params"]
     # A process without a share of the batch has no gradients, but takes part in the sum.
     for weight in weights:
@@ -510,7 +512,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. A single process changes nothing."""
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -563,7 +565,7 @@ def open_run(args, examples):
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
+                             "rewards, or other files: name another folder")
 
 
 def write(file, text):
@@ -607,10 +609,11 @@ def save(args, state, weights, optimizer, scaler):
 
 def log_step(args, state, metrics, tokens, progress, shown):
     """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
-    memory = common.peak_memory()
-    metrics |= {"tokens_per_second": round(tokens / metrics["seconds"], 1)} | memory
-    shown = [*shown, "tokens_per_second", *memory]
-    progress.set_postfix({name: metrics[name] for name in shown}, refresh=False)
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:
@@ -622,10 +625,9 @@ def log_step(args, state, metrics, tokens, progress, shown):
 
 def finish(args, state, model, tokenizer, after):
     """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
-    method = Path(__file__).stem
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
-        summary = {"method": method} | vars(args) | common.settings(model)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
         common.write_card(args.output_dir, summary)
@@ -636,8 +638,13 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    is_reward = method in ("reward_model", "prm")
-    use = "pairs.py --output pairs.jsonl --reward" if is_reward else "chat.py"
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
     print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
                          f"\ntry it:  python {use} {args.output_dir}"))
 

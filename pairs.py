@@ -298,7 +298,7 @@ def call_reward(name, function, examples, texts):
 
 
 def load_scorer(name, args):
-    """What --reward names, as a function of columns: the user's own, or one that asks a model."""
+    """The reward as a function of columns: the user's own, or one that asks a trained model."""
     if name == "correct_answer":
         return correct_answer
     if name.rpartition(":")[0].endswith(".py"):

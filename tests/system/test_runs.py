@@ -1,7 +1,7 @@
-"""What a run leaves behind: checkpoints and resuming, folders, results, several processes.
+"""What a run leaves behind: checkpoints, folders, results; and torchrun.
 
 The housekeeping is the same in all scripts (tests/project/test_form.py), so most of it is proven
-with one or two of them. All of them are run where their `train` could make a difference.
+with one or two of them. tests/system/test_loop.py interrupts all, and runs all in two processes.
 """
 import errno
 import hashlib
@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import filelock
-import peft
 import pytest
 import runs_helper
 import torch
@@ -32,10 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 all_scripts = pytest.mark.parametrize("name", SCRIPTS)
 offline_and_online = pytest.mark.parametrize("name", ["dpo", "ppo"])
 STEPS = dict(max_steps=5, save_every=2)  # checkpoints after steps 2, 4 and 5
-EXTRA = {"sft": dict(neftune_alpha=5, epochs=2), "ppo": dict(batch_size=4, minibatches=2),
-         "grpo": dict(batch_size=2), "dpo": dict(epochs=2), "reward_model": dict(epochs=2),
-         "prm": dict(epochs=2), "kto": dict(desirable_weight=1.2),
-         "online_dpo": dict(batch_size=3, loss="nash_md")}
+EXTRA = {"ppo": dict(batch_size=4, minibatches=2), "grpo": dict(batch_size=2),
+         "sft": dict(epochs=2), "dpo": dict(epochs=2), "reward_model": dict(epochs=2),
+         "prm": dict(epochs=2), "kto": {}, "online_dpo": dict(batch_size=3)}
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_second", "peak_memory_gib"}
 
 
@@ -133,14 +131,13 @@ def dying(owner, name, nth, file, error):
     return mock.patch.object(owner, name, call)
 
 
-@all_scripts
+@offline_and_online
 def test_the_same_command_resumes_wherever_it_ended(name, data, whole, tmp_path, capsys):
     """Killed, interrupted or out of disk at every kind of moment: the same bits in the end."""
     module, folder = SCRIPTS[name], tmp_path / "run"
     args = small_args(name, data, folder, **STEPS, **EXTRA[name])
     saved, log_step = 0, module.log_step
-    for owner, function, nth, file, error, says, saved_then in (
-            MOMENTS if name in ("dpo", "ppo") else MOMENTS[6:7]):
+    for owner, function, nth, file, error, says, saved_then in MOMENTS:
         moment, steps = f"{function} {nth} {file}", []
 
         def log(args, state, metrics, *rest, steps=steps):
@@ -169,23 +166,28 @@ def test_the_same_command_resumes_wherever_it_ended(name, data, whole, tmp_path,
 
 
 @offline_and_online
-def test_a_checkpoint_that_cannot_be_read_is_named_and_kept(name, data, started, refused):
-    """Truncated, not of torch, or of a model that has one weight more or another shape of it."""
+def test_a_checkpoint_that_is_not_whole_is_named_and_kept(name, data, started, refused):
+    """Truncated, without one of its parts, of another model, or with infinite weights."""
     file = started(name) / "resume.pt"
-    broken = {"half": file.read_bytes()[:2000], "empty": b"", "text": b"not torch"}
     state = torch.load(file, weights_only=True)
-    weight_name = next(iter(state["weights"]))
-    weight = state["weights"].pop(weight_name)
-    for kind in "missing", "shape":
-        torch.save(state, file)
-        broken[kind] = file.read_bytes()
-        state["weights"][weight_name] = weight[:1]
-    for kind, content in broken.items():
-        file.write_bytes(content)
-        args = small_args(name, data, file.parent, max_steps=2, save_every=1)
-        line = refused(command, name, args)
-        assert f"reading {file}" in line and file.read_bytes() == content
-        assert kind not in ("missing", "shape") or f"another model: {weight_name}" in line
+    first, weight = next(iter(state["weights"].items()))
+    others = {key: x for key, x in state["weights"].items() if key != first}
+    broken = [("", None), (f"another model: {first}", {"weights": others}),
+              (f"another model: {first}", {"weights": others | {first: weight[:1]}}),
+              (f"{first} holds numbers that are not", {"weights": others | {first: weight / 0}})]
+    broken += [("a part of it", "step"), ("a part of it", "samples"), ("'optimizer'", "optimizer")]
+    for words, change in broken:
+        if change is None:
+            file.write_bytes(file.read_bytes()[:2000])
+        elif isinstance(change, dict):
+            torch.save(state | change, file)
+        else:
+            torch.save({key: x for key, x in state.items() if key != change}, file)
+        before = file.read_bytes()
+        line = refused(command, name, small_args(
+            name, data, file.parent, max_steps=2, save_every=1))
+        assert f"reading {file}" in line and words in line, words
+        assert file.read_bytes() == before
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -247,18 +249,11 @@ def test_files_of_the_user_stay_as_they_are(file, data, tmp_path):
     assert (tmp_path / file).read_text() == "keep"
 
 
-@pytest.mark.parametrize("place", ["notes.txt", "notes.txt/run"])
-def test_a_file_where_the_folder_should_be_is_refused(place, data, tmp_path, refused):
-    (tmp_path / "notes.txt").write_text("keep")
-    assert place in refused(command, "dpo", small_args("dpo", data, tmp_path / place))
-    assert (tmp_path / "notes.txt").read_text() == "keep"
-
-
 # ---- results -------------------------------------------------------------------------------------
 
 @all_scripts
 def test_a_run_leaves_one_adapter_its_settings_and_its_figures(name, data, whole):
-    """Nothing else: no base, critic or reward model, no checkpoint, no half-written file."""
+    """Nothing else: no checkpoint, no half-written file."""
     folder = whole(name)
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "args.json",
@@ -280,29 +275,15 @@ def test_a_run_leaves_one_adapter_its_settings_and_its_figures(name, data, whole
     tokens = [step["tokens_per_second"] * step["seconds"] for step in steps]
     assert 10 < min(tokens) and max(tokens) < 1000 and 0.1 < steps[0]["peak_memory_gib"] < 64
 
-    kind, options = peft.AutoPeftModelForCausalLM, {}
-    if name in ("reward_model", "prm"):
-        kind, options = peft.AutoPeftModelForSequenceClassification, {"num_labels": 1}
-    model = kind.from_pretrained(folder, is_trainable=True, **options)
-    weights = load_file(folder / "adapter_model.safetensors")
-    # two matrices for each of the seven linear layers of the one block, and perhaps a head
-    assert len(weights) == 2 * 7 + (name in ("reward_model", "prm"))
-    for key, weight in weights.items():
-        assert ".lora_A." in key or ".lora_B." in key or key.endswith(".score.weight")
-        assert weight.dtype == torch.float32 and (summary["lora_rank"] in weight.shape
-                                                  or "score" in key)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == sum(x.numel() for x in weights.values())
-    assert any(x.abs().max() > 0 for key, x in weights.items() if ".lora_B." in key)
-
 
 def test_a_newcomer_sees_legible_samples_a_table_and_what_to_do_next(data, tmp_path, capsys):
     command("dpo", small_args("dpo", data, tmp_path / "run", max_steps=1))
     said = capsys.readouterr().out.partition("samples: held-out prompts")
     assert re.search(r"held out +before +after\nloss ", said[0])
-    assert f"python chat.py {tmp_path}/run" in said[0]
+    assert said[2].endswith(f"\ntry it:  python chat.py {tmp_path}/run\n")
     samples = re.findall(r"  prompt: (.+)\n  before: (.+)\n   after: (.+)\n", said[2])
-    assert len(samples) == 3 and "<|im_start|>user What is" in samples[0][0]
+    assert len(samples) == 3
+    assert samples[0][0] == "<|im_start|>user Add 12 and 9.<|im_end|> <|im_start|>assistant"
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [list(sample) for sample in summary["samples"]] == [["prompt", "before", "after"]] * 3
 
@@ -365,41 +346,21 @@ def test_a_tracker_gets_the_start_every_step_and_the_end(data, tmp_path, monkeyp
                      (1, steps[0]), (2, steps[1]), ("finish", None)]
 
 
-# ---- several processes ---------------------------------------------------------------------------
+# ---- torchrun ------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def two(data):
-    """All scripts in two processes, and then a run in which the second process fails."""
+def test_two_processes_equal_one_and_only_the_first_writes(data, tmp_path):
+    """Interrupted and resumed. Then one fails in a step, and ends the other, which would wait."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node", "2", runs_helper.__file__, str(data)]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     child = subprocess.run(launcher, env=env, stderr=subprocess.PIPE, text=True, timeout=150)
-    return SimpleNamespace(code=child.returncode, stderr=child.stderr, ended=time.time())
-
-
-@all_scripts
-def test_two_processes_equal_one(name, data, two, tmp_path, monkeypatch):
-    """Also interrupted and resumed, and with batches that leave a process without a row.
-
-    One of them writes, or the other would fail.
-    """
-    assert "as planned" in two.stderr, two.stderr
-    monkeypatch.setattr(SCRIPTS[name], "sample", runs_helper.answers_by_prompt, raising=False)
-    monkeypatch.setattr(SCRIPTS[name], "sample_mixture", runs_helper.draws_by_prompt, raising=False)
-    command(name, small_args(name, data, tmp_path / "one", max_steps=3))
-    one, other = results(tmp_path / "one"), results(data / "two" / name)
-    assert len(one["steps"]) == 3 and one["settings"] == other["settings"]
-    for a, b in zip([one["before"], one["after"], *one["steps"]],
-                    [other["before"], other["after"], *other["steps"]], strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
-    weights, others = [load_file(x / "adapter_model.safetensors")
-                       for x in (tmp_path / "one", data / "two" / name)]
-    for key, weight in weights.items():  # Adam magnifies the rounding of small gradients
-        assert (weight - others[key]).norm() <= 1e-3 * weight.norm(), key
-
-
-def test_a_process_that_fails_ends_the_other(data, two):
-    """In the middle of a step: nobody waits for gradients that never come."""
-    assert two.code != 0
-    assert two.ended - (data / "died").stat().st_mtime < 15
+    ended = time.time()
+    assert "as planned" in child.stderr and child.returncode != 0, child.stderr
+    assert ended - (data / "died").stat().st_mtime < 15
     assert not (data / "failing/summary.json").exists()
+    command("dpo", small_args("dpo", data, tmp_path / "one", max_steps=3))
+    one, two = results(tmp_path / "one"), results(data / "two")
+    assert len(one["steps"]) == 3 and one["settings"] == two["settings"]
+    for a, b in zip([one["before"], one["after"], *one["steps"]],
+                    [two["before"], two["after"], *two["steps"]], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
