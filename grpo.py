@@ -78,6 +78,10 @@ that the prompts are too easy or too hard. If entropy collapses within a few ste
 learning rate. If the reward rises while the samples get worse, the policy exploits a gap in the
 reward. This is called reward hacking or over-optimization, and only reading the samples shows it.
 
+Try `--max-steps 2 --batch-size 2 --updates 2` on the tiny model: π is not π_old in the second
+update, so the first step logs a clip_fraction of 0.03 instead of 0, and a loss of −0.007, which is
+no longer β k3 alone.
+
 Shapes: P prompts × G completions = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
 token in some row; N completion tokens in all, C of them at a time; F rewards; D the width of the
 model, V the size of its vocabulary, alive the completions that have not ended.
