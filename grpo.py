@@ -66,10 +66,11 @@ others in the group (rloo), or nothing (none). RLOO (Ahmadian et al. 2024, 2402.
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K, in 4 bits on a GPU
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-The defaults are small on purpose, for a GPU of 16 GB (an estimate, see docs/memory.md): 250 rollouts
-of 8 prompts with 8 completions each read 2,000 prompts. DeepSeekMath sampled 64 completions per prompt, with 1,024
-completions in a batch. The learning rate, 2e-5, is twice the 1e-5 that TRL's documentation
-recommends for GRPO with LoRA; neither was compared here on a model of that size.
+The defaults are small on purpose, for a GPU of 16 GB (by the estimates of docs/memory.md): 250
+rollouts of 8 prompts with 8 completions each read 2,000 prompts. DeepSeekMath sampled 64
+completions per prompt, with 1,024 completions in a batch. The learning rate, 2e-5, is twice the
+1e-5 that TRL's documentation recommends for GRPO with LoRA; neither was compared here on a model of
+that size.
 
 What to watch: the reward rises, group_std falls, and kl and length grow slowly. With --updates 1,
 all ratios are 1. Then no clip binds, gspo equals grpo, and their loss says nothing, because the
