@@ -1,36 +1,67 @@
 """DPO: Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-The data are pairs: a prompt x, a better answer y_w, a worse one y_l. RLHF, reinforcement learning
-from human feedback, fits a reward model r to them, then looks for the policy π, a language model,
-that earns most with its answers y and stays near π_ref, the model that it was at the start:
+The data are pairs: a prompt x, a better answer y_w and a worse answer y_l. DPO trains the policy π,
+a language model, to prefer the better answers while it stays close to π_ref, the model that it
+started from. It needs no reward model and no sampling.
+
+RLHF, reinforcement learning from human feedback, fits a reward model r to the pairs. Then it looks
+for the policy whose answers earn the most reward without leaving π_ref:
 
     max_π  E r(x, y) − β KL(π ‖ π_ref)                                                      (eq. 3)
 
-DPO needs no reward model and no sampling. The best policy has a closed form, and solved for r it
-says for which reward a given policy is the best:
+The best policy has a closed form. Solved for r, it says for which reward a given policy is best:
 
     π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                    (eq. 4)
-    r(x, y) = β log[π(y|x) / π_ref(y|x)] + a term in x alone                               (eq. 5)
+    r(x, y) = β log[π(y|x) / π_ref(y|x)] + a term in x alone                                (eq. 5)
 
-Bradley and Terry (1952) model a preference as P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). Put
-eq. 5 in: the term in x cancels, and minus the log of P is a loss for the policy itself:
+So every policy contains a reward model, its implicit reward: how much likelier an answer has become
+than it was at the start. Bradley and Terry (1952) model a preference as
+P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). Insert eq. 5: the term in x cancels, and −log P is a
+loss for the policy itself:
 
     loss = −log σ( β log[π(y_w|x) / π_ref(y_w|x)] − β log[π(y_l|x) / π_ref(y_l|x)] )        (eq. 7)
 
-where log π(y|x) sums the log-probs of the tokens of y. --loss names a relative: ipo (a target for
-the margin, not a push without end), hinge (no push once it is 1), simpo (mean log-probs and no
-reference), orpo and cpo (no reference, and SFT on the chosen answer).
+where log π(y|x) is the sum of the log-probs of the tokens of y. Compared with reward_model.py, the
+loss stays and the scalar head goes: β log(π / π_ref) takes its place.
+
+A worked example. With β = 0.1, let the summed log-probs of the two answers be
+
+                  log π    log π_ref    implicit reward
+    y_w (chosen)   −12        −13       0.1 · (−12 + 13) =  0.1
+    y_l (rejected) −20        −18       0.1 · (−20 + 18) = −0.2
+
+The margin is 0.1 + 0.2 = 0.3 and the loss −log σ(0.3) = 0.554. Its gradient is −β σ(−0.3) = −0.0426
+on log π(y_w|x) and +0.0426 on log π(y_l|x): a step raises the first and lowers the second, less and
+less as the margin grows.
+
+--loss selects a variant, which differs in a line or two of `preference_loss`:
+
+    ipo     pulls the margin to a target instead of pushing it up forever
+    hinge   has no gradient once the margin exceeds 1
+    simpo   compares mean log-probs, without a reference
+    orpo    compares odds without a reference, and adds SFT on the chosen answer
+    cpo     compares log-probs without a reference, and adds SFT on the chosen answer
 
     python dpo.py                                         # the embedded tiny model, on a laptop
-    python dpo.py --model Qwen/Qwen2.5-0.5B               # 4-bit LoRA on a 16 GB T4
+    python dpo.py --model Qwen/Qwen2.5-0.5B               # 4-bit LoRA, sized for a 16 GB T4
     python dpo.py --model runs/sft --dataset pairs.jsonl  # an SFT adapter: it is also the reference
 
-What to watch: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5, the margin
-grows. Often the log-prob of the chosen answer falls, too: the loss asks only for the difference.
+What to watch: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5 and the
+margin grows. `chosen_logp` often falls as well, because the loss asks only for the difference.
 
-Shapes: P pairs are B = 2P rows of T tokens, chosen first; N answer tokens, width D, vocabulary V.
+Change one thing: with `--beta 0.1` the tiny model still orders 0.98 of the held-out pairs right,
+but `chosen_logp` falls from −0.5 to −5.8 and its answers turn into garbage. So weak a KL penalty
+leaves π free to make both answers of a pair unlikely, as long as the gap between them grows.
+
+The default learning rate, 2e-5, is four times the 5e-6 that TRL suggests for DPO with LoRA. If the
+chosen log-prob collapses on your data, try theirs first.
+
+Shapes: P pairs are B = 2P rows of T tokens, all chosen answers first. L ≤ T columns hold tokens
+(the rest are padding in every row), N positions predict a token of an answer, and C of these are
+read at a time. D is the width of the model and V the size of its vocabulary.
 """
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -49,56 +80,75 @@ from tqdm import tqdm
 
 import common
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
-add("--dataset", default="trl-lib/ultrafeedback_binarized", help="Hub name[:config], or a file")
-add("--split", default="train", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
-add("--eval-size", type=common.count, default=100, help="held-out pairs")
-add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo")
-add("--beta", type=common.positive, default=0.1, help="price of leaving the reference; without "
-    "one, factor of log π (simpo: 2; cpo: 0.1 is nearly SFT on chosen answers) or λ (orpo)")
-add("--gamma", type=common.weight, default=1.0, help="simpo: the margin that rewards must exceed")
-add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0,
-    help="dpo: share of mislabelled pairs")
-add("--max-length", type=common.number(int, 4), default=1024, help="of prompt + answer, in tokens")
-add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
-add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
-add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
-add("--epochs", type=common.count, default=1, help="passes over the pairs")
-add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", **common.LORA_RANK, type=common.count)
-add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
-add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
-add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
-add("--save-every", type=common.count, default=50, help="steps between savings")
-add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and samples")
-add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
-add("--output-dir", default="runs/dpo", help="the same command again goes on where it stopped")
-BY_LOSS = {"simpo": dict(beta=2.0)}  # other defaults, as in its paper
-# tiny answers differ in a digit or two: at β 0.1 the end token would become rare after wrong ones
+BY_LOSS = {"simpo": dict(beta=2.0)}  # another default, as in its paper
+# Tiny answers differ in a digit or two. At β = 0.1 the cheapest way to make a wrong answer less
+# likely is to stop ending it (see docs/tiny_world.md).
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3, epochs=2,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=32)
+REFERENCE_FREE = ("simpo", "orpo", "cpo")  # losses that never read π_ref
+
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+    add("--dataset", default="trl-lib/ultrafeedback_binarized", help="pairs: Hub name or a file")
+    add("--split", default="train", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="column names, such as prompt=query chosen=good")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--eval-dataset", help="held-out pairs; if not given, some pairs of --dataset are held out")
+    add("--eval-size", type=common.count, default=100, help="number of held-out pairs")
+    add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo",
+        help="loss function: DPO or one of its variants")
+    add("--beta", type=common.positive, default=0.1,
+        help="KL penalty strength; simpo, cpo: scale of log π (at 0.1, cpo is nearly SFT);\n"
+        "orpo: weight of the odds-ratio term")
+    add("--gamma", type=common.weight, default=1.0, help="margin that simpo's rewards must exceed")
+    add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0,
+        help="expected share of pairs with the wrong label, dpo only")
+    add("--max-length", type=common.number(int, 4), default=1024,
+        help="longest prompt + answer, in tokens; longer examples are truncated")
+    add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
+    add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
+    add("--learning-rate", type=common.positive, default=2e-5,
+        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--epochs", type=common.count, default=1, help="passes over the pairs")
+    add("--max-steps", type=common.count, default=500, help="upper limit on optimizer steps")
+    add("--lora-rank", **common.LORA_RANK, type=common.count)
+    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
+    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
+    add("--save-every", type=common.count, default=50, help="steps between checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
+    add("--track", choices=["wandb", "trackio"], help="service that also receives the metrics")
+    add("--output-dir", default="runs/dpo",
+        help="output folder; the same command resumes an interrupted run")
+    return parser
 
 
 # ---- data: pairs of token ids, and a mask on what is trained -------------------------------------
 
 def encode_pair(row, tokenizer, max_length):
-    """{"chosen": example, "rejected": example, "prompt": ids}; the loss mask is 1 on the answer."""
-    sides = common.encode_preference(tokenizer, row)  # pieces: head, rest of the prompt, answer
-    head = len(sides[0][0][0])
+    """A row as {"chosen": example, "rejected": example, "prompt": ids, ...}.
+
+    The loss mask of an example is 1 on its answer and 0 on the prompt.
+    """
+    # Each side is a list of pieces: the head of the prompt, the rest of the prompt, the answer.
+    sides = common.encode_preference(tokenizer, row)
+    head_ids, _ = sides[0][0]
     chosen, rejected = [with_mask(pieces) for pieces in sides]
-    # where the first answer begins: a token that spans the border is part of one of them only
+    # A token that spans the border between prompt and answer can differ between the two sides.
+    # The prompt that both share ends where the first answer begins.
     start = min(chosen["loss_mask"].index(1), rejected["loss_mask"].index(1))
+    # Both sides lose the same tokens, so that they still answer the same prompt.
     longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
-    pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, head, start, max_length)
-    for side, example in ("chosen", chosen), ("rejected", rejected):
-        pair[side] = shorten(example, longest, head, start, max_length)
-    return pair | {"length": min(longest, max_length), "truncated": longest > max_length}
+    cut = functools.partial(
+        shorten, length=longest, head=len(head_ids), start=start, max_length=max_length)
+    prompt = cut({"prompt": chosen["input_ids"][:start]})["prompt"]
+    return {"prompt": prompt, "chosen": cut(chosen), "rejected": cut(rejected),
+            "length": min(longest, max_length), "truncated": longest > max_length}
 
 
 def with_mask(pieces):
@@ -159,68 +209,98 @@ def chunk_logps(hidden, targets, causal, temperature):
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
-def preference_loss(logps, ref_logps, lengths, loss="dpo", beta=0.1, label_smoothing=0, gamma=1):
-    """Losses [P], rewards [2P]; the sums log π(y|x), log π_ref(y|x) (or 0) and |y|: [2P] each."""
-    if loss in ("simpo", "orpo"):  # means over the tokens, so that length earns nothing
-        logps = logps / lengths  # [2P]
-    rewards = beta * (logps - ref_logps)  # [2P], eq. 5: what the policy implicitly rewards
-    chosen, rejected = rewards.chunk(2)  # [P] each
-    margin = chosen - rejected
-    chosen_logps, rejected_logps = logps.chunk(2)
-    if loss == "dpo":  # eq. 7; ε: the share of wrong labels (ericmitchell.ai/cdpo.pdf, eq. 3)
-        ε = label_smoothing
-        losses = -(1 - ε) * F.logsigmoid(margin) - ε * F.logsigmoid(-margin)  # [P]
-    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: log-ratios 1/(2β) apart
-        losses = (margin / beta - 1 / (2 * beta)) ** 2
-    elif loss == "hinge":  # SLiC's (2305.10425) on DPO's margin: Liu et al. 2023, 2309.06657
-        losses = F.relu(1 - margin)
-    elif loss == "simpo":  # Meng et al. 2024, arXiv:2405.14734, eq. 6
-        losses = -F.logsigmoid(margin - gamma)
-    elif loss == "cpo":  # Xu et al. 2024, arXiv:2401.08417: a uniform reference, and the NLL
-        losses = -F.logsigmoid(margin) - chosen_logps
-    elif loss == "orpo":  # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7; their λ is β
-        log_p = logps.clamp(max=-1e-6)  # [2P], as a certain answer has infinite odds
-        chosen_odds, rejected_odds = (log_p - torch.log1p(-log_p.exp())).chunk(2)  # log(p/(1−p))
-        losses = -chosen_logps - beta * F.logsigmoid(chosen_odds - rejected_odds)
-    return losses, rewards.detach()
+def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps,
+                    ref_rejected_logps, chosen_lengths=None, rejected_lengths=None, loss="dpo",
+                    beta=0.1, label_smoothing=0.0, gamma=1.0):
+    """Losses, implicit rewards of the chosen and of the rejected answers, [P] each.
+
+    The four log-probs are sums over the tokens of an answer, [P] each. Losses without a reference
+    get zeros for the last two. The lengths, [P] each, are only needed by simpo and orpo.
+    """
+    if loss in ("simpo", "orpo"):
+        # The mean over the tokens, so that an answer gains nothing by its length.
+        policy_chosen_logps = policy_chosen_logps / chosen_lengths  # [P]
+        policy_rejected_logps = policy_rejected_logps / rejected_lengths  # [P]
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)  # [P], eq. 5
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)  # [P], eq. 5
+    margins = chosen_rewards - rejected_rewards  # [P]
+    if loss == "dpo":
+        # Eq. 7, if no label is wrong. With label smoothing, conservative DPO: the expectation over
+        # correct and wrong labels (ericmitchell.ai/cdpo.pdf, eq. 3).
+        wrong = label_smoothing
+        losses = -(1 - wrong) * F.logsigmoid(margins) - wrong * F.logsigmoid(-margins)  # [P]
+    elif loss == "ipo":
+        # Azar et al. 2023, arXiv:2310.12036, eq. 17: the log-ratios should be 1/(2β) apart.
+        losses = (margins / beta - 1 / (2 * beta)) ** 2  # [P]
+    elif loss == "hinge":
+        # The loss of SLiC (arXiv:2305.10425) on DPO's margin: Liu et al. 2023, arXiv:2309.06657.
+        losses = F.relu(1 - margins)  # [P]
+    elif loss == "simpo":
+        # Meng et al. 2024, arXiv:2405.14734, eq. 6.
+        losses = -F.logsigmoid(margins - gamma)  # [P]
+    elif loss == "cpo":
+        # Xu et al. 2024, arXiv:2401.08417: DPO with a uniform reference, plus SFT.
+        losses = -F.logsigmoid(margins) - policy_chosen_logps  # [P]
+    elif loss == "orpo":
+        # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7: SFT, plus a ratio of odds. Their λ is β.
+        log_odds = log_odds_of(policy_chosen_logps) - log_odds_of(policy_rejected_logps)  # [P]
+        losses = -policy_chosen_logps - beta * F.logsigmoid(log_odds)  # [P]
+    return losses, chosen_rewards, rejected_rewards
+
+
+def log_odds_of(logps):
+    """log(p / (1 − p)) for log-probs [P]."""
+    logps = logps.clamp(max=-1e-6)  # the odds of a certain answer would be infinite
+    return logps - torch.log1p(-logps.exp())  # [P]
 
 
 FIGURES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp",
            "rejected_logp")
 
 
-def score_pairs(model, pairs, args, pad_id):
-    """Policy and reference read the same P pairs: losses [P], and sums over them of the FIGURES."""
+def pair_losses(model, pairs, args, pad_id):
+    """The losses, [P], and the FIGURES to log, {name: [P]}."""
+    # One forward pass reads both answers of every pair.
     examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    batch = collate(examples, pad_id, model.device)
+    batch = collate(examples, pad_id, model.device)  # [2P, T] each
     with common.autocast(model):
-        logps = token_logps(model, batch).sum(-1)  # [2P]
-        ref_logps = torch.zeros_like(logps)  # [2P]
-        if args.loss not in ("simpo", "orpo", "cpo"):  # which do without it
-            with torch.no_grad(), common.reference(model):  # what training started from
-                ref_logps = token_logps(model, batch).sum(-1)
+        policy_logps = token_logps(model, batch).sum(-1)  # [2P], log π(y|x)
+        ref_logps = torch.zeros_like(policy_logps)  # [2P]
+        if args.loss not in REFERENCE_FREE:
+            # The reference is the model that this run started from.
+            with torch.no_grad(), common.reference(model):
+                ref_logps = token_logps(model, batch).sum(-1)  # [2P], log π_ref(y|x)
     lengths = batch["loss_mask"][:, 1:].sum(-1)  # [2P], |y|
-    losses, rewards = preference_loss(
-        logps, ref_logps, lengths, args.loss, args.beta, args.label_smoothing, args.gamma)
-    chosen, rejected = rewards.chunk(2)
-    right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half right
-    figures = [losses, right, chosen - rejected, chosen, rejected, *logps.chunk(2)]  # as FIGURES
-    return losses, torch.stack(figures).detach().double().sum(-1)
+
+    # Take the chosen answers and the rejected ones apart again: [P] each.
+    chosen_logps, rejected_logps = policy_logps.chunk(2)
+    ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths,
+        rejected_lengths, args.loss, args.beta, args.label_smoothing, args.gamma)  # [P] each
+    margins = chosen_rewards - rejected_rewards
+    accuracy = (margins > 0) + 0.5 * (margins == 0)  # [P], a tie counts half
+    return losses, {
+        "loss": losses, "accuracy": accuracy, "margin": margins, "chosen_reward": chosen_rewards,
+        "rejected_reward": rejected_rewards, "chosen_logp": chosen_logps,
+        "rejected_logp": rejected_logps}
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, pairs, args, pad_id):
-    """The mean figures of held-out pairs, which the processes share between them."""
+    """The means of the FIGURES over held-out pairs, which the processes split between them."""
     model.eval()
     mine = pairs[common.RANK::common.WORLD]
-    sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
+    sums = {}
     for i in range(0, len(mine), args.micro_batch_size):
-        sums += score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)[1]
-    sum_over_processes([sums])
+        _, figures = pair_losses(model, mine[i:i + args.micro_batch_size], args, pad_id)
+        add_up(sums, figures)
     model.train()
-    return dict(zip(FIGURES, (sums / len(pairs)).tolist(), strict=True))
+    totals = over_processes(sums, FIGURES, model.device)
+    return {name: total / len(pairs) for name, total in totals.items()}
 
 
 @torch.no_grad()
@@ -251,107 +331,137 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 
 def train(args):
-    # 1. Data first: what is wrong with it shows before the model is loaded.
+    # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     pairs, held_out = common.load_examples(
         args, encode_pair, tokenizer, limit=args.max_steps * args.batch_size)
     for side in "chosen", "rejected":
-        common.show(tokenizer, pairs[0][side]["input_ids"], pairs[0][side]["loss_mask"])
+        example = pairs[0][side]
+        common.show(tokenizer, example["input_ids"], example["loss_mask"],
+                    f"a {side} answer as the model sees it (scored tokens in green):")
 
-    # 2. A frozen base, with LoRA matrices: they alone are trained.
+    # 2. Load the model: a frozen base with LoRA matrices, which alone are trained.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # `update` sets the learning rate.
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
-    # 3. Where the run stands: at its start, or where it was interrupted.
+    # 3. Start a new run, or resume an interrupted one.
     open_run(args, [pairs, held_out])
-    parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
-    state = restore(args, parts)
+    state = restore(args, weights, optimizer, scaler)
     prompts = [pair["prompt"] for pair in held_out[:3]]
     if "before" not in state:
         state["before"] = evaluate(model, held_out, args, pad_id)
         state["answers"] = sample_answers(model, tokenizer, prompts, 64, args.seed)
 
-    # the order follows from the seed, so that a run that goes on sees the same batches
+    # The order follows from the seed, so that a resumed run sees the same batches.
     generator = torch.Generator().manual_seed(args.seed)
     order = [torch.randperm(len(pairs), generator=generator) for epoch in range(args.epochs)]
     batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
     progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
-        # 4. The gradients of micro-batches and processes add up to that of the batch, because each
-        #    pair counts 1 / len(batch), wherever it is computed. Similar lengths share a pass.
+        # 4. Take this process's share of the batch (with one process, all of it). Pairs of similar
+        #    length share a forward pass, so that there is less padding.
         began = time.time()
         batch = sorted([pairs[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
         mine = batch[common.RANK::common.WORLD]
-        sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
+
+        # 5. Accumulate the gradients of the micro-batches. Each pair counts 1 / len(batch), so that
+        #    the sum over micro-batches and processes is the gradient of the mean over the batch.
+        sums = {}
         for i in range(0, len(mine), args.micro_batch_size):
-            losses, figures = score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)
+            losses, figures = pair_losses(model, mine[i:i + args.micro_batch_size], args, pad_id)
             scaler.scale(losses.sum() / len(batch)).backward()
-            sums += figures
+            add_up(sums, figures)
 
-        # 5. One step down the gradient, which is summed over processes and clipped.
-        rate = learning_rate(step, len(batches), args.learning_rate)
-        updated = update(optimizer, scaler, rate)
+        # 6. Take one optimizer step with the gradients of all processes, summed and clipped.
+        lr = learning_rate(step, len(batches), args.learning_rate)
+        updated = update(optimizer, scaler, lr)
 
-        # 6. Log, and save what is needed to go on.
-        sum_over_processes([sums])
-        metrics = {"step": step} | dict(zip(FIGURES, (sums / len(batch)).tolist(), strict=True))
-        metrics |= {**updated, "seconds": time.time() - began}
-        progress.set_postfix({name: f"{metrics[name]:.3f}" for name in FIGURES[:3]}, refresh=False)
+        # 7. Log the step, and save a checkpoint from time to time.
+        totals = over_processes(sums, FIGURES, model.device)
+        metrics = {"step": step} | {name: total / len(batch) for name, total in totals.items()}
+        metrics |= updated | {"seconds": time.time() - began}
+        shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
+        progress.set_postfix(shown, refresh=False)
         if args.eval_every and step % args.eval_every == 0:
             held = evaluate(model, held_out, args, pad_id)
             metrics |= {f"eval_{name}": value for name, value in held.items()}
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step == len(batches):
-            save(args, state, parts)
+            save(args, state, weights, optimizer, scaler)
 
-    # 7. The same held-out pairs and prompts once more.
+    # 8. Evaluate and sample again on the same held-out pairs, and save the adapter.
+    after = evaluate(model, held_out, args, pad_id)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
     for row in zip(prompts, state["answers"], answers, strict=True):
-        texts = tokenizer.batch_decode(row, skip_special_tokens=True)
-        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
-    finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
+        prompt, before, trained = tokenizer.batch_decode(row, skip_special_tokens=True)
+        state["samples"].append({"prompt": prompt, "before": before, "after": trained})
+    finish(args, state, model, tokenizer, after)
     for sample in state["samples"]:
         for name, text in sample.items():
             print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
 
 
-# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+# ---- the optimizer step --------------------------------------------------------------------------
 
-def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
-    falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
-    return highest * min(step / (round(0.1 * steps) + 1), falling)
-
-
-def sum_over_processes(tensors):
-    for tensor in tensors if dist.is_initialized() else []:
-        dist.all_reduce(tensor)
+def learning_rate(step, steps, peak):
+    """Linear warm-up to `peak` over 10% of the steps, then cosine decay; never exactly 0."""
+    warm_up = step / (round(0.1 * steps) + 1)
+    decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+    return peak * min(warm_up, decay)
 
 
-def update(optimizer, scaler, rate):
-    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
+def update(optimizer, scaler, lr):
+    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
     weights = optimizer.param_groups[0]["params"]
-    for weight in weights:  # a process without a share of the batch has no gradient
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    # A process without a share of the batch has no gradients, but takes part in the sum.
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
+    # Clipping limits the length of the whole gradient, all weights taken as one vector, to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1
+    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
-    optimizer.param_groups[0]["lr"] = rate
+    optimizer.param_groups[0]["lr"] = lr
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
+    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": lr,
             "loss_scale": scaler.get_scale()}
+
+
+# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+
+def sum_over_processes(tensors):
+    """Replaces each tensor by its sum over all processes; with a single process nothing changes."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def add_up(sums, figures):
+    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    for name, values in figures.items():
+        sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
+
+
+def over_processes(sums, names, device):
+    """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
+    totals = {}
+    for name in names:
+        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    sum_over_processes(list(totals.values()))
+    return {name: total.item() for name, total in totals.items()}
 
 
 def open_run(args, examples):
@@ -391,28 +501,50 @@ def write(file, text):
     file.with_suffix(".new").replace(file)
 
 
-def restore(args, parts):
-    """The state of the run, at its start or where it was interrupted; `parts` are put back."""
-    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
-    names = state.keys()
+def restore(args, weights, optimizer, scaler):
+    """The state of a run: a new one, or that of an interrupted run, as `save` left it.
+
+    The weights, {name: parameter}, are those that are trained. Other processes get those of the
+    first, because each has drawn LoRA matrices of its own.
+    """
+    state = {"step": 0, "metrics": [], "samples": []}
+    file = Path(args.output_dir, "resume.pt")
     if file.exists():
         with common.phase(f"reading {file}"):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state.pop(name))
-            finite = all(weight.isfinite().all() for weight in parts["weights"])
-            if not finite or not names <= state.keys():
-                raise ValueError("it lacks a part, or its weights are not finite numbers")
-    for weight in parts["weights"] if dist.is_initialized() else []:
-        dist.broadcast(weight.data, 0)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            missing = {*state, "weights", "optimizer", "scaler"} - saved.keys()
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            load_weights(weights, saved.pop("weights"))
+            optimizer.load_state_dict(saved.pop("optimizer"))
+            scaler.load_state_dict(saved.pop("scaler"))
+            state = saved
+    if dist.is_initialized():
+        for weight in weights.values():
+            dist.broadcast(weight.data, 0)
     return state
 
 
-def save(args, state, parts):
-    """What the same command needs to go on."""
+def load_weights(weights, saved):
+    """Copies saved weights into the parameters of the same names."""
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    saved_shapes = {name: value.shape for name, value in saved.items()}
+    differing = shapes.items() ^ saved_shapes.items()
+    if differing:
+        name = min(differing)[0]
+        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
+    for name, value in saved.items():
+        if not value.isfinite().all():
+            raise ValueError(f"its weight {name} has values that are not finite numbers")
+        weights[name].data.copy_(value)
+
+
+def save(args, state, weights, optimizer, scaler):
+    """Writes a checkpoint, resume.pt: all that the same command needs to resume this run."""
     if common.RANK == 0:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state | states, Path(args.output_dir, "resume.new"))
+        saved = {"weights": {name: weight.data for name, weight in weights.items()},
+                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        torch.save(state | saved, Path(args.output_dir, "resume.new"))
         Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
 
 
@@ -448,4 +580,4 @@ def finish(args, state, model, tokenizer, after):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-length"):
-        train(common.parse(flags, TINY, BY_LOSS))
+        train(common.parse(make_flags(), TINY, BY_LOSS))

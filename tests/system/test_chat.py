@@ -52,7 +52,7 @@ def talk(monkeypatch, capsys):
     """Runs the program on lines of input, as from a pipe, and returns what it printed."""
     def run(lines, *argv):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        chat.main(chat.flags.parse_args([str(word) for word in argv]))
+        chat.main(chat.make_flags().parse_args([str(word) for word in argv]))
         return capsys.readouterr().out
     return run
 
@@ -74,7 +74,7 @@ def scripted(monkeypatch, tokenizer):
             ids.append(tokenizer.eos_token_id)
             yield 0.0
 
-        monkeypatch.setattr(chat, "answer", answer)
+        monkeypatch.setattr(chat, "sample_tokens", answer)
         return calls
     return script
 
@@ -118,7 +118,7 @@ def test_tokens_and_log_ratios_are_those_of_plain_forward_passes(
     model, first = models
     ids = common.encode_prompt(tokenizer, chat_of("What is 40 - 27?"))
     start = len(ids)
-    ratios = list(chat.answer(model, first, ids, 20, (), temperature, seed=3))
+    ratios = list(chat.sample_tokens(model, first, ids, 20, (), temperature, seed=3))
     assert len(ratios) == len(draws) == len(ids) - start == 20
     assert [token.item() for _, token in draws] == ids[start:]
     own, other = (plain_logps(m, ids, temperature)[start - 1:] for m in models)
@@ -127,7 +127,7 @@ def test_tokens_and_log_ratios_are_those_of_plain_forward_passes(
     expected = (own - other)[rows]
     torch.testing.assert_close(torch.tensor(ratios), expected, atol=1e-4, rtol=1e-4)
     assert expected.abs().max() > 0.2  # the adapter does something
-    assert set(chat.answer(model, None, ids[:start], 5, (), temperature, seed=3)) == {0.0}
+    assert set(chat.sample_tokens(model, None, ids[:start], 5, (), temperature, seed=3)) == {0.0}
 
 
 def test_draws_follow_the_distribution(models, tokenizer):
@@ -136,7 +136,7 @@ def test_draws_follow_the_distribution(models, tokenizer):
     counts, size = torch.zeros(len(tokenizer)), 300
     for seed in range(size):
         ids = list(start)
-        list(chat.answer(models[0], None, ids, 1, (), 1.5, seed))
+        list(chat.sample_tokens(models[0], None, ids, 1, (), 1.5, seed))
         counts[ids[-1]] += 1
     probs = plain_logps(models[0], start + [0], 1.5)[-1].exp()
     assert (((counts - size * probs) / (size * probs * (1 - probs)).sqrt().clamp(min=1)) < 5).all()
@@ -146,14 +146,14 @@ def test_draws_follow_the_distribution(models, tokenizer):
 def test_an_answer_ends_with_a_stop_token_or_at_its_length(models, tokenizer):
     start = common.encode_prompt(tokenizer, chat_of("What is 1 + 1?"))
     free = list(start)
-    list(chat.answer(models[0], None, free, 8, (), 3.0, seed=0))
+    list(chat.sample_tokens(models[0], None, free, 8, (), 3.0, seed=0))
     assert len(free) == len(start) + 8
     stop = free[len(start) + 3]
     ids = list(start)
-    list(chat.answer(models[0], None, ids, 8, [stop], 3.0, seed=0))
+    list(chat.sample_tokens(models[0], None, ids, 8, [stop], 3.0, seed=0))
     assert ids == free[:free.index(stop, len(start)) + 1] and ids[-1] == stop
     other = list(start)
-    list(chat.answer(models[0], None, other, 8, (), 3.0, seed=1))
+    list(chat.sample_tokens(models[0], None, other, 8, (), 3.0, seed=1))
     assert other != free
 
 
@@ -217,7 +217,7 @@ def test_a_continued_text_keeps_the_space_that_its_tokenizer_drops(shared):
     assert not tokenizer.chat_template
     ids = tokenizer("Once upon a time there")["input_ids"]
     start = len(tokenizer("Once upon")["input_ids"])
-    assert chat.said(tokenizer, ids, start) == " a time there"
+    assert chat.text_from(tokenizer, ids, start) == " a time there"
     assert "".join(text for text, _ in spelled(tokenizer, ids[:start], ids[start:])) == (
         " a time there")
 
@@ -248,7 +248,7 @@ def test_a_full_context_is_said_and_goes_on_after_reset(talk, tokenizer):
     out = talk([over, "/reset", almost, "and now?", "/reset", "1 + 1?"], "tiny/chat",
                "--temperature", 1e6, "--max-new-tokens", 6)
     notes = re.findall(r"  \[(.*)\]$", out, re.M)
-    full = "the context of 512 tokens is full: /reset begins a new talk"
+    full = "the context of 512 tokens is full: /reset begins a new conversation"
     refused, cut = f"not asked: {full}", "cut off by --max-new-tokens"
     assert notes == [refused, full, refused, cut]
 
@@ -272,13 +272,13 @@ def test_ctrl_c_before_the_first_token_leaves_no_history(talk, scripted, tokeniz
 SLOW = """
 import sys, time
 import chat
-answer = chat.answer
+answer = chat.sample_tokens
 def slow(*args):
     for count, ratio in enumerate(answer(*args)):
         yield ratio
         time.sleep(200 * (count == 5))  # until Ctrl-C
-chat.answer = slow
-chat.main(chat.flags.parse_args(sys.argv[1:]))
+chat.sample_tokens = slow
+chat.main(chat.make_flags().parse_args(sys.argv[1:]))
 """
 
 
@@ -336,7 +336,7 @@ def spelled(tokenizer, prompt, tokens, ratios=None, hidden=()):
             ids.append(token)
             yield ratio
 
-    return list(chat.spell(tokenizer, ids, grow(), hidden))
+    return list(chat.stream_text(tokenizer, ids, grow(), hidden))
 
 
 def check_spelling(tokenizer, text, before=""):
@@ -344,7 +344,7 @@ def check_spelling(tokenizer, text, before=""):
     tokens = tokenizer(before + text)["input_ids"][len(prompt):]
     ratios = [1.0 + i for i in range(len(tokens))]
     pieces = spelled(tokenizer, prompt, tokens, ratios)
-    whole = chat.said(tokenizer, prompt + tokens, len(prompt))
+    whole = chat.text_from(tokenizer, prompt + tokens, len(prompt))
     assert whole == text and "".join(piece for piece, _ in pieces) == text
     assert not any("\ufffd" in piece for piece, _ in pieces)
     assert sum(ratio for _, ratio in pieces) == sum(ratios)
@@ -418,14 +418,14 @@ def test_control_characters_are_spelled_out():
 def test_log_ratios_on_the_screen_are_exact(talk, adapter, models, monkeypatch):
     """--base --tokens: the sum at the end of the answer, and all that is painted."""
     said, painted = [], []
-    answer, paint = chat.answer, chat.paint
+    answer, paint = chat.sample_tokens, chat.paint
 
     def spy(model, first, ids, *args):
         start = len(ids)
         yield from answer(model, first, ids, *args)
         said.append((start, list(ids)))
 
-    monkeypatch.setattr(chat, "answer", spy)
+    monkeypatch.setattr(chat, "sample_tokens", spy)
     monkeypatch.setattr(chat, "paint", lambda text, ratio, colours: painted.append(ratio) or
                         paint(text, ratio, colours))
     out = talk(["What is 40 - 27?", "And 7?"], adapter, "--base", "--tokens", "--temperature", 0.8)
@@ -451,7 +451,7 @@ def test_the_first_checkpoint_is_compared_with_nobody(talk, scripted, adapter):
 
 
 def test_the_base_is_the_run_without_its_adapter(adapter, models):
-    args = chat.flags.parse_args([adapter, "--base"])
+    args = chat.make_flags().parse_args([adapter, "--base"])
     base, run = chat.load_checkpoints(args)
     ids = torch.arange(9)[None]
     with torch.no_grad():
@@ -482,7 +482,7 @@ def test_colours_are_for_terminals_and_who_wants_them(
     (["nowhere/none", "--base"], "nowhere/none"), (["tiny/chat", "nowhere/none"], "nowhere/none"),
     (["tiny/reward"], "an adapter for SEQ_CLS")])
 def test_what_cannot_be_talked_with_is_refused(argv, reason, refused):
-    assert reason in refused(chat.main, chat.flags.parse_args(argv))
+    assert reason in refused(chat.main, chat.make_flags().parse_args(argv))
 
 
 def test_other_tokens_cannot_be_compared(refused, tmp_path, monkeypatch):
@@ -491,5 +491,5 @@ def test_other_tokens_cannot_be_compared(refused, tmp_path, monkeypatch):
     other.add_tokens(["another"])
     monkeypatch.setattr(common, "load_tokenizer", lambda x, *_: other if x == "o" else load(x))
     monkeypatch.setattr(common, "load_model", lambda *args, **kwargs: pytest.fail("loads a model"))
-    args = chat.flags.parse_args(["tiny/chat", "o", "--tokens"])
+    args = chat.make_flags().parse_args(["tiny/chat", "o", "--tokens"])
     assert "--tokens: o has other tokens than tiny/chat" in refused(chat.main, args)

@@ -25,7 +25,7 @@ def table(tmp_path, write_jsonl, capsys):
         argv = list(checkpoints)
         for name, value in flags.items():
             argv += ["--" + name.replace("_", "-"), str(value)]
-        evaluate.main(evaluate.flags.parse_args(argv))
+        evaluate.main(evaluate.make_flags().parse_args(argv))
         return json.loads(output.read_text()), capsys.readouterr().out
     return run
 
@@ -238,7 +238,7 @@ def test_a_trained_head_is_a_reward(method, table, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "sample", sample)
     run = str(tmp_path / "run")
     (line,), _ = table("tiny/chat", rows=PROMPTS[:1], best_of=4, reward=run)
-    scorer = evaluate.load_scorer(run, evaluate.flags.parse_args([]))
+    scorer = evaluate.load_scorer(run, evaluate.make_flags().parse_args([]))
     texts = ["1 + 1 = 2", "1 + 1 = 30", "", "1 + 1"]
     scores = scorer([PROMPTS[0]["prompt"]] * 4, [*texts[:3], "1 + 1..."])
     assert line["reward"] == pytest.approx(sum(scores) / 4, abs=1e-5)
@@ -249,7 +249,7 @@ def test_a_trained_head_is_a_reward(method, table, tmp_path, monkeypatch):
 # ---- what is refused -----------------------------------------------------------------------------
 
 def refusal(refused, *argv):
-    return refused(lambda: evaluate.main(evaluate.flags.parse_args(argv)))
+    return refused(lambda: evaluate.main(evaluate.make_flags().parse_args(argv)))
 
 
 @pytest.mark.parametrize("body, words", [

@@ -54,7 +54,7 @@ def a_run(folder, steps=({"step": 1, "loss": 2.0},), args=None, **summary):
 
 
 def write(*argv):
-    plot.main(plot.flags.parse_args(list(map(str, argv))))
+    plot.main(plot.make_flags().parse_args(list(map(str, argv))))
 
 
 def row_of(reader, name, columns):
@@ -87,7 +87,7 @@ def test_the_page_has_all_of_runs_of_different_methods(three, tmp_path):
     assert row_of(page, "beta", 3) == ["2", "–", "0.1"]
     assert row_of(page, "reward", 3) == ["–", "['a', 'b']", "–"]
     assert row_of(page, "data", 3) == ["–", "–", "01234567"]
-    same = page.cells.index("The same in all")
+    same = page.cells.index("The same in all runs")
     assert page.cells.index("beta") < same < page.cells.index("seed")
     assert row_of(page, "model", 3) == ["tiny/chat"] * 3 and page.cells.index("model") > same
     assert row_of(page, "accuracy", 3) == ["0.500 → 0.988", "–", "–"]
@@ -162,7 +162,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(named, there, tmp_path,
         "picture": tmp_path / "run/curves.png", "page": tmp_path / "run/report.html"}
     files[there].write_text("mine")
     argv = [run, "--output", tmp_path / "x.png"] if named else [run]
-    assert f"{files[there]} is there already" in refused(write, *argv)
+    assert f"{files[there]} exists already" in refused(write, *argv)
     assert files.pop(there).read_text() == "mine" and not any(x.exists() for x in files.values())
 
 
