@@ -51,8 +51,8 @@ share, and says little where most steps are correct. The figure that counts is `
 first mistake. `count_steps` defines it and the others; ProcessBench's F1 is another (see there).
 
 Try --outcome. On the tiny model, with the same solutions and the same number of steps, p_S then
-judges about 0.69 of the held-out solutions correctly instead of 0.97, and f1 is 0.4 instead of 0.98:
-the label at the end does not say which of the steps was wrong.
+judges about 0.69 of the held-out solutions correctly instead of 0.97, and f1 is 0.4 instead of
+0.98: the label at the end does not say which of the steps was wrong.
 
 Shapes: B solutions of T tokens and at most S steps; D is the width of the model.
 """

@@ -39,15 +39,8 @@ def test_the_worked_example():
     loss = sft.sft_loss(logps, mask, 6).item()
     for number in (*sums, loss, math.exp(loss), (sums[0] / 2 + sums[1] / 4) / 2):
         assert f"{number:.3f}" in sft.__doc__, f"the docstring does not contain {number:.3f}"
-
-
-def test_the_mean_is_over_all_tokens_of_a_step():
-    """Micro-batches add up to it, and a short conversation does not count more."""
-    logps = torch.tensor([[-1.0, -1.0, -1.0], [-5.0, 0.0, 0.0]])
-    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]])
-    close(sft.sft_loss(logps, mask, 4), 2.0, "loss (3.0 would be a mean over conversations)")
-    parts = [sft.sft_loss(logps[i:i + 1], mask[i:i + 1], 4) for i in range(2)]
-    close(sum(parts), 2.0, "sum of the losses of two micro-batches")
+    parts = [sft.sft_loss(logps[i:i + 1], mask[i:i + 1], 6) for i in range(2)]
+    close(sum(parts), loss, "sum of two micro-batches: is N that of the step?")
 
 
 def test_the_gradient_is_minus_one_over_n_where_the_mask_is_one():
@@ -77,8 +70,8 @@ def test_column_t_is_the_log_prob_of_token_t_plus_1(model, tokenizer):
 
 
 def trained_text(tokenizer, tokens):
-    pairs = zip(tokens["input_ids"], tokens["loss_mask"], strict=True)
-    return tokenizer.decode([token for token, trained in pairs if trained])
+    mask = torch.tensor(tokens["loss_mask"]) == 1
+    return tokenizer.decode(torch.tensor(tokens["input_ids"])[mask])
 
 
 @pytest.mark.parametrize("row, prompt, trained", [
@@ -86,8 +79,7 @@ def trained_text(tokenizer, tokens):
     ({"messages": LONG}, "assistant\n", "1 + 1 = 2<|im_end|>4<|im_end|>"),
     ({"prompt": LONG[:4], "completion": LONG[4:]}, "assistant\n", "4<|im_end|>"),
     ({"prompt": "1 + 1", "completion": " = 2"}, "1 + 1", " = 2<|im_end|>"),
-    ({"instruction": "Add.", "input": "1 and 1", "output": "2"},
-     "user\nAdd.\n\n1 and 1<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>"),
+    ({"question": "1 + 1?", "answer": "2"}, "<|im_start|>assistant\n", "2<|im_end|>"),
     ({"text": "1 + 1 = 2"}, "1 + ", " + 1 = 2<|im_end|>"),
     ({"text": "1 + 1 = 2<|im_end|>"}, "1 + ", " + 1 = 2<|im_end|>"),
 ])
@@ -98,7 +90,6 @@ def test_only_answers_and_the_tokens_that_end_them_are_trained(tokenizer, row, p
     assert trained_text(tokenizer, tokens) == trained
     assert tokenizer.decode(example["prompt"]).endswith(prompt)
     assert tokens["input_ids"][:len(example["prompt"])] == example["prompt"]
-    assert tokens["attention_mask"] == [1] * len(tokens["input_ids"])
 
 
 def test_the_end_of_a_turn_is_trained_and_padding_is_not_where_both_are_one_token():
@@ -107,9 +98,8 @@ def test_the_end_of_a_turn_is_trained_and_padding_is_not_where_both_are_one_toke
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     rows = [sft.encode_conversation({"messages": chat}, tokenizer, 512)[0] for chat in (LONG, CHAT)]
     batch = sft.collate([row["tokens"] for row in rows], tokenizer.pad_token_id, "cpu")
-    trained = [tokenizer.decode(ids[mask == 1]) for ids, mask in
-               zip(batch["input_ids"], batch["loss_mask"], strict=True)]
-    end = tokenizer.eos_token
+    end, mask = tokenizer.eos_token, batch["loss_mask"] == 1
+    trained = [tokenizer.decode(batch["input_ids"][i][mask[i]]) for i in range(2)]
     assert trained == [f"1 + 1 = 2{end}4{end}", f"1 + 1 = 2{end}"]
     assert batch["attention_mask"].sum(1).tolist() == [row["length"] for row in rows]
 
@@ -117,7 +107,7 @@ def test_the_end_of_a_turn_is_trained_and_padding_is_not_where_both_are_one_toke
 def test_a_template_that_drops_old_thoughts_gives_one_example_per_answer(tokenizer):
     """In each, the earlier thought is gone and the last one is trained, as when it is sampled."""
     tokenizer.chat_template = tokenizer.chat_template.replace(
-        "message.content", "message.content if loop.last else message.content.split('>')[-1]")
+        "message.content", "(message.content if loop.last else message.content.split('>')[-1])")
     turn = ask("1 + 1?") + say("<hm>2")
     first, second = sft.encode_conversation({"messages": turn + turn}, tokenizer, 512)
     for example in first, second:
@@ -129,7 +119,7 @@ def test_a_template_that_drops_old_thoughts_gives_one_example_per_answer(tokeniz
 def test_tools_reach_the_template(tokenizer):
     tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
     row = {"messages": CHAT, "tools": [{"name": "add"}]}
-    [example] = sft.encode_conversation(row, tokenizer, 512)
+    example = sft.encode_conversation(row, tokenizer, 512)[0]
     assert tokenizer.decode(example["prompt"]).startswith('[{"name": "add"}]')
 
 
@@ -173,8 +163,7 @@ def test_neftune_noise_is_uniform_within_its_bound_and_off_in_evaluation(tokeniz
     for row, length in zip(noise, lengths, strict=True):
         share = row[:length] * math.sqrt(length * plain.shape[-1]) / 5  # uniform from −1 to 1
         assert 0.98 < share.abs().max() < 1.0001, "is the bound that of the padded length?"
-        assert share.abs().mean().item() == pytest.approx(0.5, abs=0.03)
-        assert share.mean().item() == pytest.approx(0, abs=0.04)
+        assert abs(share.abs().mean() - 0.5) < 0.03 and abs(share.mean()) < 0.04, "uniform?"
         assert len(share.unique()) > 0.9 * share.numel()  # each number is drawn for itself
 
 
@@ -199,7 +188,7 @@ def test_noise_depends_on_step_and_process_and_not_on_evaluations(tmp_path, monk
     monkeypatch.setattr(common, "WORLD", 2)
     for rank in 0, 1:
         monkeypatch.setattr(common, "RANK", rank)
-        flags = vars(runs[1].args) | {"output_dir": tmp_path / f"rank{rank}"}
+        flags = vars(runs[1].args) | {"output_dir": f"{tmp_path}/rank{rank}"}
         sft.train(argparse.Namespace(**flags))
     assert len(seeds) == len(set(seeds)) == 4, f"two steps in two processes have seeds {seeds}"
 
@@ -226,9 +215,7 @@ def loss_by_hand(model, chats):
 def test_training_is_what_it_is_by_hand(rank, tmp_path):
     """Each logged figure and each weight, for LoRA and for full fine-tuning, and the samples."""
     chats, held_out = [conversation(i) for i in range(9)], [conversation(i) for i in range(20, 23)]
-    said = [[by_hand.answer_ids(text) for text in texts]  # the last of each does not stop
-            for texts in (("old", "old one", "x"), ("new", "2", "y"))]
-    said = [[*texts[:2], texts[2][:-1]] for texts in said]
+    said = [[[5, 2], [6, 7, 2], [8]], [[9, 2], [5, 5, 2], [7]]]  # token 2 ends an answer
     asked = []
 
     def sample_answers(model, tokenizer, prompts, length, seed):
@@ -242,11 +229,11 @@ def test_training_is_what_it_is_by_hand(rank, tmp_path):
     hand = by_hand.Training(run)
     loss, _ = loss_by_hand(hand.model, held_out)
     close(run.summary["before"], {"loss": loss, "perplexity": loss.exp()}, "held out, before")
-    of_ids = {(*by_hand.prompt_ids(x[:-1]), *by_hand.answer_ids(x[-1]["content"])): x
+    of_ids = {str(by_hand.prompt_ids(x[:-1]) + by_hand.answer_ids(x[-1]["content"])): x
               for x in chats}
     for batch in run.batches("batch_loss"):
-        loss, count = loss_by_hand(
-            hand.model, [of_ids[tuple(x["tokens"]["input_ids"])] for x in batch])
+        batch = [of_ids[str(example["tokens"]["input_ids"])] for example in batch]
+        loss, count = loss_by_hand(hand.model, batch)
         hand.log(hand.update(loss) | {"trained_tokens": count})
     hand.check(run)
     loss, _ = loss_by_hand(hand.model, held_out)
@@ -262,7 +249,7 @@ def test_training_is_what_it_is_by_hand(rank, tmp_path):
 
 
 def test_an_answer_has_stopped_if_it_has_a_stop_token():
-    """Any of them, and also as the last token that --max-new-tokens allows; pads follow it."""
+    """Also as the last token that --max-new-tokens allows. Pads follow it."""
     answers = [[5, 6, 2], [5, 6, 7], [9, 0, 0], [5, 6, 7]]
     close(sft.share_stopped(answers, [2, 9]), 0.5, "share of answers that end by themselves")
     assert [sft.until_stop(answer, [2, 9]) for answer in answers] == [*answers[:2], [9], answers[3]]
