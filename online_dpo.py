@@ -137,7 +137,7 @@ def make_flags():
 # ---- data: prompts, and answers with a mask on what is trained -----------------------------------
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
-    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
+    """The row and the token ids of its prompt. A row that cannot be used raises ValueError."""
     prompt = common.prompt_of(row, tokenizer)
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
@@ -148,12 +148,13 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
 
 
 def join_answers(prompts, answers, tokenizer, model):
-    """Prompts and answers as [B, T] tensors, padded on the right; the loss mask is 1 on answers."""
+    """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    # The mask follows from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
-    batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)
+    batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     batch["stopped"] = torch.tensor([ids[-1] in stop_ids for ids in answers])  # [B]
     return {name: value.to(model.device) for name, value in batch.items()}
@@ -162,24 +163,39 @@ def join_answers(prompts, answers, tokenizer, model):
 # ---- the method ----------------------------------------------------------------------------------
 
 def token_logps(model, batch, temperature=1.0):
-    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
+
+    The same as these two lines, which would hold the logits of all positions in memory at once:
+
+        logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
+        return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
+
+    Here logits are computed only where the mask is 1, for C positions at a time, and `checkpoint`
+    computes them once more in the backward pass instead of storing them.
+    """
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
-    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
-    targets = batch["input_ids"][:, 1:][scored]  # [N]
+    # The hidden state at position t predicts token t+1, so targets start at the second token.
+    is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
+    targets = batch["input_ids"][:, 1:][is_target]  # [N]
+    hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
+    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    chunk = max(1, 2**24 // vocabulary)
     logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
-    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+    for piece, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logps.append(checkpoint(
+            chunk_logps, piece, target, causal, temperature, use_reentrant=False))  # [C]
+    zeros = torch.zeros(is_target.shape, device=hidden.device)  # [B, T-1]
+    return zeros.masked_scatter(is_target, torch.cat(logps))
 
 
 def chunk_logps(hidden, targets, causal, temperature):
-    # 16 bits would be too coarse
+    """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
+    # The softmax is computed in fp32, because 16 bits would be too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -283,10 +299,12 @@ def sample_in_parts(model, tokenizer, prompts, m, args, seed):
 # ---- rewards: scores of answers ------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is the row's column `answer`, else 0."""
-    said = [last_number(text) for text in completions]
-    truth = [plain_number(text) for text in answer]
-    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
+    """1 where the last number of the completion equals the row's column `answer`, else 0."""
+    scores = []
+    for completion, truth in zip(completions, answer, strict=True):
+        number = plain_number(truth)
+        scores.append(float(number is not None and last_number(completion) == number))
+    return scores
 
 
 # 1,000 is a number, 1,2345 are two, .5 is a half.
@@ -294,68 +312,86 @@ NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
 def last_number(text):
-    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    """The last number in a string, or None. "7-3" holds 7 and 3; "-$3" is a negative number."""
     found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
-    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
+    if not found:
+        return None
+    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-"))
 
 
 def plain_number(text):
-    r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
+    r"""The answer of a row, alone or after its last ####, as a number. None for \frac{3}{4}."""
     alone = str(text).rpartition("####")[2].strip().removesuffix(".")
     is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
     return last_number(alone) if is_plain else None
 
 
-def load_reward(name, policy):
-    """What --reward names: a function, or None for a reward model on the base of the policy."""
-    if name == "correct_answer":
-        return correct_answer
+def check_reward(name, policy):
+    """Ends the program if --reward names neither a function nor a reward model for the policy."""
     if name.rpartition(":")[0].endswith(".py"):
-        return common.load_function(name)
-    common.reward_config(name, policy)  # ends the program if it is none
-    return None
+        common.load_function(name)
+    elif name != "correct_answer":
+        common.reward_config(name, policy)
 
 
-def call_reward(name, reward, examples, texts):
-    """A score for each text, or None where the reward does not apply: a function of columns."""
+def load_reward(name, model):
+    """The reward as a function (model, batch, examples, texts, args), which returns scores [B]."""
+    if name == "correct_answer":
+        return functools.partial(scores_of_function, name, correct_answer)
+    if name.rpartition(":")[0].endswith(".py"):
+        return functools.partial(scores_of_function, name, common.load_function(name))
+    # A reward model is one more adapter on the base of the policy, and a head.
+    head = common.add_role(model, name, "reward")
+    return functools.partial(scores_of_model, name, head)
+
+
+def call_reward(name, function, examples, texts):
+    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+
+    None means that the reward does not apply to an answer.
+    """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
-        scores = [None if score is None else float(score) for score in reward(**columns)]
-        # NaN fails this comparison, and so does what fp32 would turn into infinity.
+        scores = [None if score is None else float(score) for score in function(**columns)]
+        # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
             raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
     return scores
 
 
-def score_answers(scorer, name, model, batch, examples, texts, args):
-    """Scores [B] of answers, by a reward model's head or a function; NaN where it says None."""
-    if not isinstance(scorer, torch.nn.Linear):
-        scores = call_reward(name, scorer, examples, texts)
-        scores = [math.nan if score is None else score for score in scores]
-        return torch.tensor(scores, device=model.device)
+def scores_of_function(name, function, model, batch, examples, texts, args):
+    """Scores [B] by a function of rows and texts; NaN where it returns None: it does not apply."""
+    scores = call_reward(name, function, examples, texts)
+    scores = [math.nan if score is None else score for score in scores]
+    return torch.tensor(scores, device=model.device)
+
+
+def scores_of_model(name, head, model, batch, examples, texts, args):
+    """Scores [B] by a reward model, which reads the token ids as they were sampled."""
     with common.using(model, "reward"):
-        scores = in_parts(sequence_rewards, model, batch, scorer, args)
+        scores = in_parts(sequence_rewards, model, batch, head, args)
     if not scores.isfinite().all():
         common.fail(f"the reward model {name} gives scores that are not finite numbers")
     return scores
 
 
 def sequence_rewards(model, batch, head):
-    """The reward of each sequence, [B], read at its last real token; padding is on the right."""
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    """The reward [B] of each sequence, read at its last token. Padding is on the right."""
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     last = inputs["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
-    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    # `@` would run in 16 bits under autocast, which is too coarse to compare two rewards.
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def rollout(model, scorer, examples, tokenizer, args, seed):
+def rollout(model, reward, examples, tokenizer, args, seed):
     """Two answers to each of P prompts, with scores, preferences and log-probs, without gradients.
 
     Returns a batch of tensors [2P, ...], and the answers as ids: all y first, then all y'.
@@ -365,7 +401,7 @@ def rollout(model, scorer, examples, tokenizer, args, seed):
     answers += sample_in_parts(model, tokenizer, prompts, args.mixture, args, seed + 1)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     batch = join_answers(prompts * 2, answers, tokenizer, model)
-    batch["scores"] = score_answers(scorer, args.reward, model, batch, examples * 2, texts, args)
+    batch["scores"] = reward(model, batch, examples * 2, texts, args)
     if batch["scores"].isnan().any():
         common.fail(f"the reward {args.reward} returns None: each answer needs a number here")
     # Only the comparison is penalized; the scores are logged as they are.
@@ -384,7 +420,7 @@ def rollout(model, scorer, examples, tokenizer, args, seed):
 
 @torch.no_grad()
 def in_parts(function, model, batch, argument, args):
-    """function(model, batch, argument), a micro-batch at a time."""
+    """function(model, batch, argument) without gradients, one micro-batch at a time."""
     parts = []
     with common.autocast(model):
         for rows in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
@@ -423,16 +459,17 @@ def describe(batch, args):
 
 
 def some_samples(tokenizer, step, examples, answers, scores):
-    """A few prompts, what the policy answers, and what that is worth."""
-    some = list(zip(examples, answers, scores.tolist(), strict=False))[:4]
-    return [{"step": step, "prompt": common.visible(tokenizer.decode(example["prompt"])),
-             "answer": common.visible(tokenizer.decode(answer)), "score": score}
-            for example, answer, score in some]
+    """Up to four prompts with their sampled answers and scores, as text for the report."""
+    samples = []
+    for example, answer, score in zip(examples[:4], answers, scores.tolist(), strict=False):
+        samples.append({"step": step, "prompt": common.shown_text(tokenizer, example["prompt"]),
+                        "answer": common.shown_text(tokenizer, answer), "score": score})
+    return samples
 
 
 def train(args):
     # 1. Load the reward and the prompts first, so that bad data fails before the model is loaded.
-    scorer = load_reward(args.reward, args.model)
+    check_reward(args.reward, args.model)
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
                                needs_answer=args.reward == "correct_answer")
@@ -446,7 +483,7 @@ def train(args):
     # 2. Load the model: a frozen base with LoRA matrices, which alone are trained.
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
-    scorer = scorer or common.add_role(model, args.reward, "reward")
+    reward = load_reward(args.reward, model)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # `update` sets the learning rate.
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
@@ -457,7 +494,7 @@ def train(args):
     open_run(args, [examples, held_out])
     state = restore(args, weights, optimizer, scaler)
     if "before" not in state:
-        batch, _ = rollout(model, scorer, held_out, tokenizer, args, args.seed)
+        batch, _ = rollout(model, reward, held_out, tokenizer, args, args.seed)
         state["before"] = describe(batch, args)
 
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
@@ -468,7 +505,7 @@ def train(args):
         began = time.time()
         mine = [examples[i] for i in batches[step - 1][common.RANK::common.WORLD]]
         seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
-        batch, answers = rollout(model, scorer, mine, tokenizer, args, seed)
+        batch, answers = rollout(model, reward, mine, tokenizer, args, seed)
         metrics = {"step": step, **describe(batch, args), "rollout_seconds": time.time() - began}
 
         # 5. Accumulate the gradients of the micro-batches. Each prompt counts 1 / batch size, so
@@ -486,17 +523,20 @@ def train(args):
         metrics |= update(optimizer, scaler, lr)
 
         # 7. Log the step; from time to time, show some samples and save a checkpoint.
-        progress.set_postfix(reward=metrics["reward"], kl=metrics["kl"], refresh=False)
-        log_step(args, state, metrics | {"seconds": time.time() - began})
+        tokens = batch["attention_mask"].sum()
+        sum_over_processes([tokens])
+        metrics["seconds"] = time.time() - began
+        log_step(args, state, metrics, tokens.item(), progress, ("reward", "kl"))
         if step % args.save_every == 0 or step == args.max_steps:
             firsts = answers[:len(mine)]
             state["samples"] += some_samples(tokenizer, step, mine, firsts, batch["scores"])
             save(args, state, weights, optimizer, scaler)
-            for sample in state["samples"][-4:]:  # the answers in green
+            tqdm.write(f"\nsamples of step {step}, answers in green:")
+            for sample in state["samples"][-4:]:
                 tqdm.write("{prompt}\033[32m{answer}\033[0m\nscore {score:.2f}\n".format(**sample))
 
     # 8. Evaluate again on the same held-out prompts with the same seed, and save the adapter.
-    batch, _ = rollout(model, scorer, held_out, tokenizer, args, args.seed)
+    batch, _ = rollout(model, reward, held_out, tokenizer, args, args.seed)
     finish(args, state, model, tokenizer, describe(batch, args))
 
 
@@ -510,14 +550,14 @@ def learning_rate(step, steps, peak):
 
 
 def update(optimizer, scaler, lr):
-    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
     weights = optimizer.param_groups[0]["params"]
     # A process without a share of the batch has no gradients, but takes part in the sum.
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the length of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
     # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
@@ -534,7 +574,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes; with a single process nothing changes."""
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -548,15 +588,18 @@ def add_up(sums, figures):
 
 def over_processes(sums, names, device):
     """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
-    totals = {}
-    for name in names:
-        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    totals = {name: torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+              for name in names}
     sum_over_processes(list(totals.values()))
     return {name: total.item() for name, total in totals.items()}
 
 
 def open_run(args, examples):
-    """--output-dir: a new folder, or that of an interrupted run with the same flags and inputs."""
+    """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
+
+    The flags, a hash of the examples and a hash of the files of models and rewards stand in
+    args.json. A run is resumed only if all of them are the same.
+    """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
@@ -571,77 +614,68 @@ def open_run(args, examples):
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # the lock ends with the process, however that ends; its file may stay
+        # The lock ends with the process, however the process ends. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")
         names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
         is_new = not names
-        if names == {file.name}:  # a start that failed before its first step has nothing to lose
+        # A run that failed before its first checkpoint has nothing to lose, so it starts anew.
+        if names == {file.name}:
             is_new = '"output_dir"' in file.read_text()
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
+                             "rewards, or other files: name another folder")
 
 
 def write(file, text):
-    """Whole or not at all, whenever the run is killed."""
+    """Writes atomically: a killed run leaves either the old file or the new one."""
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").replace(file)
 
 
 def restore(args, weights, optimizer, scaler):
-    """The state of a run: a new one, or that of an interrupted run, as `save` left it.
+    """The state of a new run, or of an interrupted one from its checkpoint, resume.pt.
 
-    The weights, {name: parameter}, are those that are trained. Other processes get those of the
-    first, because each has drawn LoRA matrices of its own.
+    A checkpoint also holds the trained weights, {name: parameter}, and the states of optimizer
+    and scaler, which are loaded here.
     """
     state = {"step": 0, "metrics": [], "samples": []}
     file = Path(args.output_dir, "resume.pt")
     if file.exists():
         with common.phase(f"reading {file}"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {*state, "weights", "optimizer", "scaler"} - saved.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            load_weights(weights, saved.pop("weights"))
+            common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
+            if not state.keys() <= saved.keys():
+                raise ValueError("a part of it is missing")
             state = saved
+    # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
     return state
 
 
-def load_weights(weights, saved):
-    """Copies saved weights into the parameters of the same names."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    saved_shapes = {name: value.shape for name, value in saved.items()}
-    differing = shapes.items() ^ saved_shapes.items()
-    if differing:
-        name = min(differing)[0]
-        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
-    for name, value in saved.items():
-        if not value.isfinite().all():
-            raise ValueError(f"its weight {name} has values that are not finite numbers")
-        weights[name].data.copy_(value)
-
-
 def save(args, state, weights, optimizer, scaler):
-    """Writes a checkpoint, resume.pt: all that the same command needs to resume this run."""
+    """Writes a checkpoint, from which the same command resumes the run."""
     if common.RANK == 0:
-        saved = {"weights": {name: weight.data for name, weight in weights.items()},
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        torch.save(state | saved, Path(args.output_dir, "resume.new"))
+        parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        parts["weights"] = {name: weight.data for name, weight in weights.items()}
+        torch.save(state | parts, Path(args.output_dir, "resume.new"))
         Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
 
 
-def log_step(args, state, metrics):
-    if torch.cuda.is_available():
-        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+def log_step(args, state, metrics, tokens, progress, shown):
+    """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:
@@ -652,12 +686,14 @@ def log_step(args, state, metrics):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    method = Path(__file__).stem
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
-        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
+        summary = {"method": method} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
+        common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:
@@ -665,8 +701,10 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    where = f"results: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
-    print(f"\n{common.visible(where)}")
+    is_reward = method in ("reward_model", "prm")
+    use = "pairs.py --output pairs.jsonl --reward" if is_reward else "chat.py"
+    print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
+                         f"\ntry it:  python {use} {args.output_dir}"))
 
 
 if __name__ == "__main__":

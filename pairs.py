@@ -123,7 +123,7 @@ def make_flags():
 # ---- data: prompts -------------------------------------------------------------------------------
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
-    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
+    """The row and the token ids of its prompt. A row that cannot be used raises ValueError."""
     prompt = common.prompt_of(row, tokenizer)
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
@@ -191,21 +191,22 @@ def best_and_worst(scores, lengths, max_ratio):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, copies, args, seed):
-    """`copies` answers to each of P prompts, grouped by prompt, as lists of ids.
+    """Samples `copies` answers to each of P prompts; returns lists of ids, grouped by prompt.
 
-    From exactly softmax(logits / temperature): no top-k, no top-p, no penalties. Each answer ends
-    with its stop token, unless it ran into --max-new-tokens.
+    Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no penalties.
+    An answer ends with its stop token, unless it reached --max-new-tokens.
     """
     was_training = model.training
-    model.eval()  # in train mode gradient checkpointing would silently drop the cache
+    model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache
     causal = common.causal_lm(model)
     generator = torch.Generator(causal.device).manual_seed(seed)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     stops = torch.tensor(stop_ids, device=causal.device)
+    # Left padding: all prompts end in the last column, where the first token is predicted.
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     mask = batch["attention_mask"].to(causal.device)  # [P, T]
     logits, cache = common.read(causal, batch["input_ids"].to(causal.device), mask)  # [P, V]
-    # each prompt was read once, for all of its answers: from here on B = P × copies
+    # Each prompt is read once. Its KV cache is then repeated, so that B = P × copies rows follow.
     rows = torch.arange(len(mask), device=causal.device).repeat_interleave(copies)  # [B]
     cache.reorder_cache(rows)
     logits, mask = logits[rows], mask[rows]  # [B, V], [B, T]
@@ -216,10 +217,11 @@ def sample(model, tokenizer, prompts, copies, args, seed):
         token = torch.multinomial(probs, 1, generator=generator)  # [alive, 1]
         for i, new in zip(alive.tolist(), token[:, 0].tolist(), strict=True):
             answers[i].append(new)
-        going = ~torch.isin(token[:, 0], stops)
+        going = ~torch.isin(token[:, 0], stops)  # [alive]
         if length == args.max_new_tokens or not going.any():
             break
-        if not going.all():  # answers that have ended leave the batch
+        # Answers that have ended leave the batch, and their rows leave the KV cache.
+        if not going.all():
             alive, token, mask = alive[going], token[going], mask[going]
             cache.reorder_cache(going.nonzero()[:, 0])
         mask = F.pad(mask, (0, 1), value=1)
@@ -252,10 +254,12 @@ def read_answers(tokenizer, prompt, answers, stop_ids):
 # ---- what scores an answer: each is a function of prompts, completions and columns ---------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is the row's column `answer`, else 0."""
-    said = [last_number(text) for text in completions]
-    truth = [plain_number(text) for text in answer]
-    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
+    """1 where the last number of the completion equals the row's column `answer`, else 0."""
+    scores = []
+    for completion, truth in zip(completions, answer, strict=True):
+        number = plain_number(truth)
+        scores.append(float(number is not None and last_number(completion) == number))
+    return scores
 
 
 # 1,000 is a number, 1,2345 are two, .5 is a half.
@@ -263,33 +267,38 @@ NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
 def last_number(text):
-    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    """The last number in a string, or None. "7-3" holds 7 and 3; "-$3" is a negative number."""
     found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
-    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
+    if not found:
+        return None
+    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-"))
 
 
 def plain_number(text):
-    r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
+    r"""The answer of a row, alone or after its last ####, as a number. None for \frac{3}{4}."""
     alone = str(text).rpartition("####")[2].strip().removesuffix(".")
     is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
     return last_number(alone) if is_plain else None
 
 
-def call_reward(name, reward, examples, texts):
-    """A score for each text, or None where the reward does not apply: a function of columns."""
+def call_reward(name, function, examples, texts):
+    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+
+    None means that the reward does not apply to an answer.
+    """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
-        scores = [None if score is None else float(score) for score in reward(**columns)]
-        # NaN fails this comparison, and so does what fp32 would turn into infinity.
+        scores = [None if score is None else float(score) for score in function(**columns)]
+        # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
             raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
     return scores
 
 
 def load_scorer(name, args):
-    """What --reward names, as a function: a user's own, or one that asks a trained head."""
+    """The reward as a function of columns: the user's own, or one that asks a trained model."""
     if name == "correct_answer":
         return correct_answer
     if name.rpartition(":")[0].endswith(".py"):
@@ -298,7 +307,9 @@ def load_scorer(name, args):
         config = common.adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
-        summary = Path(common.find(name), "summary.json")  # tiny/reward has none
+        # summary.json says which script trained it. Without one, as in tiny/reward, or if it has
+        # another form, it is a reward model.
+        summary = Path(common.find(name), "summary.json")
         run = json.loads(summary.read_text()) if summary.exists() else {}
         run = run if isinstance(run, dict) else {}
     tokenizer = common.load_tokenizer(name)
@@ -310,20 +321,28 @@ def load_scorer(name, args):
 @torch.no_grad()
 def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, tools=None,
                  **columns):
-    """r(x, y) of answers; by steps min p_k over lines, or p of the last; encoded as in training."""
+    """Scores of answers by a reward model, r(x, y), or by steps: min p_k over the steps of y.
+
+    With `outcome`, the model of the steps was trained on the last step alone: then p of that one.
+    """
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
-        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
-        text = "\n".join(steps) if by_steps else text  # as in prm.py, without empty lines
-        if by_steps and isinstance(prompt, str):  # a chat, or lines below the prompt
-            chat = [{"role": "user", "content": prompt}]
-            prompt = chat if tokenizer.chat_template else prompt + "\n"
-        said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
-        if text.strip():  # an empty answer is the token that ends it
+        steps = []
+        # Each line is a step. Prompt and steps are joined as prm.py joins them in training.
+        if by_steps:
+            steps = [line.strip() for line in text.split("\n") if line.strip()]
+            text = "\n".join(steps)
+            if isinstance(prompt, str):
+                chat = [{"role": "user", "content": prompt}]
+                prompt = chat if tokenizer.chat_template else prompt + "\n"
+        if text.strip():
+            said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             (head, _), (rest, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
             asked = head + rest
+        else:  # an empty answer is the token that ends it
+            asked = common.encode_prompt(tokenizer, prompt, tool)
+            answer = [tokenizer.eos_token_id]
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
@@ -334,39 +353,36 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
 
 
 def step_ends(tokenizer, ids, steps):
-    """Where each step ends: the index in `ids`, an answer, of the token with its last character.
+    """The index in `ids`, an answer, of the token that completes each step of its text.
 
-    Tokens may hold parts of characters, so it is decoded prefixes that tell what has been said. A
-    binary search over them finds the first that says all of a step.
+    A token may hold a part of a character, so the text is known for prefixes of the ids only.
     """
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
-    ends, low, done = [], 0, 0
+    ends = []
+    end = 0  # the token that is looked at
+    done = 0  # how many characters of the text it has to complete
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
-        done, high = start + len(step), len(ids) - 1
-        while low < high:
-            last = middle = (low + high) // 2
-            # a prefix that ends within a character is spelled wrong: then a shorter one counts
-            while not text.startswith(said := tokenizer.decode(ids[:last + 1], **plain)):
-                last -= 1
-            if len(said) >= done:
-                high = last
-            else:
-                low = middle + 1
-        ends.append(low)
+        done = start + len(step)
+        said = tokenizer.decode(ids[:end + 1], **plain)
+        # A prefix that ends inside a character is spelled wrong: then the next token is needed.
+        while len(said) < done or not text.startswith(said):
+            end += 1
+            said = tokenizer.decode(ids[:end + 1], **plain)
+        ends.append(end)
     return ends
 
 
 def step_logits(model, batch, head):
-    """The logit of each step, [B, S], read at its last token; rows with fewer steps are padded."""
+    """The logit of each step [B, S], read at its last token. Rows with fewer steps are padded."""
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
     hidden = hidden[torch.arange(len(hidden))[:, None], batch["step_ends"]]  # [B, S, D]
-    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    # `@` would run in 16 bits under autocast, which is too coarse to compare two rewards.
     return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
 
 

@@ -34,7 +34,8 @@ TEMPLATE = Path(__file__).with_name("plot.html")
 UNITS = {"kl": "nats per answer", "sampler_kl": "nats per token", "entropy": "nats per token",
          "chosen_logp": "nats per answer", "rejected_logp": "nats per answer",
          "z": "nats per answer", "length": "tokens", "trained_tokens": "tokens",
-         "peak_memory_gib": "GiB", "seconds": "s", "rollout_seconds": "s"}
+         "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB", "seconds": "s",
+         "rollout_seconds": "s"}
 MANY = 60  # steps of a run from which on its curves are smoothed
 NOT_NOISY = {"learning_rate", "loss_scale"}  # and are drawn as they are
 plt.rcParams["text.parse_math"] = False  # a $ in the name of a run is a $ and no formula

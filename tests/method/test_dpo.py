@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import by_hand
 import pytest
 import torch
-from by_hand import ask, close, say, tokenizer
+from by_hand import ask, close, same, say, tokenizer
 from conftest import run_args
 
 import common
@@ -106,8 +106,8 @@ def test_the_gradient_of_dpo_is_weighted_by_how_wrong_the_implicit_rewards_are()
     losses, chosen, rejected = dpo.preference_loss(c, r, *numbers([-4.0] * 3, [-3.0] * 3), beta=0.4)
     gradients = torch.autograd.grad(losses.sum(), (c, r))
     weight = 0.4 * torch.sigmoid(rejected - chosen)
-    torch.testing.assert_close(gradients[0], -weight, msg="chosen: expected −β σ(−h)")
-    torch.testing.assert_close(gradients[1], weight, msg="rejected: expected +β σ(−h)")
+    same(gradients[0], -weight, "gradient on chosen log-probs: expected −β σ(−h)")
+    same(gradients[1], weight, "gradient on rejected log-probs: expected +β σ(−h)")
 
 
 def test_where_each_loss_is_least():
@@ -219,16 +219,15 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
     hand = by_hand.Training(run)
     row_of = {tuple(tokens_of(row)[0]): row for row in ROWS}
     batches, lengths = run.batches("pair_losses"), []
-    with by_hand.doubles():
-        for batch in batches:
-            rows = [row_of[tuple(pair["prompt"])] for pair in batch]
-            lengths.append([pair["length"] for pair in batch])
-            loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
-            hand.log(figures | hand.update(loss))
-        hand.check(run)
-        for when, model in ("before", hand.reference), ("after", hand.model):
-            _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
-            close(run.summary[when], figures, when)
+    for batch in batches:
+        rows = [row_of[tuple(pair["prompt"])] for pair in batch]
+        lengths.append([pair["length"] for pair in batch])
+        loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
+        hand.log(figures | hand.update(loss))
+    hand.check(run)
+    for when, model in ("before", hand.reference), ("after", hand.model):
+        _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
+        close(run.summary[when], figures, when)
     assert set(run.summary["after"]) == set(dpo.FIGURES)
     assert list(map(len, batches)) == [4, 4, 3] and lengths == list(map(sorted, lengths))
     sampled = [call.args[2:] for call in run.calls["sample_answers"]]

@@ -3,11 +3,12 @@
 How labels are read and how steps are planned is in tests/system/test_preference_rows.py.
 """
 import copy
+import statistics
 
 import by_hand
 import pytest
 import torch
-from by_hand import answer_ids, ask, close, prompt_ids, say, tokenizer
+from by_hand import answer_ids, ask, close, prompt_ids, same, say, tokenizer
 from conftest import run_args
 
 import common
@@ -72,8 +73,9 @@ def test_the_loss_is_its_equation_and_its_gradient_is_largest_at_z():
     assert torch.autograd.gradcheck(lambda x: kto.kto_loss(x, LABELS, *settings), ratios)
     gradient, = torch.autograd.grad(losses.sum(), ratios)
     sigma = torch.sigmoid(0.7 * (RATIOS - 0.4))
-    expected = torch.where(LABELS, -1.3, 0.6) * 0.7 * sigma * (1 - sigma)
-    torch.testing.assert_close(gradient, expected, msg="gradient: λ, β, or a sign?")
+    weights = torch.tensor([-1.3 if label else 0.6 for label in LABELS], dtype=torch.float64)
+    expected = weights * 0.7 * sigma * (1 - sigma)
+    same(gradient, expected, "gradient: is a λ, β or sign wrong?")
     far = torch.tensor([-30.0, 0.0, 30.0], requires_grad=True)
     kto.kto_loss(far, torch.ones(3).bool(), 0.0, 1.0, 1.0, 1.0).sum().backward()
     assert far.grad[1] == -0.25 and far.grad[[0, 2]].abs().max() < 1e-12, "σ is flat far from z"
@@ -173,7 +175,7 @@ def figures_by_hand(model, reference, rows, args):
         logp = by_hand.logps(model, prompt, answer).sum().item()
         of_label[label].append((args.beta * ratio.item(), logp))
     (chosen, chosen_logp), (rejected, rejected_logp) = (
-        torch.tensor(of_label[label]).mean(0).tolist() for label in (True, False))
+        map(statistics.fmean, zip(*of_label[label], strict=True)) for label in (True, False))
     loss = torch.stack(losses).mean()
     return loss, {"loss": loss.item(), "z": z, "margin": chosen - rejected, "chosen_reward": chosen,
                   "rejected_reward": rejected, "chosen_logp": chosen_logp,
@@ -192,15 +194,14 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
         undesirable_weight=1.2, **flags, replace={
             "sample_answers": lambda model, _, prompts, *rest: prompts})
     hand = by_hand.Training(run)
-    with by_hand.doubles():
-        for batch in kto.plan_batches([row["label"] for row in ROWS], run.args):
-            rows = [ROWS[i] for i in batch]
-            loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
-            hand.log(figures | hand.update(loss))
-        hand.check(run)
-        for when, model in ("before", hand.reference), ("after", hand.model):
-            _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
-            close(run.summary[when], figures, when)
+    for batch in kto.plan_batches([row["label"] for row in ROWS], run.args):
+        rows = [ROWS[i] for i in batch]
+        loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
+        hand.log(figures | hand.update(loss))
+    hand.check(run)
+    for when, model in ("before", hand.reference), ("after", hand.model):
+        _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
+        close(run.summary[when], figures, when)
     assert max(line["z"] for line in run.metrics) > 0.05, "this test needs a z above 0"
 
 

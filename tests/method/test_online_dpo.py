@@ -9,7 +9,7 @@ import statistics
 import by_hand
 import pytest
 import torch
-from by_hand import answer_to, ask, close, prompt_ids, tokenizer
+from by_hand import answer_to, ask, close, prompt_ids, same, tokenizer
 from conftest import run_args
 
 import common
@@ -52,7 +52,7 @@ def test_the_worked_example_of_the_docstring():
 def equation(loss, a, b, ref_a, ref_b, win):
     """The loss of one pair: a is log π(y|x), b is log π(y'|x), win is P(y ≻ y')."""
     if loss == "nash_md":
-        return -(win - 0.5 - BETA * (a - ref_a)) * a
+        return -(win - 0.5 - BETA * (a - ref_a).item()) * a
     if win == 0.5:
         return 0.0 * a
     h = (a - ref_a) - (b - ref_b)  # of y over y'
@@ -74,7 +74,7 @@ def test_each_loss_is_its_equation_written_out_with_that_gradient(loss):
     gradients = torch.autograd.grad(ours.sum(), logps, allow_unused=True, materialize_grads=True)
     if loss == "nash_md":  # the bracket is a constant: no gradient for y' and the reference
         bracket = WINS - 0.5 - BETA * (logps[0] - logps[2])
-        torch.testing.assert_close(gradients[0], -bracket.detach(), msg="gradient: minus bracket")
+        same(gradients[0], -bracket.detach(), "gradient on log π(y|x): expected minus the bracket")
         assert not any(g.any() for g in gradients[1:]), "a gradient flows through the bracket"
         return
     assert torch.autograd.gradcheck(
@@ -82,8 +82,8 @@ def test_each_loss_is_its_equation_written_out_with_that_gradient(loss):
     assert not any(g[2] for g in gradients), "a tie has a gradient"
     if loss == "xpo":
         plain = online_dpo.online_loss(*logps, WINS, "dpo", BETA, ALPHA)
-        expected = torch.autograd.grad(plain.sum(), logps[1])[0] + ALPHA * (WINS != 0.5)
-        torch.testing.assert_close(gradients[1], expected, msg="xpo: + α on y', whoever wins")
+        expected = torch.autograd.grad(plain.sum(), logps[1])[0] + ALPHA * (WINS != 0.5).double()
+        same(gradients[1], expected, "xpo, gradient on y': expected α more, whoever wins")
 
 
 @pytest.mark.parametrize("is_hard", [False, True])
@@ -108,7 +108,7 @@ def test_nash_md_climbs_preference_minus_kl_by_enumeration(m, is_hard):
     kl = (logps.exp() * (logps - ref_logps)).sum()
     value = (logps.exp()[:, None] * mixture * (wins - 0.5)).sum() - BETA * kl
     expected, = torch.autograd.grad(-value, logits)
-    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-9, msg="a sign of the bracket?")
+    same(ours, expected, "gradient of Nash-MD: is a sign of the bracket flipped?")
     assert expected.norm() > 0.05
 
 
@@ -121,15 +121,13 @@ def row(question, answer, **more):
 ROWS = [row("What is 5 - 2?", 3), row("Tom has 14 figs and gets 83 more. How many figs now?", 97),
         row("What is 9 - 8 and 12 + 9?", 21), row("What is 4 - 1?", 3)]
 HELD_OUT = [row(f"What is {n} - 4?", n - 4) for n in (6, 11, 400)]
-REWARDS = """
-def varied(prompts, completions, **columns): return [sum(map(ord, x)) % 3 for x in completions]
-"""
+REWARDS = ("def varied(prompts, completions, **columns):\n"
+           "    return [sum(map(ord, x)) % 3 for x in completions]\n")
 
 
 def fixed_draws(model, words, prompts, m, args, seed):
-    """In place of sample_mixture: the seed of y is even, the seed of y' odd."""
-    return [answer_to(prompt, 2 * (seed % 2)) if sum(prompt) % 2 else answer_to(prompt, seed % 2)
-            for prompt in prompts]
+    """In place of sample_mixture: the seed of y is even, the seed of y' odd; some y do not stop."""
+    return [answer_to(prompt, seed % 2 + 2 * (len(prompt) % 2)) for prompt in prompts]
 
 
 def test_preferences_compare_penalized_scores_of_the_same_prompt(monkeypatch):
@@ -140,13 +138,13 @@ def test_preferences_compare_penalized_scores_of_the_same_prompt(monkeypatch):
     y, other = [[40, eos], [40, eos], [40, 41], [40, eos]], [[41, eos], [41], [40, 42], [42, eos]]
     scores = torch.tensor([0.3, -2.0, 1.0, 1e-9, -1.2, 0.0, 1.0, 0.0])
     gaps = [1.5, -2 - (0 - PENALTY), 0, 1e-9]
-    monkeypatch.setattr(online_dpo, "score_answers", lambda *args: scores.clone())
     for kind, expected in ("sigmoid", list(map(sigmoid, gaps))), ("hard", [1, 1, 0.5, 1]):
         drawn = iter([y, other])
         monkeypatch.setattr(online_dpo, "sample_mixture", lambda *args, drawn=drawn: next(drawn))
         args = run_args(online_dpo, missing_eos_penalty=PENALTY, preference=kind)
         examples = [{"prompt": prompt, "row": {}}] * 4
-        batch, answers = online_dpo.rollout(model, None, examples, tokenizer(), args, 0)
+        batch, answers = online_dpo.rollout(
+            model, lambda *args: scores.clone(), examples, tokenizer(), args, 0)
         assert answers == y + other and batch["stopped"].tolist() == [1, 1, 0, 1, 1, 0, 0, 1]
         first, second = batch["wins"].tolist()[:4], batch["wins"].tolist()[4:]
         assert first == pytest.approx(expected, rel=1e-6), f"{kind}: P(y ≻ y')"
@@ -204,13 +202,12 @@ def test_a_run_equals_the_same_steps_by_hand(loss, preference, size, run):
     run = run(replace={"sample_mixture": fixed_draws}, loss=loss, preference=preference,
               micro_batch_size=size)
     hand = by_hand.Training(run)
-    with by_hand.doubles():
-        for _ in range(2):  # each step has all four prompts
-            value, figures = figures_by_hand(hand.model, hand.reference, ROWS, run.args)
-            hand.log(figures | hand.update(value))
-        hand.check(run)
-        _, figures = figures_by_hand(hand.model, hand.reference, HELD_OUT, run.args)
-        close(run.summary["after"], figures, "held out")
+    for _ in range(2):  # each step has all four prompts
+        value, figures = figures_by_hand(hand.model, hand.reference, ROWS, run.args)
+        hand.log(figures | hand.update(value))
+    hand.check(run)
+    _, figures = figures_by_hand(hand.model, hand.reference, HELD_OUT, run.args)
+    close(run.summary["after"], figures, "held out")
     first, second = run.metrics
     assert 0 < first["ties"] < 1 and 0 < first["stopped"] < 1 and abs(second["kl"]) > 0.05, (
         "this test needs a tie, an answer without an end, and a policy that moves")
