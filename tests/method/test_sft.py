@@ -248,8 +248,6 @@ def test_training_is_what_it_is_by_hand(rank, tmp_path):
         for prompt, old, new in zip(prompts, *said, strict=True)]
 
 
-def test_an_answer_has_stopped_if_it_has_a_stop_token():
-    """Also as the last token that --max-new-tokens allows. Pads follow it."""
-    answers = [[5, 6, 2], [5, 6, 7], [9, 0, 0], [5, 6, 7]]
+def test_an_answer_has_stopped_if_its_last_token_is_any_stop_token():
+    answers = [[5, 6, 2], [5, 6, 7], [9], [5, 2, 7]]
     close(sft.share_stopped(answers, [2, 9]), 0.5, "share of answers that end by themselves")
-    assert [sft.until_stop(answer, [2, 9]) for answer in answers] == [*answers[:2], [9], answers[3]]
