@@ -1,5 +1,6 @@
 """Rewards and judges as people bring them: what they say is used as it is meant, or refused."""
 import json
+import re
 import shutil
 import sys
 from decimal import Decimal
@@ -63,7 +64,7 @@ def test_where_one_reward_is_all_there_is_it_must_apply(name, run, refused, rewa
     file = reward_file("def abstains(prompts, completions, **columns):\n"
                        "    return [None] * len(prompts)\n")
     line = refused(run, name, f"{file}:abstains")
-    assert "returns None" in line and "number" in line and "mine.py:abstains" in line
+    assert re.search("return(s|ed) None", line) and "mine.py:abstains" in line
 
 
 def test_the_mean_of_a_table_leaves_out_what_a_reward_does_not_apply_to(
@@ -158,19 +159,6 @@ def test_any_name_of_a_column_can_be_scored(column, monkeypatch):
 def test_a_plain_number_is_all_of_the_answer(text, number):
     expected = None if number is None else Decimal(number)
     assert grpo.plain_number(text) == expected
-
-
-def test_answers_that_are_no_plain_number_are_dropped_and_math_verify_is_named(shared):
-    """Of 12 real answers 4 are plain; with its last number as the truth 3/4 would be 4."""
-    tokenizer, kept = common.load_tokenizer("tiny/chat"), []
-    for line in (shared / "field/latex_answers.jsonl").open():
-        try:
-            example = grpo.encode_row(json.loads(line), tokenizer, 512, 64, True)
-            kept.append(example["row"]["answer"])
-        except ValueError as error:
-            assert "examples/rewards.py:math_answer" in str(error)
-    assert kept == ["4", "42", "0.5", "-3"]
-    assert grpo.correct_answer([], ["4", "4"], answer=[r"\frac{3}{4}", "4"]) == [0.0, 1.0]
 
 
 # ---- judges --------------------------------------------------------------------------------------

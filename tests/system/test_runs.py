@@ -166,23 +166,28 @@ def test_the_same_command_resumes_wherever_it_ended(name, data, whole, tmp_path,
 
 
 @offline_and_online
-def test_a_checkpoint_that_cannot_be_read_is_named_and_kept(name, data, started, refused):
-    """Truncated, not of torch, or of a model that has one weight more or another shape of it."""
+def test_a_checkpoint_that_is_not_whole_is_named_and_kept(name, data, started, refused):
+    """Truncated, without one of its parts, of another model, or with infinite weights."""
     file = started(name) / "resume.pt"
-    broken = {"half": file.read_bytes()[:2000], "empty": b"", "text": b"not torch"}
     state = torch.load(file, weights_only=True)
-    weight_name = next(iter(state["weights"]))
-    weight = state["weights"].pop(weight_name)
-    for kind in "missing", "shape":
-        torch.save(state, file)
-        broken[kind] = file.read_bytes()
-        state["weights"][weight_name] = weight[:1]
-    for kind, content in broken.items():
-        file.write_bytes(content)
-        args = small_args(name, data, file.parent, max_steps=2, save_every=1)
-        line = refused(command, name, args)
-        assert f"reading {file}" in line and file.read_bytes() == content
-        assert kind not in ("missing", "shape") or f"another model: {weight_name}" in line
+    first, weight = next(iter(state["weights"].items()))
+    others = {key: x for key, x in state["weights"].items() if key != first}
+    broken = [("", None), (f"another model: {first}", {"weights": others}),
+              (f"another model: {first}", {"weights": others | {first: weight[:1]}}),
+              (f"{first} holds numbers that are not", {"weights": others | {first: weight / 0}})]
+    broken += [("a part of it", "step"), ("a part of it", "samples"), ("'optimizer'", "optimizer")]
+    for words, change in broken:
+        if change is None:
+            file.write_bytes(file.read_bytes()[:2000])
+        elif isinstance(change, dict):
+            torch.save(state | change, file)
+        else:
+            torch.save({key: x for key, x in state.items() if key != change}, file)
+        before = file.read_bytes()
+        line = refused(command, name, small_args(
+            name, data, file.parent, max_steps=2, save_every=1))
+        assert f"reading {file}" in line and words in line, words
+        assert file.read_bytes() == before
 
 
 # ---- folders -------------------------------------------------------------------------------------
@@ -244,13 +249,6 @@ def test_files_of_the_user_stay_as_they_are(file, data, tmp_path):
     assert (tmp_path / file).read_text() == "keep"
 
 
-@pytest.mark.parametrize("place", ["notes.txt", "notes.txt/run"])
-def test_a_file_where_the_folder_should_be_is_refused(place, data, tmp_path, refused):
-    (tmp_path / "notes.txt").write_text("keep")
-    assert place in refused(command, "dpo", small_args("dpo", data, tmp_path / place))
-    assert (tmp_path / "notes.txt").read_text() == "keep"
-
-
 # ---- results -------------------------------------------------------------------------------------
 
 @all_scripts
@@ -284,7 +282,8 @@ def test_a_newcomer_sees_legible_samples_a_table_and_what_to_do_next(data, tmp_p
     assert re.search(r"held out +before +after\nloss ", said[0])
     assert f"python chat.py {tmp_path}/run" in said[0]
     samples = re.findall(r"  prompt: (.+)\n  before: (.+)\n   after: (.+)\n", said[2])
-    assert len(samples) == 3 and "<|im_start|>user What is" in samples[0][0]
+    assert len(samples) == 3
+    assert samples[0][0] == "<|im_start|>user Add 12 and 9.<|im_end|> <|im_start|>assistant"
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [list(sample) for sample in summary["samples"]] == [["prompt", "before", "after"]] * 3
 
