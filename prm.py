@@ -11,16 +11,17 @@ its judgment can be read at any point: to find the first mistake, to pick the be
 samples, or to prune a search. The loss is that of logistic regression, applied to each step:
 
     p_k = σ(r_k)
-    loss = −1/N Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]       N: the steps of all solutions of a batch
+    loss = −1/N Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]       N: steps in the whole batch
 
 This is process supervision (Uesato et al. 2022, arXiv:2211.14275; Lightman et al. 2023,
 arXiv:2305.20050). Its gradient in r_k is (p_k − l_k) / N.
 
 What a label means differs between datasets, and p_k means the same as the labels:
 
-    Uesato, tiny/data   Is everything correct up to and including this step? p_S judges the solution.
-    Lightman            Is this step correct? The labels end at the first wrong step, and the product
-                        Π_k p_k judges the solution.
+    Uesato, tiny/data   Is everything correct up to and including this step? So p_S judges the
+                        solution.
+    Lightman            Is this step correct? The labels end at the first wrong step, and the
+                        product Π_k p_k judges the solution.
     Math-Shepherd       Did any of 8 continuations from here reach the correct answer? (Wang et al.
                         2023, arXiv:2312.08935, the default dataset.)
 
