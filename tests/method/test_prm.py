@@ -34,8 +34,8 @@ def test_an_example_is_prompt_answer_ends_labels_and_masks():
     assert solution["labels"] == [1, 0] and solution["attention_mask"] == [1] * len(ids)
     assert solution["step_mask"] == solution["loss_mask"] == [1, 1]
     assert example["length"] == len(ids) and example["prompt"] == ids[:start]
-    outcome = prm.encode_solution(ROW, tokenizer, 512, outcome=True)
-    assert outcome == example | {"solution": solution | {"loss_mask": [0, 1]}}
+    assert prm.encode_solution(ROW, tokenizer, 512, outcome=True) == example | {
+        "solution": solution | {"loss_mask": [0, 1]}}
 
 
 def test_tools_reach_the_template():
@@ -68,7 +68,7 @@ def test_only_the_last_tokens_of_trained_steps_get_a_gradient(outcome):
     """All steps, or with --outcome the last of each solution: (p − l) times the head's weight."""
     torch.manual_seed(0)
     hidden, head = torch.randn(3, 6, 4, requires_grad=True), torch.nn.Linear(4, 1, bias=False)
-    model = SimpleNamespace(base_model=lambda **inputs: (hidden,), score=head, device="cpu")
+    model = SimpleNamespace(base_model=lambda **_: (hidden,), score=head, device=hidden.device)
     ends, examples, expected = [[1, 2, 4], [5], [0, 3]], [], torch.zeros(3, 6, 4)
     for row, places in enumerate(ends):
         labels = [(row + k) % 2 for k in range(len(places))]
@@ -117,7 +117,6 @@ def test_the_loss_is_the_log_likelihood_of_the_labels():
 
 
 def test_the_loss_stays_finite_far_away():
-    """Where σ underflows to 0, the loss is the distance and its gradient ±1."""
     logits = torch.tensor([1e4, -1e4], requires_grad=True)
     losses = prm.step_losses(logits, torch.tensor([0, 1]), torch.ones(2))
     losses.sum().backward()
@@ -244,8 +243,7 @@ def test_training_is_what_it_is_by_hand(outcome, tmp_path, capsys):
     close(run.summary["after"], figures, "held out, after")
 
     shown = capsys.readouterr().out
-    first = rows[0]["completions"][0]
-    assert f"{first[:-1]}\033[32m{first[-1]}\033[0m" in shown, "the token that is read is green"
+    assert "0 + \033[32m0\033[0m" in shown, "the token that is read is green"
     for row, (logits, labels) in list(zip(rows[9:], solutions, strict=True))[:3]:
         for step, logit, label in zip(row["completions"], logits, labels, strict=True):
             verdict = "correct" if label else "wrong  "

@@ -105,7 +105,6 @@ def test_the_end_of_a_turn_is_trained_and_padding_is_not_where_both_are_one_toke
 
 
 def test_a_template_that_drops_old_thoughts_gives_one_example_per_answer(tokenizer):
-    """In each, the earlier thought is gone and the last one is trained, as when it is sampled."""
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message.content", "(message.content if loop.last else message.content.split('>')[-1])")
     turn = ask("1 + 1?") + say("<hm>2")
@@ -118,8 +117,7 @@ def test_a_template_that_drops_old_thoughts_gives_one_example_per_answer(tokeniz
 
 def test_tools_reach_the_template(tokenizer):
     tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
-    row = {"messages": CHAT, "tools": [{"name": "add"}]}
-    example = sft.encode_conversation(row, tokenizer, 512)[0]
+    [example] = sft.encode_conversation({"messages": CHAT, "tools": [{"name": "add"}]}, tokenizer, 99)
     assert tokenizer.decode(example["prompt"]).startswith('[{"name": "add"}]')
 
 
@@ -129,8 +127,7 @@ def test_truncation_keeps_the_head_the_end_of_the_prompt_and_something_to_train(
     """The middle of the prompt goes first, and the end of the answer after that."""
     [whole] = [x["tokens"] for x in sft.encode_conversation(row, tokenizer, 512)]
     size, start = len(whole["input_ids"]), whole["loss_mask"].index(1)
-    pieces = common.encode(tokenizer, *sft.prompt_and_answer(row, tokenizer))[0]
-    head = len(pieces[0][0])
+    head = len(common.encode(tokenizer, *sft.prompt_and_answer(row, tokenizer))[0][0][0])
     for max_length in range(2 * head + 4, size + 2):
         [example] = sft.encode_conversation(row, tokenizer, max_length)
         tokens, first = example["tokens"], example["tokens"]["loss_mask"].index(1)
