@@ -1,37 +1,86 @@
 """GRPO: Group Relative Policy Optimization (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
-The policy π writes G completions to each prompt, they are scored, and a completion becomes likelier
-the more it beats the others of its group. r_i is the reward of completion o_i, o_t one of its
-tokens, π_old the policy that sampled, π_ref the frozen one that training began from; J is to grow:
+GRPO learns from prompts and a reward, as PPO does, but without a critic. The policy π writes a
+group of G completions for each prompt, every completion gets a reward, and it becomes more likely
+the more it beats its group, and less likely the more it falls short of it.
 
-    A_i = (r_i − mean(r)) / std(r)              the baseline of a reward is the mean of its group
+Why it works. The policy gradient, which ppo.py derives, says that the expected reward of a
+completion o rises along
+
+    ∇ E[r(o)] = E[Σ_t (r(o) − b) ∇ log π(o_t)]
+
+so it is raised by raising log π of each sampled token in proportion to the reward minus a baseline
+b. Any b that does not depend on o leaves the mean of this estimate as it is, but a good one lowers
+its variance: it says what reward to expect from this prompt. PPO trains a second model, the critic,
+to predict that. GRPO simply asks the policy G times and takes the mean reward of the group. (This
+mean includes r(o) itself, which scales the gradient by (G − 1)/G and changes nothing else.)
+
+r_i is the reward of completion o_i, o_t one of its tokens, |o_i| the number of its tokens, π_old
+the policy that sampled it and π_ref the frozen policy that training started from. J is maximized,
+so the loss is −J:
+
+    A_i = (r_i − mean(r)) / (std(r) + 1e-4)       mean and std of its group; std over G − 1
     J = E 1/G Σ_i 1/|o_i| Σ_t { min[ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i] − β k3_t }       eq. 3
     ρ_t = π(o_t) / π_old(o_t),   k3_t = q − log q − 1 with q = π_ref(o_t) / π(o_t)         eq. 4
 
-Kept from PPO: the clipped ratio. Dropped: the critic, GAE and the value loss, as all tokens of a
-completion share its advantage. The KL, estimated by k3, moves from the reward into the loss.
+Kept from PPO is the clipped ratio. Dropped are the critic, GAE and the value loss, because all
+tokens of a completion share its advantage. The KL penalty moves from the reward into the loss, and
+so its estimator changes. k3 estimates KL(π ‖ π_ref) from sampled tokens and is never negative. Its
+gradient is on average that of KL(π_ref ‖ π), which also pulls π back to π_ref. The estimator of
+PPO's reward, k1 = log π/π_ref, would do nothing in a loss: its gradient is 0 on average.
 
-The relatives change a line or two. --loss names how the loss of a token is made and weighted:
+    [P] prompts ── G samples each ──► [P·G] completions ── reward ──► rewards [P, G]
+                                                                           │ − mean, / std of a row
+    loss of each token ◄── the same for all tokens ── advantages [P·G] ◄───┘
 
-    dr_grpo  neither std(r), which favours prompts that nearly all or no answers solve, nor 1/|o_i|,
-             which lets long failures off (Liu et al. 2025, 2503.20783)
-    dapo     all tokens count alike, the upper clip is wider, groups without spread and truncated
-             completions do not count (Yu et al. 2025, 2503.14476, without its soft length penalty)
-    gspo     one ratio for a whole sequence, as it has one reward (Zheng et al. 2025, 2507.18071)
-    cispo    the bounded ratio is a mere weight: no token drops out (MiniMax 2025, 2506.13585)
+Worked example: four groups with G = 4, and the advantages that two baselines give them.
 
-and --baseline what is taken off a reward: the mean of its group, that of the others (rloo: RLOO,
-Ahmadian et al. 2024, 2402.14740, with --loss dr_grpo, but for its KL) or nothing (none: REINFORCE).
+    rewards        mean    std     A: group                         A: rloo
+    1  0  0  1     0.50    0.577    0.87  −0.87  −0.87   0.87        0.67  −0.67  −0.67   0.67
+    1  0  0  0     0.25    0.500    1.50  −0.50  −0.50  −0.50        1.00  −0.33  −0.33  −0.33
+    1  1  1  0     0.75    0.500    0.50   0.50   0.50  −1.50        0.33   0.33   0.33  −1.00
+    1  1  1  1     1.00    0.000    0.00   0.00   0.00   0.00        0.00   0.00   0.00   0.00
+
+The rarer outcome counts more, and a group whose rewards are all equal teaches nothing. The KL of a
+token with log π = −1 is, if log π_ref = −1.5, k1 = 0.500 and k3 = 0.107; if log π_ref = −0.5, it is
+k1 = −0.500 and k3 = 0.149.
+
+The variants change a line or two. --loss selects how the loss of a token is made and weighted:
+
+    dr_grpo  divides neither by std(r), which favors prompts that nearly all or no completions
+             solve, nor by |o_i|, which makes long failures cheap (Liu et al. 2025, 2503.20783)
+    dapo     counts all tokens alike, widens the upper clip, and leaves out truncated completions
+             and groups of equal rewards (Yu et al. 2025, 2503.14476, without its soft length
+             penalty and its sampling of replacements)
+    gspo     has one ratio per sequence, as it has one reward per sequence (Zheng et al. 2025,
+             2507.18071)
+    cispo    uses the clipped ratio only as a weight, without a gradient, so that every token keeps
+             the gradient of its log π (MiniMax 2025, 2506.13585)
+
+--baseline selects what is subtracted from a reward: the mean of its group (group), the mean of the
+others in the group (rloo), or nothing (none). RLOO (Ahmadian et al. 2024, 2402.14740) is
+`--loss dr_grpo --baseline rloo`, except that its KL penalty is in the reward, and REINFORCE is
+`--loss dr_grpo --baseline none`.
 
     python grpo.py                                            # the tiny model, two minutes
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K in 4 bits on a 16 GB T4
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-What to watch: the reward rises, group_std falls, kl and length grow slowly. With --updates 1 all ρ
-are 1: no clip binds, gspo is grpo, and their loss says nothing: as the advantages of a group add up
-to 0, it is β k3. High zero_spread: prompts too easy or hard. Entropy collapses: lower the rate.
+The defaults are small on purpose, so that they fit one such GPU: 250 rollouts of 8 prompts with 8
+completions each read 2,000 prompts. DeepSeekMath sampled 64 completions per prompt, with 1,024
+completions in a batch. The learning rate, 2e-5, is twice the 1e-5 that TRL's documentation
+recommends for GRPO with LoRA; neither was compared here on a model of that size.
 
-Shapes: P prompts × G completions = B rows of T tokens, N of completions; width D, vocabulary V.
+What to watch: the reward rises, group_std falls, and kl and length grow slowly. With --updates 1,
+all ratios are 1. Then no clip binds, gspo equals grpo, and their loss says nothing, because the
+advantages of a group add up to 0 and leave β k3 alone. A zero_spread near 1 from the start means
+that the prompts are too easy or too hard. If entropy collapses within a few steps, lower the
+learning rate. If the reward rises while the samples get worse, the policy exploits a gap in the
+reward. This is called reward hacking or over-optimization, and only reading the samples shows it.
+
+Shapes: P prompts × G completions = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
+token in some row; N completion tokens in all, C of them at a time; F rewards; D the width of the
+model, V the size of its vocabulary, alive the completions that have not ended.
 """
 import argparse
 import functools
@@ -53,44 +102,57 @@ from tqdm import tqdm
 
 import common
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter")
-add("--reward", nargs="+", default=["correct_answer"],
-    help="or FILE.py:function, or a run of reward_model.py; several with --reward-weights")
-add("--reward-weights", type=common.number(float, -1e9), nargs="+", default=[1.0])
-add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
-add("--split", default="train", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--eval-dataset", help="held-out prompts, else some of --dataset")
-add("--eval-size", type=common.count, default=64, help="held-out prompts")
-add("--loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"], default="grpo")
-add("--baseline", choices=["group", "rloo", "none"], default="group")
-add("--beta", type=common.weight, default=0.04, help="of the KL to the reference")
-add("--epsilon", type=common.positive, default=0.2, help="how far below 1 the ratio counts")
-add("--epsilon-high", type=common.positive, default=0.2, help="above 1; cispo: the bound itself")
-add("--updates", type=common.count, default=1, help="steps on the same samples; gspo, cispo: > 1")
-add("--group-size", type=common.number(int, 2), default=8, help="completions per prompt, G")
-add("--batch-size", type=common.count, default=8, help="prompts in a rollout")
-add("--micro-batch-size", type=common.count, default=2, help="completions in a forward pass")
-add("--sample-batch-size", type=common.count, default=128, help="completions sampled at a time")
-add("--temperature", type=common.positive, default=1.0, help="of sampling and scoring")
-add("--max-length", type=common.count, default=1024, help="longest prompt + completion, in tokens")
-add("--max-new-tokens", type=common.count, default=512, help="longest completion")
-add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
-add("--max-steps", type=common.count, default=250, help="rollouts")
-add("--lora-rank", **common.LORA_RANK, type=common.count)
-add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
-add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
-add("--save-every", type=common.count, default=20, help="rollouts between savings, samples shown")
-add("--seed", type=common.natural, default=0)
-add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
-add("--output-dir", default="runs/grpo", help="the same command again goes on where it stopped")
-# what papers set otherwise (cispo: 2510.13786), and what the tiny model needs otherwise
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+    add("--reward", nargs="+", default=["correct_answer"],
+        help="one or more of correct_answer, FILE.py:function and runs of reward_model.py")
+    add("--reward-weights", type=common.number(float, -1e9), nargs="+", default=[1.0],
+        help="weight of each --reward in the sum that is maximized")
+    add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
+    add("--split", default="train", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="other names of columns: prompt=query")
+    add("--chat-template", help="file with a chat template to use in place of the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
+    add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
+    add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
+    add("--loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"], default="grpo",
+        help="variant of the loss; it also changes the defaults of --beta and the clip range")
+    add("--baseline", choices=["group", "rloo", "none"], default="group",
+        help="baseline of a reward: the mean of its group, of the others in it, or nothing")
+    add("--beta", type=common.weight, default=0.04, help="strength of the KL penalty in the loss")
+    add("--epsilon", type=common.positive, default=0.2, help="lower clip: ratios below 1 − ε")
+    add("--epsilon-high", type=common.positive, default=0.2,
+        help="upper clip: ratios above 1 + ε; in cispo, above this number itself")
+    add("--updates", type=common.count, default=1,
+        help="optimizer steps per rollout; with 1, no clip binds, and gspo equals grpo")
+    add("--group-size", type=common.number(int, 2), default=8, help="completions per prompt, G")
+    add("--batch-size", type=common.count, default=8, help="prompts per rollout, P")
+    add("--micro-batch-size", type=common.count, default=2, help="completions per forward pass")
+    add("--sample-batch-size", type=common.count, default=128, help="completions sampled at a time")
+    add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
+    add("--max-length", type=common.count, default=1024, help="longest prompt + completion")
+    add("--max-new-tokens", type=common.count, default=512, help="longest completion, in tokens")
+    add("--learning-rate", type=common.positive, default=2e-5,
+        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--max-steps", type=common.count, default=250, help="number of rollouts")
+    add("--lora-rank", **common.LORA_RANK, type=common.count)
+    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
+    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--save-every", type=common.count, default=20, help="rollouts between two checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of prompts, LoRA and samples")
+    add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
+    add("--output-dir", default="runs/grpo", help="run folder; the same command resumes a run")
+    return parser
+
+
+# What the papers of the variants set differently (cispo: 2510.13786).
 BY_LOSS = {"dr_grpo": dict(beta=0.0), "dapo": dict(beta=0.0, epsilon_high=0.28),
            "gspo": dict(epsilon=3e-4, epsilon_high=4e-4), "cispo": dict(beta=0.0, epsilon_high=5.0)}
+# What the tiny model needs differently.
 TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prompt_heldout.jsonl",
             batch_size=16, micro_batch_size=128, max_new_tokens=24, learning_rate=1e-3,
             max_steps=80)
@@ -164,59 +226,72 @@ def chunk_logps(hidden, targets, causal, temperature):
 
 
 def group_advantages(rewards, baseline="group", scale=True):
-    """Advantages [P, G] of G completions to each of P prompts, from their rewards [P, G]."""
+    """Advantages [P, G] of G completions for each of P prompts, from their rewards [P, G]."""
     if baseline == "none":  # REINFORCE (Williams 1992)
         return rewards
-    # equal rewards teach nothing: exactly 0, or the rounding of their mean is divided by 1e-4
-    above = (rewards - rewards.mean(1, keepdim=True)) * has_spread(rewards)[:, None]
-    if baseline == "rloo":  # r_i − the mean of the G − 1 others = G/(G−1) (r_i − mean(r))
+    # A group with equal rewards must get exactly 0. Otherwise the rounding error in its mean would
+    # be divided by 1e-4.
+    above = (rewards - rewards.mean(1, keepdim=True)) * has_spread(rewards)[:, None]  # [P, G]
+    if baseline == "rloo":
+        # r_i minus the mean of the G − 1 others is (r_i − mean(r)) G / (G − 1).
         return above * rewards.shape[1] / (rewards.shape[1] - 1)
-    return above / (rewards.std(1, keepdim=True) + 1e-4) if scale else above
+    if scale:
+        return above / (rewards.std(1, keepdim=True) + 1e-4)  # std over G − 1
+    return above
 
 
 def has_spread(rewards):
-    """The groups [P] that can teach something: those whose rewards [P, G] are not all the same."""
+    """Whether the rewards [P, G] of a group differ, [P]. If not, the group teaches nothing."""
     return rewards.amax(1) > rewards.amin(1)
 
 
 def token_losses(logps, old_logps, advantages, mask, loss, epsilon, epsilon_high):
-    """The loss of each token, and where the clip binds, [B, T-1] each; advantages are [B]."""
+    """The loss of each token, and whether the clip binds there: [B, T-1] each."""
     advantages = advantages[:, None]  # [B, 1]
     log_ratio = (logps - old_logps) * mask  # [B, T-1]
-    if loss == "gspo":  # its eq. 7: for all tokens, the geometric mean of the sequence's ratios
+    if loss == "gspo":
+        # All tokens have one ratio, the geometric mean of those of the sequence (GSPO, eq. 7).
         log_ratio = log_ratio.sum(1, keepdim=True) / lengths(mask) * mask
-    # With one update per rollout π is π_old and all ratios are 1, but the gradient is not 0: that
-    # of ρ is that of log π, and each token is pushed by its advantage, as in REINFORCE
+    # With one update per rollout, π is π_old and every ratio is 1. Its gradient is not 0, though:
+    # it is that of log π, so each token is pushed by its advantage, as in REINFORCE.
     ratio = log_ratio.exp()
-    if loss == "cispo":  # its eqs. 4 and 5; the bound, there 1 + ε_high, is on a weight only
+    if loss == "cispo":
+        # The bound, 1 + ε_high in the paper, limits a weight that has no gradient (eqs. 4 and 5).
         weight = ratio.clamp(max=epsilon_high).detach()
         return -weight * advantages * logps, ratio > epsilon_high
-    free = ratio * advantages
-    bound = ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
-    # min: the clip takes away what going further would gain, and never the way back (PPO eq. 7)
-    return -torch.min(free, bound), bound < free
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
+    # The minimum takes away what going further would gain, and never the way back (PPO, eq. 7).
+    return -torch.min(unclipped, clipped), clipped < unclipped
 
 
 def token_kl(logps, ref_logps):
-    """k3 of each token [B, T-1], eq. 4: never negative; its mean over samples of π is the KL.
+    """k3 of each token, [B, T-1] (eq. 4), which is never negative.
 
-    Its gradient, on policy and in the mean, is that of KL(π_ref ‖ π): both pull π back to π_ref.
+    Over samples of π, its mean is KL(π ‖ π_ref), and the mean of its gradient is the gradient of
+    KL(π_ref ‖ π). The mean of the gradient of k1 would be 0.
     """
     log_q = ref_logps - logps
     return log_q.exp() - log_q - 1
 
 
 def token_weights(mask, loss, sequences, tokens, longest):
-    """What each token counts, [B, T-1], among so many sequences and tokens; longest: a limit."""
-    if loss in ("grpo", "gspo"):  # the mean of the sequences' means
+    """The weight of each token in the loss, [B, T-1].
+
+    `sequences` and `tokens` are totals over the whole batch, `longest` is Dr. GRPO's constant.
+    """
+    if loss in ("grpo", "gspo"):
+        # the mean over sequences of the mean over their tokens
         return mask / (lengths(mask) * sequences)
-    if loss == "dr_grpo":  # a constant: with 1/|o_i|, a wrong answer costs less the longer it is
+    if loss == "dr_grpo":
+        # With 1/|o_i| in place of this constant, a wrong answer costs less the longer it is.
         return mask / (longest * sequences)
-    return mask / tokens.clamp(min=1)  # dapo, cispo: the mean of all tokens (papers: of a group's)
+    # dapo and cispo: the mean over all tokens, in the papers over those of a group
+    return mask / tokens.clamp(min=1)
 
 
 def lengths(mask):
-    """How many tokens of each sequence count, [B, 1]."""
+    """The number of tokens of each sequence, [B, 1]; at least 1, so that it can divide."""
     return mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -277,7 +352,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     return answers
 
 
-# ---- what scores an answer -----------------------------------------------------------------------
+# ---- rewards: functions and reward models --------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion equals the row's column `answer`, else 0."""
@@ -373,23 +448,25 @@ def sequence_rewards(model, batch, head):
 # ---- the run -------------------------------------------------------------------------------------
 
 def rollout(model, rewards, examples, copies, tokenizer, args, seed):
-    """`copies` completions per prompt as ids, and what is said of them: a batch, [B, ...] each."""
+    """`copies` completions per prompt: a batch, [B, ...] each, with their rewards; and the ids."""
     answers = []
+    # --sample-batch-size counts completions, of which each prompt gets `copies`.
     size = max(1, args.sample_batch_size // copies)
     for i in range(0, len(examples), size):
         prompts = [example["prompt"] for example in examples[i:i + size]]
         with common.autocast(model):
             answers += sample(model, tokenizer, prompts, copies, args, seed + i)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    examples = [example for example in examples for _ in range(copies)]  # as the answers
+    # From here on, there is one example per completion.
+    examples = [example for example in examples for _ in range(copies)]
     batch = join_answers([example["prompt"] for example in examples], answers, tokenizer, model)
     scores = [reward(model, batch, examples, texts, args) for reward in rewards.values()]
-    batch["scores"] = torch.stack(scores, 1)  # [B, F] of F rewards, NaN where one does not apply
+    # The score of a reward that does not apply to a completion is NaN, and is left out of its sum.
+    batch["scores"] = torch.stack(scores, 1)  # [B, F]
     applies = ~batch["scores"].isnan()  # [B, F]
-    for text, some in zip(texts, applies.any(1).tolist(), strict=True):
-        if not some:
+    for text, has_score in zip(texts, applies.any(1).tolist(), strict=True):
+        if not has_score:
             common.fail(f"every --reward returns None for the answer {text!r:.100}: one must apply")
-    # A reward that does not apply to a completion is no part of its sum.
     weights = torch.tensor(args.reward_weights, device=model.device)  # [F]
     batch["rewards"] = batch["scores"].where(applies, 0.0) @ weights  # [B]
     if not batch["rewards"].isfinite().all():
@@ -411,7 +488,7 @@ def in_parts(function, model, batch, argument, args):
 
 
 def mean_where_it_applies(scores):
-    """Of all processes' scores [B] of one reward, without NaN; None if it applies to no answer."""
+    """The mean of one reward's scores [B] over all processes, without NaN; None if all are NaN."""
     applies = ~scores.isnan()  # [B]
     sums = torch.stack([scores.where(applies, 0.0).double().sum(), applies.double().sum()])
     sum_over_processes([sums])
@@ -425,39 +502,45 @@ def describe(batch):
             "stopped": mean(batch["stopped"])}
 
 
-def evaluate(model, rewards, examples, tokenizer, args):
-    """One completion to each held-out prompt; kl to the reference, in nats per completion."""
-    batch, _ = rollout(model, rewards, examples, 1, tokenizer, args, args.seed)
-    logps = in_parts(token_logps, model, batch, args.temperature, args)
+def evaluate(model, rewards, held_out, tokenizer, args):
+    """One completion per held-out prompt; kl is KL(π ‖ π_ref), in nats per completion.
+
+    Prompts and random numbers are the same each time, so that before and after can be compared.
+    """
+    batch, _ = rollout(model, rewards, held_out, 1, tokenizer, args, args.seed)
+    logps = in_parts(token_logps, model, batch, args.temperature, args)  # [B, T-1]
     return describe(batch) | {"kl": mean((logps - batch["ref_logps"]).sum(1))}
 
 
 def group_gradients(model, batch, scaler, args):
-    """Adds up the gradients of the completions that are kept; returns the FIGURES."""
+    """Accumulates the gradients of the completions that are kept; returns {name: mean}."""
     sequences = args.batch_size * args.group_size
     tokens = batch["loss_mask"].sum()
     kept_tokens = (batch["loss_mask"] * batch["kept"][:, None]).sum()
     sum_over_processes([tokens, kept_tokens])
-    sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
+    sums = {}
     for rows in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
         micro = {name: value[rows] for name, value in batch.items()}
         mask = micro["loss_mask"][:, 1:]  # [b, T-1]
         with common.autocast(model):
             logps = token_logps(model, micro, args.temperature)  # [b, T-1]
-        old_logps = micro.get("logps", logps.detach())  # in the only update π is still π_old
-        losses, clipped = token_losses(logps, old_logps, micro["advantages"], mask, args.loss,
-                                       args.epsilon, args.epsilon_high)
+        # In a rollout's only update, π still is π_old.
+        old_logps = micro["logps"] if args.updates > 1 else logps.detach()
+        losses, is_clipped = token_losses(logps, old_logps, micro["advantages"], mask, args.loss,
+                                          args.epsilon, args.epsilon_high)
         losses = losses + args.beta * token_kl(logps, micro["ref_logps"])
         weights = token_weights(mask, args.loss, sequences, kept_tokens, args.max_new_tokens)
-        loss = (losses * weights * micro["kept"][:, None]).sum()
-        scaler.scale(loss).backward()
-        kl = (logps - micro["ref_logps"]).sum() / sequences  # k1 here, k3 in the loss
-        entropy = -logps.sum() / tokens
-        clip_fraction = (clipped * mask).sum() / tokens
-        error = ((logps - old_logps).exp() - 1).abs().sum() / tokens
-        sums += torch.stack([loss, entropy, clip_fraction, kl, error]).detach()  # as FIGURES
-    sum_over_processes([sums])
-    return sums
+        losses = losses * weights * micro["kept"][:, None]  # [b, T-1]
+        scaler.scale(losses.sum()).backward()
+        ratio_error = ((logps - old_logps).exp() - 1).abs()
+        # The logged kl is the mean of k1 per completion; the loss has k3 per token.
+        add_up(sums, {"loss": losses, "kl": logps - micro["ref_logps"], "entropy": -logps,
+                      "clip_fraction": is_clipped * mask, "ratio_error": ratio_error})
+    figures = over_processes(sums, FIGURES, model.device)
+    figures["kl"] /= sequences
+    for name in ("entropy", "clip_fraction", "ratio_error"):
+        figures[name] /= tokens.item()
+    return figures
 
 
 def some_samples(tokenizer, step, examples, answers, scores):
@@ -470,7 +553,7 @@ def some_samples(tokenizer, step, examples, answers, scores):
 
 
 def train(args):
-    # 1. Prompts to learn from and others to be tested on, and what scores the completions
+    # 1. Check the rewards and load the prompts first: errors show before the model is loaded.
     if not len(set(args.reward)) == len(args.reward) == len(args.reward_weights):
         common.fail("--reward must differ from each other, with a --reward-weights for each")
     if args.loss == "dapo" and args.baseline == "none":
@@ -485,7 +568,7 @@ def train(args):
     wanted = args.max_steps * args.batch_size
     examples, held_out = common.load_examples(args, encode, tokenizer, wanted)
 
-    # 2. A frozen base with LoRA matrices, which alone are trained
+    # 2. Load a frozen base with trainable LoRA matrices, and the reward models on the same base.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
@@ -494,21 +577,22 @@ def train(args):
     # `update` sets the learning rate.
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
-    # 3. Where the run stands: at its start, or where it was interrupted
+    # 3. Start a new run, or resume an interrupted one.
     open_run(args, [examples, held_out])
     state = restore(args, weights, optimizer, scaler)
     if "before" not in state:
         state["before"] = evaluate(model, rewards, held_out, tokenizer, args)
-    # prompts and random numbers follow from seed and step, so that a run that goes on sees the same
+    # Prompts and random numbers depend only on seed and step, so a resumed run sees the same ones.
     generator = torch.Generator().manual_seed(args.seed)
     passes = range(math.ceil(wanted / len(examples)))
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in passes])
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
-        # 4. The prompts of this process get G completions each, and each completion its reward
+        # 4. Sample G completions for each prompt of this process, and score them. With one process,
+        # RANK is 0 and WORLD is 1, so that `mine` are all prompts of the step.
         began = time.time()
         picked = order[(step - 1) * args.batch_size:step * args.batch_size]
         mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
@@ -516,16 +600,18 @@ def train(args):
         batch, answers = rollout(model, rewards, mine, args.group_size, tokenizer, args, seed)
         metrics = {"step": step, **describe(batch), "rollout_seconds": time.time() - began}
 
-        # 5. How much better than its group is each of them?
+        # 5. Compute the advantages: how much better is each completion than its group?
         grouped = batch["rewards"].view(-1, args.group_size)  # [P, G]
         advantages = group_advantages(grouped, args.baseline, scale=args.loss != "dr_grpo")
         batch["advantages"] = advantages.flatten()  # [B]
         spread = has_spread(grouped)  # [P]
-        batch["kept"] = torch.ones_like(batch["stopped"])  # [B], what the loss is made of
-        if args.loss == "dapo":  # the paper samples others instead; here the mean is of the rest
+        batch["kept"] = torch.ones_like(batch["stopped"])  # [B]
+        if args.loss == "dapo":
+            # The paper resamples to fill the batch; here the mean is over what remains.
             batch["kept"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
-        # 6. Optimizer steps on these completions: after the first, π is not the sampler π_old
+        # 6. Take one or more optimizer steps on these completions. After the first, π differs from
+        # π_old, which sampled them.
         if args.updates > 1:
             batch["logps"] = in_parts(token_logps, model, batch, args.temperature, args)
         lr = learning_rate(step, args.max_steps, args.learning_rate)
@@ -534,9 +620,12 @@ def train(args):
             figures.append(group_gradients(model, batch, scaler, args))
             updated = update(optimizer, scaler, lr)
 
-        # 7. Log, show some completions, and save what is needed to go on
-        metrics |= dict(zip(FIGURES, torch.stack(figures).mean(0).tolist(), strict=True))
-        metrics["kl"], metrics["ratio_error"] = figures[0][-2:].tolist()  # while π is the sampler
+        # 7. Log the means over the updates, print some completions, and save a checkpoint.
+        for name in FIGURES:
+            metrics[name] = sum(x[name] for x in figures) / len(figures)
+        # These two are of the first update, in which π still is the policy that sampled.
+        for name in ("kl", "ratio_error"):
+            metrics[name] = figures[0][name]
         for name, scores in zip(rewards, batch["scores"].unbind(1), strict=True):
             metrics[f"reward_{name}"] = mean_where_it_applies(scores)
         metrics |= {"group_std": mean(grouped.std(1)), "zero_spread": 1 - mean(spread)}
@@ -545,15 +634,18 @@ def train(args):
         sum_over_processes([tokens])
         log_step(args, state, metrics, tokens.item(), progress, ("reward", "kl"))
         if step % args.save_every == 0 or step in (1, args.max_steps):
-            group = mine[:1] * args.group_size  # the first G answers are to the first prompt
-            state["samples"] += some_samples(tokenizer, step, group, answers, batch["rewards"])
+            # The first G answers are to the first prompt, and so on.
+            prompts = [example for example in mine for _ in range(args.group_size)]
+            samples = some_samples(tokenizer, step, prompts, answers, batch["rewards"])
+            state["samples"] += samples
             save(args, state, weights, optimizer, scaler)
             tqdm.write(f"\nsamples of step {step}, answers in green:")
-            for sample in state["samples"][-4:]:
+            for sample in samples:
                 tqdm.write("{prompt}\033[32m{answer}\033[0m\nscore {score:.2f}\n".format(**sample))
 
-    # 8. The same held-out prompts and random numbers once more; the adapter is saved
+    # 8. Evaluate again on the same held-out prompts, and save the adapter.
     finish(args, state, model, tokenizer, evaluate(model, rewards, held_out, tokenizer, args))
+    show_next(args)
 
 
 # ---- the optimizer step --------------------------------------------------------------------------
@@ -703,10 +795,9 @@ def log_step(args, state, metrics, tokens, progress, shown):
 
 def finish(args, state, model, tokenizer, after):
     """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
-    method = Path(__file__).stem
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
-        summary = {"method": method} | vars(args) | common.settings(model)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
         common.write_card(args.output_dir, summary)
@@ -717,12 +808,17 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    is_reward = method in ("reward_model", "prm")
-    use = "pairs.py --output pairs.jsonl --reward" if is_reward else "chat.py"
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
     print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
                          f"\ntry it:  python {use} {args.output_dir}"))
 
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size and --sample-batch-size, then the lengths"):
-        train(common.parse(flags, TINY, BY_LOSS))
+        train(common.parse(make_flags(), TINY, BY_LOSS))

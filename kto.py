@@ -475,6 +475,7 @@ def train(args):
                                  "after": common.shown_text(tokenizer, new)})
     finish(args, state, model, tokenizer, after)
     show_samples(state["samples"])
+    show_next(args)
 
 
 # ---- the optimizer step --------------------------------------------------------------------------
@@ -624,10 +625,9 @@ def log_step(args, state, metrics, tokens, progress, shown):
 
 def finish(args, state, model, tokenizer, after):
     """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
-    method = Path(__file__).stem
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
-        summary = {"method": method} | vars(args) | common.settings(model)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
         common.write_card(args.output_dir, summary)
@@ -638,8 +638,13 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    is_reward = method in ("reward_model", "prm")
-    use = "pairs.py --output pairs.jsonl --reward" if is_reward else "chat.py"
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
     print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
                          f"\ntry it:  python {use} {args.output_dir}"))
 

@@ -238,7 +238,8 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
 def test_max_steps_shortens_the_schedule_and_the_first_loss_is_log_2(tmp_path, capsys):
     """In 4 bits as well: at the start, the policy is its own reference."""
     run = by_hand.Run(dpo, tmp_path, ROWS, HELD_OUT, double=False, max_steps=2, epochs=3,
-                      load_in_4bit="on", seed=7)
+                      load_in_4bit="on", eval_every=1)
+    assert all(update.is_training for update in run.updates), "evaluate() leaves the model in eval"
     rates = [line["learning_rate"] / run.args.learning_rate for line in run.metrics]
     assert rates == pytest.approx([1, 0.5]), "a cosine over two steps"
     for figures in run.metrics[0], run.summary["before"]:

@@ -136,15 +136,16 @@ def test_confident_tokens_keep_their_gradient_in_16_bits(dtype, temperature):
 # ---- sampled answers -----------------------------------------------------------------------------
 
 @torch.no_grad()
-def sample_by_hand(model, prompts, stops, pad, length, seed):
+def sample_by_hand(model, prompts, stops, length, seed):
     """One token after another, from the whole softmax after each prompt alone."""
     torch.manual_seed(seed)
     answers = [[] for _ in prompts]
-    while len(answers[0]) < length and not all(set(answer) & stops for answer in answers):
+    for _ in range(length):
         probs = [model(torch.tensor([prompt + answer])).logits[0, -1].softmax(-1)
                  for prompt, answer in zip(prompts, answers, strict=True)]
         for answer, token in zip(answers, torch.multinomial(torch.stack(probs), 1), strict=True):
-            answer.append(pad if set(answer) & stops else token.item())
+            if not set(answer) & stops:
+                answer.append(token.item())
     return answers
 
 
@@ -169,7 +170,7 @@ def test_answers_are_sampled_from_the_model_until_a_stop_token():
         ours = sft.sample_answers(model, tokenizer, prompts, 24, 3)
         assert model.training, "left in evaluation mode"
         stops.add(tokenizer.eos_token_id)
-        expected = sample_by_hand(model.eval(), kept, stops, tokenizer.pad_token_id, 24, 3)
+        expected = sample_by_hand(model.eval(), kept, stops, 24, 3)
         assert ours == expected, f"stop tokens {own}"
         model.train()
     assert any(plus in answer for answer in ours)

@@ -280,7 +280,7 @@ def test_a_newcomer_sees_legible_samples_a_table_and_what_to_do_next(data, tmp_p
     command("dpo", small_args("dpo", data, tmp_path / "run", max_steps=1))
     said = capsys.readouterr().out.partition("samples: held-out prompts")
     assert re.search(r"held out +before +after\nloss ", said[0])
-    assert f"python chat.py {tmp_path}/run" in said[0]
+    assert said[2].endswith(f"\ntry it:  python chat.py {tmp_path}/run\n")
     samples = re.findall(r"  prompt: (.+)\n  before: (.+)\n   after: (.+)\n", said[2])
     assert len(samples) == 3
     assert samples[0][0] == "<|im_start|>user Add 12 and 9.<|im_end|> <|im_start|>assistant"
