@@ -21,8 +21,9 @@ TEX |= {"−": "-", "²": "^2", "E": r"\mathbb{E}\,", "‖": r"\,\Vert\,"}
 BRACKET = r"\((?:[^()]|\([^()]*\))*\)"  # with brackets in it, but none in those
 OPERAND = rf"(?:{BRACKET}|\|\w+\||\w+'?(?:{BRACKET})?)"
 TOKEN = re.compile(
-    rf"(?P<over>{OPERAND}) ?/ ?(?P<under>{OPERAND})|[_^](?P<index>{{[^{{}}]*}}|{BRACKET}|\d+\.\d+|<?\w+?"
-    r"(?![^\W_]))|\s+|[A-Za-z]+(?:\d+|'[a-z]+)?|\d+(?:\.\d+)?(?:e-\d+)?|\.\.\.|.")
+    rf"(?P<over>{OPERAND}) ?/ ?(?P<under>{OPERAND})"
+    rf"|[_^](?P<index>{{[^{{}}]*}}|{BRACKET}|\d+\.\d+|<?\w+?(?![^\W_]))"
+    r"|\s+|[A-Za-z]+(?:\d+|'[a-z]+)?|\d+(?:\.\d+)?(?:e-\d+)?|\.\.\.|.")
 
 
 def runs(text, inside=False):
