@@ -378,7 +378,7 @@ DPO = [
      "    answers = sample_answers(model, tokenizer, prompts, 64, args.seed + 1)"),
     ("answers are sampled to training prompts", BY_HAND["dpo"],
      "for pair in held_out[:3]]", "for pair in pairs[:3]]"),
-    ("the order of the data does not follow from the seed", "loop: an_epoch_is and dpo",
+    ("the order of the data does not follow from the seed", BY_HAND["dpo"],
      "generator = torch.Generator().manual_seed(args.seed)",
      "generator = torch.Generator().manual_seed(0)"),
     ("all epochs have one order", "loop: an_epoch_is and dpo",
