@@ -77,7 +77,7 @@ PICKS = ("first", "majority", "best", "oracle")  # columns of --best-of
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*",
         help="saved runs, folders or Hub names; without any: tiny/chat and the runs on it in runs/")
@@ -553,6 +553,4 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
-        parser = make_flags()
-        parser.error = common.fail
-        main(parser.parse_args())
+        main(common.parse(make_flags()))

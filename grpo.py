@@ -105,7 +105,7 @@ import common
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", nargs="+", default=["correct_answer"],

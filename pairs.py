@@ -88,7 +88,7 @@ MISREAD = {"messages", "text", "completion", "chosen", "rejected", "margin", "la
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", default="tiny/chat",
         help="model that answers: Hub name, folder or LoRA adapter")
@@ -592,8 +592,4 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
-        parser = make_flags()
-        parser.error = common.fail
-        if common.is_tiny(parser.parse_args().model):
-            parser.set_defaults(**TINY)
-        main(parser.parse_args())
+        main(common.parse(make_flags(), TINY))
