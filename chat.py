@@ -109,7 +109,7 @@ def encode_history(tokenizer, history):
     return common.encode_prompt(tokenizer, text.removeprefix("\n"))
 
 
-def next_logps(model, unread, mask, cache, temperature):
+def read_logps(model, unread, mask, cache, temperature):
     """Log-probs [V] of the next token, and the KV cache; `unread` are the tokens not in it yet."""
     with common.autocast(model):
         logits, cache = common.read(common.causal_lm(model), unread, mask, cache)  # [1, V]
@@ -129,11 +129,11 @@ def sample_tokens(model, first, ids, length, stops, temperature, seed):
     first_cache = None
     for _ in range(length):
         mask = torch.ones(1, len(ids), dtype=torch.long, device=model.device)
-        logps, cache = next_logps(model, unread, mask, cache, temperature)  # [V]
+        logps, cache = read_logps(model, unread, mask, cache, temperature)  # [V]
         token = torch.multinomial(logps.exp(), 1, generator=generator)  # [1]
         log_ratio = 0.0
         if first:
-            first_logps, first_cache = next_logps(first, unread, mask, first_cache, temperature)
+            first_logps, first_cache = read_logps(first, unread, mask, first_cache, temperature)
             log_ratio = (logps[token] - first_logps[token]).item()
         ids.append(token.item())
         yield log_ratio

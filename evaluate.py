@@ -1,9 +1,10 @@
 """Compares checkpoints: all of them answer the same prompts, and one table shows the results.
 
-A loss or a training reward does not say whether a model has become better, since each method logs
-another one. This script measures them all alike: how often answers to held-out prompts are correct,
-and what that has cost in distance from the first checkpoint. A checkpoint is a saved run, a local
-folder or a Hub name; a row of the dataset needs a `prompt` and an `answer`, which is a number.
+A loss or a training reward does not tell whether a model has improved, because each method logs a
+different one. This script measures all methods in the same way: how often answers to held-out
+prompts are correct, and how far the model has moved from the first checkpoint. A checkpoint is a
+saved run, a local folder or a Hub name. A row of the dataset needs a `prompt` and an `answer`,
+which is a number.
 
     sampled   accuracy of answers sampled at --temperature, with a 95% interval
     greedy    accuracy of answers that take the likeliest token each time, with the same interval
@@ -31,7 +32,7 @@ With --best-of N the table also shows the accuracy when one of N samples is pick
     majority   a sample with the most frequent number (self-consistency, Wang et al. 2022,
                arXiv:2203.11171)
     best       the sample with the highest score by --reward (Cobbe et al. 2021, arXiv:2110.14168)
-    oracle     a correct sample wherever there is one: the limit of what picking can reach
+    oracle     a correct sample wherever there is one: an upper bound for every way of picking
 
 A worked example: one prompt with the answer 7, and four samples that end in 8, 7, 8 and no number.
 
@@ -44,10 +45,10 @@ A worked example: one prompt with the answer 7, and four samples that end in 8, 
     python evaluate.py Qwen/Qwen2.5-0.5B runs/dpo --dataset openai/gsm8k:main --max-new-tokens 512
     python evaluate.py tiny/chat --best-of 8 --reward tiny/reward
 
-What to watch. If `sampled` rises while pass@k falls, the policy has become surer but not abler: it
-samples fewer different answers. If `reward` rises while `sampled` falls, the policy exploits the
-reward (reward hacking). Of two runs with the same accuracy, the one with the smaller `kl` has kept
-more of the model that it started from. Differences within the intervals mean nothing.
+What to watch. If `sampled` rises while pass@k falls, the policy has become more certain but not
+more capable: it samples fewer different answers. If `reward` rises while `sampled` falls, the
+policy exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with
+the smaller `kl`: it has changed the model less. Differences within the intervals mean nothing.
 
 Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T columns hold tokens; N
 tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
@@ -369,7 +370,7 @@ def pick(count, texts, scores, correct):
     numbers = [last_number(text) for text in texts[:count]]
     # Answers without a number have no vote; of equal votes, the number that came first wins.
     votes = collections.Counter(number for number in numbers if number is not None)
-    elected = votes.most_common(1)[0][0] if votes else None
+    elected = max(votes, key=votes.get) if votes else None
     return {"first": correct[0], "majority": correct[numbers.index(elected)],
             "best": correct[scores.index(max(scores))], "oracle": max(correct)}
 

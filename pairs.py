@@ -8,8 +8,9 @@ The model π answers each prompt x N times, y_1 … y_N ~ π(·|x). Each answer 
     kto     label = s_i > mean of all N scores; no row where s_i equals the mean     for kto.py
 
 Why it works. A model that answers one sample in four correctly already knows how; it only has to do
-so more often. Nobody writes an answer, and every kept answer is one that the model can give. SFT on
-the best answers is RAFT (Dong et al. 2023, arXiv:2304.06767), also called rejection sampling:
+so more often. Nobody has to write answers, and every answer that is kept is within the model's
+reach. SFT on the best answers is RAFT (Dong et al. 2023, arXiv:2304.06767), also known as rejection
+sampling:
 
     maximize  E_x [ log π(y*|x) ],    y* = argmax s_i over y_1 … y_N ~ π(·|x)
 
@@ -20,8 +21,9 @@ such prompts out.
 Scores come from --reward: a function of the answer, a run of reward_model.py, or a run of prm.py
 (min_k p_k over the lines of y). Or they are AI feedback: a language model, --judge, reads x, two
 answers and a principle drawn from a constitution (Bai et al. 2022, arXiv:2212.08073, section 4.1),
-and says A or B. RLAIF trains a reward model on such preferences; here they are the scores. Judges
-have a position bias, so each pair is read in both orders (Lee et al. 2023, arXiv:2309.00267):
+and says A or B. RLAIF trains a reward model on such preferences; here the preferences themselves
+are the scores. Judges have a position bias, so each pair is read in both orders (Lee et al. 2023,
+arXiv:2309.00267):
 
     P_A(y, y') = p(A) / (p(A) + p(B))                   A: the first answer, y, is better
     P(y ≻ y')  = ½ [P_A(y, y') + 1 − P_A(y', y)]
@@ -51,9 +53,9 @@ and with a judge that compares three answers a, b and c:
 
 What to watch. The gap between the best and the first answers is what best-of-N gains. Prompts whose
 answers all have the same score are wasted: they are too easy or too hard. If the best answers are
-much longer than the worst, the scorer likes length (--max-length-ratio limits that). If most
-verdicts flip, the judge prefers a position rather than an answer, unless its template shows one
-answer at a time (judge_claim.txt), so that it may say the same of both.
+much longer than the worst, the reward favors length (--max-length-ratio limits that). If most
+verdicts flip, the judge prefers a position rather than an answer. With a template that shows one
+answer at a time (judge_claim.txt), a flip only means that the judge says the same of both.
 
 Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; width D,
 vocabulary V. The program runs in one process.

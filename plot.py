@@ -9,8 +9,8 @@ has the settings, those that differ between the runs first, the held-out figures
 training, and answers of the policy with their scores. docs/metrics.md says what each metric means
 and what a healthy curve looks like.
 
-To see what one setting does, run a script twice and plot both runs. Here the pairwise loss does not
-care about a constant that is added to all rewards; only --centering keeps their mean at 0:
+To see what a setting does, run a script twice and plot both runs. For example, the loss of a reward
+model does not change if a constant is added to all rewards; only --centering keeps them near 0:
 
     python reward_model.py --output-dir runs/centered
     python reward_model.py --centering 0 --output-dir runs/drifting
@@ -139,7 +139,7 @@ def draw_panels(names, logged):
     return figure
 
 
-def draw(runs, output):
+def draw_picture(runs, output):
     """The picture as bytes: a panel for every metric that any of the runs logged, and a legend."""
     logged = {run: read_metrics(run) for run in runs}
     figure = draw_panels(metrics_of(logged), logged)
@@ -213,7 +213,7 @@ def main(args):
             common.fail(f"{output} exists already: name a new picture with --output")
 
     # 2. Make both before one is written, or the same command would find the first in its way.
-    contents = {picture: draw(args.runs, picture), report: make_report(args.runs, report)}
+    contents = {picture: draw_picture(args.runs, picture), report: make_report(args.runs, report)}
 
     # 3. Write them.
     for output, content in contents.items():

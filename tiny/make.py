@@ -3,10 +3,10 @@
     python tiny/make.py            # everything, written beside this file
     python tiny/make.py chat       # only some stages: data, steps, base, chat, reward
 
-Every script needs something to run on within a minute on a CPU, where training really works: a
-model that has a skill, uses it badly, and can be taught to use it well. So this program pretrains
-one. A model of one million parameters in the Qwen2 architecture reads text about addition and
-subtraction until it can do sums. That is `tiny/base`: it continues text and has never seen a chat.
+The scripts need a model that a CPU can train within minutes, and that has something to gain from
+training: it has a skill but uses it unreliably. So this program pretrains one. A model of one
+million parameters in the Qwen2 architecture reads text about addition and subtraction until it can
+do sums. That is `tiny/base`: it continues text and has never seen a chat.
 
 `tiny/chat` is the same model after it has imitated chats in which 43% of the answers are wrong, and
 users sometimes say so. It learned the format of a chat, and the mistakes with it: its sampled

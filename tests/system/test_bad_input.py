@@ -151,13 +151,6 @@ def test_a_model_that_is_no_policy_is_named(name, data, ends):
 
 # ---- rows ----------------------------------------------------------------------------------------
 
-USER = [{"role": "user", "content": "1 + 1?"}]
-
-
-def say(text):
-    return [{"role": "assistant", "content": text}]
-
-
 @OF_SCRIPTS
 def test_a_row_of_another_form_is_named(name, write_jsonl, ends):
     """File, row and columns, and a reason that is not one of Python's. (More: tests/method.)"""
@@ -166,22 +159,6 @@ def test_a_row_of_another_form_is_named(name, write_jsonl, ends):
         line = ends(name, dataset=file)
         assert file in line and "row 1: " in line and f"columns: {', '.join(bad)}"[:60] in line
         assert "object has no attribute" not in line and "not subscriptable" not in line, line
-
-
-PAIR = {"prompt": USER, "chosen": say("y"), "rejected": say("z")}
-
-
-@pytest.mark.parametrize("name, row, flags, words", [
-    *(("grpo", {"prompt": "x"} | answer, {"reward": "correct_answer"},
-       "no plain number as its answer: ")
-      for answer in ({}, {"answer": None}, {"answer": "none"}, {"answer": "(3, 5)"})),
-    *(("reward_model", PAIR | {"margin": margin}, {}, "") for margin in ("big", torch.nan, 1e400)),
-    *((name, None, {"max_length": 4}, "") for name in ("reward_model", "prm", *ONLINE))])
-def test_rows_that_are_of_no_use_leave_nothing(name, row, flags, words, write_jsonl, ends):
-    """Answers without a number, margins that are not finite, rows too long where nothing is cut."""
-    if row:
-        flags = flags | {"dataset": write_jsonl([row])}
-    assert "row 1: " + words in ends(name, **flags)
 
 
 BAD_FILES = {
@@ -278,16 +255,9 @@ def test_every_number_on_the_command_line_is_checked(name, refused, monkeypatch)
     assert "--seed" in line("--seed")
 
 
-@pytest.mark.parametrize("name, flags, words", [
-    ("grpo", {"reward_weights": [1, 2]}, "--reward-weights"),
-    ("grpo", {"loss": "dapo", "baseline": "none"}, "--baseline"),
-    ("grpo", {"reward": ["correct_answer"] * 2, "reward_weights": [1, 1]}, "--reward"),
-    ("ppo", {"batch_size": 2, "minibatches": 3}, "--minibatches"),
-    ("sft", {"track": "wandb"}, "wandb")])
-def test_flags_that_contradict_each_other_are_refused(name, flags, words, ends, monkeypatch):
-    """Or a tracker that is not installed."""
+def test_a_tracker_that_is_not_installed_is_named(ends, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert words in ends(name, **flags)
+    assert "wandb" in ends("sft", track="wandb")
 
 
 # ---- the terminal --------------------------------------------------------------------------------

@@ -1,12 +1,9 @@
 """Rows to token ids: texts, conversations, preferences, files, and what cannot be used."""
-import csv
 import json
 import random
 from types import SimpleNamespace
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
@@ -191,22 +188,6 @@ def test_tokenizers_that_do_not_fit_their_model_are_refused(tmp_path, refused):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-ROWS = [{"prompt": "Say é\n", "n": "1"}, {"prompt": 'a "quoted", text', "n": "0123"}]
-
-
-def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
-    """.jsonl, .json, .csv and .parquet, read from any folder, in their order."""
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    with open(tmp_path / "rows.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "n"])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
-    files = [write_jsonl(ROWS), *(str(tmp_path / f"rows.{x}") for x in ("json", "csv", "parquet"))]
-    for file in files:
-        assert common.load_rows(file, "train", 1, 0) == ROWS
-
 
 def test_what_a_row_lacks_is_not_there(write_jsonl):
     """Keys that other rows have are left out, also in messages: templates ask for tool_calls."""

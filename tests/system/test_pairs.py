@@ -100,19 +100,13 @@ def test_rows_of_each_format():
     labels = rows_of(("a", 1, 3, 0.0), ("b", 1, 1, 1.0), ("c", 1, 1, 0.25), format="kto")
     assert [(row["completion"], row["label"]) for row in labels] == [("a", False), ("b", True)], (
         "labels: is the mean, 0.25, over samples? At the mean there is no row")
-    for kind in pairs.TRAINED_BY:
-        assert rows_of(*answers, format=kind, min_score=2.0)
+    old = "messages", "text", "completion", "chosen", "rejected", "margin", "label"
+    row = dict.fromkeys(old, "old") | {"prompt": "p", "id": 7, "tools": "[]"}
+    for kind, columns in (("pairs", pair), ("best", {"completion": "b"}), ("kto", {
+            "completion": "b", "label": True})):
+        made = rows_of(*answers, row=row, format=kind, min_score=2.0)[0 if kind != "kto" else 1]
+        assert made == {"prompt": "p", "id": 7, "tools": "[]"} | columns, "columns of the old row"
         assert not rows_of(*answers, format=kind, min_score=2.1), "--min-score"
-
-
-def test_columns_that_would_be_misread_are_dropped():
-    row = {"prompt": "p", "answer": "2", "id": 7, "tools": "[]", "messages": [], "text": "old",
-           "completion": "old", "chosen": "old", "rejected": "old", "margin": 3, "label": True}
-    new = {"pairs": {"chosen": "b", "rejected": "a", "margin": 1.5}, "best": {"completion": "b"},
-           "kto": {"completion": "b", "label": True}}
-    for kind, columns in new.items():
-        made = rows_of(("a", 3, 1, 0.5), ("b", 4, 1, 2.0), row=row, format=kind)[-1]
-        assert made == {"prompt": "p", "answer": "2", "id": 7, "tools": "[]"} | columns
 
 
 def test_the_worked_example_of_the_docstring(monkeypatch):
@@ -199,19 +193,21 @@ def test_every_part_has_a_seed_of_its_own_and_size_limits_the_prompts(make, monk
 
 
 def test_an_answer_ends_with_any_stop_token_of_the_model_that_answers(make, monkeypatch, tmp_path):
-    """generation_config.json may name several; those of the judge do not count."""
+    """generation_config.json may name several; those of the judge, in 4 bits, do not count."""
     folder = shutil.copytree(ROOT / "tiny/chat", tmp_path / "two_stops")
     tokenizer = common.load_tokenizer("tiny/chat")
     (equals,) = tokenizer(" =")["input_ids"]
     config = {"eos_token_id": [tokenizer.eos_token_id, equals]}
     (folder / "generation_config.json").write_text(json.dumps(config))
     monkeypatch.setattr(pairs, "first_wins", lambda *args: [0.75, 0.25])
-    rows, printed = make(folder, format="best", **TINY_JUDGE)
+    rows = [{"prompt": row["prompt"]} for row in PROMPTS]  # a judge needs no answer
+    rows, printed = make(folder, rows=rows, format="best", load_in_4bit="on", **TINY_JUDGE)
+    assert "weights in 4 bits: 100%" in printed and "verdicts flip" in printed
     assert "16 of 16 answers ended" in printed, "is one of two stop tokens forgotten?"
     assert {row["completion"][0]["content"][-1] for row in rows} == {"="}
 
 
-@pytest.mark.parametrize("script", [pairs, evaluate])
+@pytest.mark.parametrize("script", [pairs, evaluate], ids=lambda script: script.__name__)
 def test_prompts_and_scorers_read_the_tools_of_a_row(script):
     tokenizer = with_tools_shown(common.load_tokenizer("tiny/chat"))
     example = script.encode_row(PROMPTS[0] | {"tools": TOOLS}, tokenizer, 512, 8, True)
@@ -224,8 +220,8 @@ def test_prompts_and_scorers_read_the_tools_of_a_row(script):
 
 @pytest.mark.parametrize("run", [
     {"method": "reward_model"}, {"method": "prm"}, {"method": "prm", "outcome": True}])
-@pytest.mark.parametrize("template", [True, False], ids=["chat", "text"])
-def test_trained_heads_score_where_they_were_trained(run, template, tmp_path):
+@pytest.mark.parametrize("prompt", [PROMPTS[1]["prompt"], "Count.", "without a template"])
+def test_trained_heads_score_where_they_were_trained(run, prompt, tmp_path):
     """r at the last token; the worst p_k over lines, or the last one: by a plain forward pass."""
     folder = shutil.copytree(ROOT / "tiny/reward", tmp_path / "run")
     (folder / "summary.json").write_text(json.dumps(run))
@@ -234,26 +230,21 @@ def test_trained_heads_score_where_they_were_trained(run, template, tmp_path):
         ROOT / "tiny/chat", num_labels=1, dtype=torch.float32)
     plain = PeftModel.from_pretrained(plain, ROOT / "tiny/reward").eval().get_base_model()
     tokenizer = scorer.args[1]
-    to_score = [("1 + 1 =", " 2, so\n 1 + 2 = 3 \n\n"), ("Count.", "one\n\n  two\n\nthree")]
-    if template:
-        to_score += [(PROMPTS[1]["prompt"], "2 + 1 = 30"), (PROMPTS[2]["prompt"], "so\n3 + 1 = 4")]
-    else:
+    if prompt == "without a template":
         tokenizer.chat_template = None
-    for prompt, text in to_score:
-        steps = list(filter(str.strip, text.split("\n")))
-        row = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps),
-               "chosen": text, "rejected": "?"}
-        if run["method"] == "prm":
-            part = prm.encode_solution(row, tokenizer, 512, run.get("outcome"))["solution"]
-        else:
-            part = reward_model.encode_comparison(row, tokenizer, 512)["chosen"]
-        with torch.no_grad():
-            hidden = plain.model(input_ids=torch.tensor([part["input_ids"]]))[0][0]  # [T, D]
+    row = {"prompt": prompt, "completions": ["2 + 1 = 4", "so", "it is 3"], "labels": [True] * 3,
+           "chosen": "2 + 1 = 4\n\n so\n it is 3\n", "rejected": "?"}
+    if run["method"] == "prm":
+        part = prm.encode_solution(row, tokenizer, 512, run.get("outcome"))["solution"]
+    else:
+        part = reward_model.encode_comparison(row, tokenizer, 512)["chosen"]
+    with torch.no_grad():
+        hidden = plain.model(input_ids=torch.tensor([part["input_ids"]]))[0][0]  # [T, D]
         values = plain.score(hidden)[:, 0]  # [T]
-        expected = values[-1]
-        if run["method"] == "prm":
-            expected = values.sigmoid()[part["step_ends"][-1 if run.get("outcome") else 0:]].min()
-        assert scorer([prompt], [text]) == pytest.approx([expected.item()], abs=1e-4), prompt
+    expected = values[-1]
+    if run["method"] == "prm":
+        expected = values.sigmoid()[part["step_ends"][-1 if run.get("outcome") else 0:]].min()
+    assert scorer([prompt], [row["chosen"]]) == pytest.approx([expected.item()], abs=1e-4)
     assert len(scorer([prompt], [""])) == 1  # an empty answer is its end token
 
 
@@ -321,6 +312,9 @@ def test_principles_are_drawn_from_the_constitution_by_the_seed(monkeypatch):
     assert first == again != other, "principles: do they follow the seed?"
     assert set(first) == set((ROOT / "examples/constitution.txt").read_text().splitlines())
     assert judged(monkeypatch, "x", wins) == ([0.5], [], [])
+    always_a = dict.fromkeys(wins, 0.9)
+    scores, flips, _ = judged(monkeypatch, "abc", always_a)
+    assert scores == [0.5] * 3 and flips == [True] * 3, "a judge that only sees the position"
 
 
 def test_an_answer_cannot_speak_for_the_judge():
@@ -337,51 +331,24 @@ def test_an_answer_cannot_speak_for_the_judge():
     assert tokenizer.decode(tokens) == "AB"
 
 
-@pytest.mark.parametrize("wins, share", [(0.5, "0.000"), (0.9, "1.000"), (0.2, "1.000")])
-def test_a_judge_that_sees_no_difference_yields_no_pair(wins, share, make, monkeypatch, capsys):
-    """Undecided, or always for one position: then all of its verdicts flip, which is printed."""
-    monkeypatch.setattr(pairs, "sample", scripted({"+": ["1", "22", "333"]}))
-    monkeypatch.setattr(pairs, "first_wins", lambda *args: [wins, wins])
-    with pytest.raises(SystemExit):
-        make(**TINY_JUDGE)
-    printed = capsys.readouterr()
-    assert f"{share} of {3 * len(PROMPTS)} verdicts flip" in printed.out
-    assert "no rows" in printed.err
-
-
 # ---- the program ---------------------------------------------------------------------------------
-
-def test_in_4_bits_and_for_a_judge_rows_need_no_answer(make):
-    rows = [{"prompt": row["prompt"]} for row in PROMPTS]
-    made, printed = make(rows=rows, load_in_4bit="on", **TINY_JUDGE)
-    assert "weights in 4 bits: 100%" in printed and "verdicts flip" in printed
-    assert made and all(row["margin"] > 0 for row in made)
-
 
 def test_the_file_is_new_and_whole_or_not_there(make, tmp_path, refused, monkeypatch):
     """An existing one is refused before a model is loaded; a cut write leaves nothing behind."""
+    def break_off(*args):
+        raise OSError("cut short")
+
+    monkeypatch.setattr(Path, "replace", break_off)
+    assert "cut short" in refused(make, output=tmp_path / "x.jsonl")
     (tmp_path / "there.jsonl").write_text("mine")
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "load_model", None)
-        for output in tmp_path / "there.jsonl", tmp_path / "x.json", tmp_path / "none/x.jsonl":
-            assert "--output" in refused(make, output=output)
-    assert (tmp_path / "there.jsonl").read_text() == "mine"
-    write = Path.write_text
-
-    def break_off(self, text, *args):
-        write(self, text[:10])
-        if "chosen" in text:
-            raise OSError("cut short")
-
-    flags = {"dataset": tmp_path / "rows.jsonl", "output": tmp_path / "x.jsonl"}
-    monkeypatch.setattr(Path, "write_text", break_off)
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    args = pairs.make_flags().parse_args(["tiny/chat", "--max-new-tokens=16", *argv])
-    assert "cut short" in refused(pairs.main, args)
+    monkeypatch.setattr(common, "load_model", None)
+    for output in tmp_path / "there.jsonl", tmp_path / "x.json", tmp_path / "none/x.jsonl":
+        assert "--output" in refused(make, output=output)
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "there.jsonl"}
+    assert (tmp_path / "there.jsonl").read_text() == "mine"
 
 
-TEMPLATES = {"no words": "{{ verdict }}", "one word": "verdicts: A\n<user>\n{{ verdict }}",
+TEMPLATES = {"one word": "verdicts: A\n<user>\n{{ verdict }}", "no words": "{{ verdict }}",
              "twice the same": "verdicts: A A\n<user>\n{{ verdict }}",
              "no verdict": "verdicts: A B\n<user>\nWhich?",
              "no message": "verdicts: A B\n{{ verdict }}",
