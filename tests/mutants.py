@@ -876,7 +876,7 @@ PRM = [
     ("a step is read one token early", "prm: padding_changes",
      'batch["step_ends"]]  # [B, S, D]', 'batch["step_ends"] - 1]  # [B, S, D]'),
     ("a step ends one token early", "prm: every_template and chatml",
-     "ends.append(end)", "ends.append(end - 1)"),
+     "done, key=spelled))", "done, key=spelled) - 1)"),
     ("every step is searched from the start of the answer", "prm: repeat_or_contain",
      "text.find(step, done)", "text.find(step)"),
     ("special tokens are part of the text in which lines are searched",
