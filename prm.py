@@ -6,22 +6,24 @@ in place of its head. It reads problem and solution, and the scalar r_k at the l
 is the logit of the probability that step k is labeled correct.
 
 Why it works. A label for a whole answer says that something is wrong with it, and leaves it to the
-model to find out what. A label per step says where, so one solution teaches as much as several, and
-the judgment can be read at any point of a solution: to find its first mistake, to pick the best of
-N samples, or to prune a search. The loss is that of logistic regression, applied to each step:
+model to find out what. A label per step says where, so a model learns more from one solution, and
+its judgment can be read at any point: to find the first mistake, to pick the best of several
+samples, or to prune a search. The loss is that of logistic regression, applied to each step:
 
     p_k = σ(r_k)
-    loss = −1/N Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]       N: all steps of an optimizer step
+    loss = −1/N Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]       N: steps in the whole batch
 
 This is process supervision (Uesato et al. 2022, arXiv:2211.14275; Lightman et al. 2023,
 arXiv:2305.20050). Its gradient in r_k is (p_k − l_k) / N.
 
 What a label means differs between datasets, and p_k means the same as the labels:
 
-    Uesato, tiny/data   is everything correct up to and including this step? p_S judges the solution
-    Lightman            is this step correct? They end at the first wrong one; Π_k p_k judges it
-    Math-Shepherd       did any of 8 continuations from here reach the correct answer?
-                        (Wang et al. 2023, arXiv:2312.08935, the default dataset)
+    Uesato, tiny/data   Is everything correct up to and including this step? So p_S judges the
+                        solution.
+    Lightman            Is this step correct? The labels end at the first wrong step, and the
+                        product Π_k p_k judges the solution.
+    Math-Shepherd       Did any of 8 continuations from here reach the correct answer? (Wang et al.
+                        2023, arXiv:2312.08935, the default dataset.)
 
 min_k p_k, as in Math-Shepherd, serves all three, because a solution is as good as its worst step.
 
@@ -47,12 +49,13 @@ and Π p = 0.173 are below 1/2, so both judge the solution wrong, as they should
     python prm.py --model Qwen/Qwen2.5-0.5B-Instruct     # 4-bit LoRA on a 16 GB T4
 
 What to watch. The loss starts near log 2 = 0.693. The step accuracy soon reaches the majority-class
-share, and says little where most steps are correct. The figure that counts is `f1`, for finding the
-first mistake. `count_steps` defines it and the others; ProcessBench's F1 is another (see there).
+share, and says little where most steps are correct. The figure that counts is `f1`, which is about
+finding the first mistake; ProcessBench's F1 is defined differently. `count_steps` and
+`step_figures` give the definitions.
 
 Try --outcome. On the tiny model, with the same solutions and the same number of steps, p_S then
-judges 0.697 of the held-out solutions correctly instead of 0.973: the label at the end does not say
-which of the steps was wrong.
+judges about 0.69 of the held-out solutions correctly instead of 0.97, and f1 is 0.4 instead of
+0.98: the label at the end does not say which of the steps was wrong.
 
 Shapes: B solutions of T tokens and at most S steps; D is the width of the model.
 """

@@ -182,7 +182,7 @@ def comparison_losses(model, pairs, args, pad_id):
 
 
 def describe(sums, count):
-    """The figures of some pairs, from the sums of their FIGURES."""
+    """The figures of some pairs, from the sums of their FIGURES. The spread is √(E[r²] − E[r]²)."""
     means = {name: total / count for name, total in sums.items()}
     variance = means.pop("squared_reward") - means["reward"] ** 2
     return means | {"reward_spread": math.sqrt(max(0.0, variance))}
