@@ -39,7 +39,10 @@ What to watch: the loss starts at 0.5 if both λ are 1, and `margin`, the mean r
 answers minus that of undesirable ones, grows. `z` stays 0 as long as mismatched answers only become
 less likely. If `grad_norm` vanishes and the loss settles at the share of one label, the model has
 given up on all answers with that label: raise the weight of that label.
-TRYIT
+
+Change one thing: with `--undesirable-weight 0.1` a line warns that one label outweighs the other 10
+to 1. The tiny model hardly notices: held-out `chosen_logp` ends at −0.02 and `rejected_logp` at −9,
+as with equal weights, because its labels are all correct and σ is flat once both are far from z.
 
 The default learning rate, 2e-5, is that of dpo.py, and four times the 5e-6 that TRL suggests for
 DPO with LoRA (it has no figure for KTO). If a run is unstable on your data, try theirs first.
@@ -588,9 +591,7 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
+            state = {name: saved.pop(name) for name in state} | saved
     # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():

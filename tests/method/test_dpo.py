@@ -24,8 +24,7 @@ def pair_row(a, b, wrong, question="What is {a} + {b}?"):
     return {"prompt": prompt, "chosen": say(f"{a} + {b} = {a + b}"), "rejected": say(wrong)}
 
 
-# Eleven prompts and answers of different lengths, so that no mean over rows, tokens or parts of a
-# batch is another one by chance. With four pairs per step, the last step has three.
+# Of different lengths, so that no mean over rows, tokens or parts of a batch is another by chance.
 ROWS = [pair_row(3 * i, 7 + i, f"{3 * i} + {7 + i} = {i}" if i % 3 else "No.") for i in range(10)]
 ROWS.append(pair_row(40, 2, "40 + 2 = 402 = 4", "Sam has {a} cups and gets {b} more. How many?"))
 HELD_OUT = [pair_row(50 + i, i, f"{i} and {50 - i}", "Add {a} and {b}.") for i in range(5)]
@@ -189,6 +188,10 @@ def tokens_of(row):
     return by_hand.prompt_ids(row["prompt"]), *answers
 
 
+def length(row):
+    return len(tokens_of(row)[0]) + max(map(len, tokens_of(row)[1:]))
+
+
 def figures_by_hand(model, reference, rows, args):
     """The mean loss over pairs, with its gradient, and all that is logged."""
     lines = []
@@ -215,30 +218,28 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
         flags = flags | {"model": by_hand.save_adapter(tmp_path / "adapter")}
     run = by_hand.Run(dpo, tmp_path, ROWS, HELD_OUT, ["pair_losses", "sample_answers"],
                       {"sample_answers": lambda model, _, prompts, *rest: prompts},
-                      beta=0.7, epochs=1, **flags)
+                      beta=0.7, epochs=1, seed=5, **flags)
     hand = by_hand.Training(run)
-    row_of = {tuple(tokens_of(row)[0]): row for row in ROWS}
-    batches, lengths = run.batches("pair_losses"), []
-    for batch in batches:
-        rows = [row_of[tuple(pair["prompt"])] for pair in batch]
-        lengths.append([pair["length"] for pair in batch])
+    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(5)).split(4)
+    for batch, numbers in zip(run.batches("pair_losses"), order, strict=True):
+        rows = sorted([ROWS[i] for i in numbers], key=length)
+        prompts = [tokens_of(row)[0] for row in rows]
+        assert [pair["prompt"] for pair in batch] == prompts, "order: by seed, then by length"
         loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
         hand.log(figures | hand.update(loss))
     hand.check(run)
     for when, model in ("before", hand.reference), ("after", hand.model):
         _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
         close(run.summary[when], figures, when)
-    assert set(run.summary["after"]) == set(dpo.FIGURES)
-    assert list(map(len, batches)) == [4, 4, 3] and lengths == list(map(sorted, lengths))
-    sampled = [call.args[2:] for call in run.calls["sample_answers"]]
-    prompts = [by_hand.prompt_ids(row["prompt"]) for row in HELD_OUT[:3]]
-    assert sampled == [(prompts, 64, run.args.seed)] * 2, "samples: held-out prompts, one seed"
+    sampled, asked = run.calls["sample_answers"], [tokens_of(row)[0] for row in HELD_OUT[:3]]
+    assert [call.args[2:] for call in sampled] == [(asked, 64, 5)] * 2, "samples: prompts, one seed"
 
 
 def test_max_steps_shortens_the_schedule_and_the_first_loss_is_log_2(tmp_path, capsys):
     """In 4 bits as well: at the start, the policy is its own reference."""
     run = by_hand.Run(dpo, tmp_path, ROWS, HELD_OUT, double=False, max_steps=2, epochs=3,
-                      load_in_4bit="on", seed=7)
+                      load_in_4bit="on", eval_every=1)
+    assert all(update.is_training for update in run.updates), "evaluate() leaves the model in eval"
     rates = [line["learning_rate"] / run.args.learning_rate for line in run.metrics]
     assert rates == pytest.approx([1, 0.5]), "a cosine over two steps"
     for figures in run.metrics[0], run.summary["before"]:

@@ -21,11 +21,11 @@ def row(prompt, answer, label):
 
 # Prompts and answers of different lengths, some prompts several times; four answers are desirable.
 ROWS = [row("Add 1 and 2.", "1 + 2 = 3", True), row("Add 1 and 2.", "No.", False),
-        row("Add 1 and 2.", "1 + 2 = 12 = 3 = 4", False), row("What is 9 - 4?", "9 - 4 = 5", True),
-        row("What is 9 - 4?", "5 or 6", False), row("Sam has 40 figs and gets 2.", "42", True),
+        row("Add 1 and 2.", "1 + 2 = 12 = 3 = 4", False), row("Add 30 and 3.", "30 + 3 = 33", True),
+        row("What is 9 - 4?", "9 - 4 = 5", True), row("What is 9 - 4?", "5 or 6", False),
+        row("Sam has 40 figs and gets 2.", "42", True),
         row("Sam has 40 figs and gets 2.", "40 + 2 = 402", False), row("Add 7.", "7 + 7", False),
-        row("Add 30 and 3.", "30 + 3 = 33", True), row("What is 5 + 5?", "5 + 5 = 0", False),
-        row("Add 8 and 80.", "8", False)]
+        row("What is 5 + 5?", "5 + 5 = 0", False), row("Add 8 and 80.", "8", False)]
 HELD_OUT = [row("Add 6 and 1.", "6 + 1 = 7", True), row("Add 6 and 1.", "6 + 1 = 8 + 1", False),
             row("What is 8 - 8?", "8 - 8 = 1", False)]
 PAIR = {"prompt": ask("Add 1 and 2."), "chosen": say("1 + 2 = 3"), "rejected": say("No.")}
@@ -136,9 +136,10 @@ def z_by_hand(model, reference, rows):
                    for j, answer in zip(partners(prompts), answers, strict=True)) / len(rows)
 
 
-@pytest.mark.parametrize("std, sign", [(-0.02, 1), (0.02, -1)])
+@pytest.mark.parametrize("std, sign", [(0.02, 1), (-0.01, -1)])
 def test_z_is_the_mean_over_mismatched_answers_but_not_below_0(std, sign):
     """By brute force, one answer at a time, for any micro-batch."""
+    torch.manual_seed(0)
     with by_hand.doubles():
         model = common.load_model("tiny/chat")
         reference = copy.deepcopy(model)
@@ -148,7 +149,7 @@ def test_z_is_the_mean_over_mismatched_answers_but_not_below_0(std, sign):
             args = run_args(kto, micro_batch_size=size)
             z = kto.reference_point(model, encoded(ROWS), args, tokenizer())
             close(z, max(0.0, mean), f"z with micro-batches of {size}; the mean is {mean:.3f}")
-        assert mean * sign > 0.03, "this test needs a mean above 0 and one below"
+        assert mean * sign > 0.03, f"this test needs a mean above 0 and one below, not {mean}"
         assert kto.reference_point(model, encoded(ROWS[:3]), args, tokenizer()) == 0, "no mismatch"
 
 
@@ -211,8 +212,9 @@ def test_a_run_starts_at_half_the_weights_and_at_z_0_and_reads_no_reference_grad
     modes, reference = [], common.reference
     monkeypatch.setattr(common, "reference", lambda model: modes.append(
         torch.is_grad_enabled()) or reference(model))
-    run = by_hand.Run(kto, tmp_path, ROWS[3:8], HELD_OUT, max_steps=1, desirable_weight=1.5,
+    run = by_hand.Run(kto, tmp_path, ROWS[3:8], HELD_OUT, desirable_weight=1.5, eval_every=1,
                       undesirable_weight=0.8, load_in_4bit="on", double=False)
+    assert all(update.is_training for update in run.updates), "evaluate() leaves the model in eval"
     for figures, count, desirable in (run.metrics[0], 4, 2), (run.summary["before"], 3, 1):
         expected = (1.5 * desirable + 0.8 * (count - desirable)) / count / 2
         close(figures["loss"], expected, "first loss: (n_D λ_D + n_U λ_U) / 2n", 1e-6)
@@ -220,5 +222,5 @@ def test_a_run_starts_at_half_the_weights_and_at_z_0_and_reads_no_reference_grad
     assert modes and not any(modes), "the reference is read with a gradient"
     parts = capsys.readouterr().out.split("\033[32m")[1:3]
     green = {part.split("\033[0m")[0] for part in parts}
-    assert green & {"9 - 4 = 5<|im_end|>", "42<|im_end|>"}, "shown in green: a desirable answer"
-    assert green & {"5 or 6<|im_end|>", "7 + 7<|im_end|>", "40 + 2 = 402<|im_end|>"}
+    assert green & {"30 + 3 = 33<|im_end|>", "9 - 4 = 5<|im_end|>", "42<|im_end|>"}, "desirable"
+    assert green & {"5 or 6<|im_end|>", "40 + 2 = 402<|im_end|>"}, "undesirable, shown in green"

@@ -1,12 +1,9 @@
 """Rows to token ids: texts, conversations, preferences, files, and what cannot be used."""
-import csv
 import json
 import random
 from types import SimpleNamespace
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
@@ -126,6 +123,20 @@ def test_messages_need_a_template(llama):
             common.encode_prompt(llama, prompt)
 
 
+# ---- preferences ---------------------------------------------------------------------------------
+
+def test_texts_share_their_prompt_as_tokens(llama):
+    """Without a prompt column, answers start where their tokens part, not their characters."""
+    prompt, cat, dog = "Once upon a ti", "me there was a girl", "le was a little girl"
+    explicit = encoded_preference(llama, {"prompt": prompt, "chosen": cat, "rejected": dog})
+    implicit = encoded_preference(llama, {"chosen": prompt + cat, "rejected": prompt + dog})
+    for first, second, text in zip(explicit, implicit, (cat, dog), strict=True):
+        whole = llama(prompt + text)["input_ids"] + [llama.eos_token_id]
+        assert first[0][0] + first[1][0] == second[0][0] + second[1][0] == whole
+        assert split(llama, second)[0] == "<s> Once upon a"
+    assert implicit[0][1][0][0] != implicit[1][1][0][0]
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 def test_stop_tokens_come_from_all_three_sources():
@@ -191,22 +202,6 @@ def test_tokenizers_that_do_not_fit_their_model_are_refused(tmp_path, refused):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-ROWS = [{"prompt": "Say é\n", "n": "1"}, {"prompt": 'a "quoted", text', "n": "0123"}]
-
-
-def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
-    """.jsonl, .json, .csv and .parquet, read from any folder, in their order."""
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    with open(tmp_path / "rows.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "n"])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
-    files = [write_jsonl(ROWS), *(str(tmp_path / f"rows.{x}") for x in ("json", "csv", "parquet"))]
-    for file in files:
-        assert common.load_rows(file, "train", 1, 0) == ROWS
-
 
 def test_what_a_row_lacks_is_not_there(write_jsonl):
     """Keys that other rows have are left out, also in messages: templates ask for tool_calls."""

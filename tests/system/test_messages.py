@@ -7,6 +7,8 @@ import functools
 import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import transformers
 from conftest import ROOT, encoded, run_args
@@ -331,17 +333,21 @@ def test_a_column_of_the_conversation_that_is_not_used_is_named(capsys):
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def test_numbers_and_words_in_csv_are_strings(tmp_path):
-    content = 'prompt,completion,label\n"Say ""x""",0123,1\nWho?,None,0\n'
+def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
+    """Numbers and words in .csv and .tsv are strings, also those that look like others."""
+    content = 'prompt,completion,label\n"Say ""x""",0123,1\nWho é?,None,0\n'
+    rows = [{"prompt": 'Say "x"', "completion": "0123", "label": "1"},
+            {"prompt": "Who é?", "completion": "None", "label": "0"}]
     (tmp_path / "rows.csv").write_text("\ufeff" + content)
     (tmp_path / "rows.tsv").write_text(content.replace(",", "\t"))
     with gzip.open(tmp_path / "rows.csv.gz", "wt") as file:
         file.write(content)
-    expected = [{"prompt": 'Say "x"', "completion": "0123", "label": "1"},
-                {"prompt": "Who?", "completion": "None", "label": "0"}]
-    for name in ("rows.csv", "rows.tsv", "rows.csv.gz"):
-        assert common.load_rows(str(tmp_path / name), "train", 9, 0) == expected
-    examples = encode_rows(kto.encode_labelled, expected, tiny_tokenizer())
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write_jsonl(rows)
+    for ending in "csv", "tsv", "csv.gz", "json", "parquet", "jsonl":
+        assert common.load_rows(str(tmp_path / f"rows.{ending}"), "train", 1, 0) == rows, ending
+    examples = encode_rows(kto.encode_labelled, rows, tiny_tokenizer())
     assert [example["label"] for example in examples] == [True, False]
 
 
