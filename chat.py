@@ -48,7 +48,7 @@ ORANGE = (223, 215, 208)
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*", default=["tiny/chat"], help="saved runs, folders or Hub names")
     add("--base", action="store_true",
@@ -304,6 +304,4 @@ def main(args):
 if __name__ == "__main__":
     with common.running("the number of checkpoints, then --max-new-tokens", resumes=""):
         sys.stdin.reconfigure(errors="replace")
-        parser = make_flags()
-        parser.error = common.fail
-        main(parser.parse_args())
+        main(common.parse(make_flags()))
