@@ -1,9 +1,9 @@
 """Process reward model: learns from labeled steps whether a solution is still correct after each.
 
 The data are solutions to problems. A solution is a list of steps y_1 ... y_S, each with a label
-l_k: 1 (correct) or 0 (wrong). The model is the one of reward_model.py, a language model with a
-scalar head. It reads the problem and the solution. Its output r_k at the last token of step k is a
-logit, and σ(r_k) is the probability that step k is labeled correct.
+l_k: 1 (correct) or 0 (wrong). The model is a language model with a scalar head, as in
+reward_model.py. It reads the problem and the solution. Its output r_k at the last token of step k
+is a logit, and σ(r_k) is the probability that step k is labeled correct.
 
 Why it works. A label for a whole answer says that something is wrong with it, and leaves the model
 to find out what. A label per step says where, so a model learns more from one solution, and its
@@ -25,8 +25,8 @@ The meaning of a label differs between datasets, and so does the meaning of p_k:
     Math-Shepherd       Did any of 8 continuations from here reach the correct answer? (Wang et al.
                         2023, arXiv:2312.08935, the default dataset.)
 
-min_k p_k, which Math-Shepherd uses, suits all three, because a solution is as good as its worst
-step.
+The minimum, min_k p_k, which Math-Shepherd uses, suits all three, because a solution is only as
+good as its worst step.
 
 With --outcome, only the label of the last step is trained on. This makes an outcome reward model,
 which gets one label per solution and must work out by itself where the mistake is. (In the papers

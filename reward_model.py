@@ -114,7 +114,7 @@ def make_flags():
 # ---- data: two answers to a prompt, as token ids -------------------------------------------------
 
 def encode_comparison(row, tokenizer, max_length):
-    """Turns a row into a pair of sequences, each of which ends as a sampled answer does.
+    """Turns a row into a pair of sequences, each ending with a stop token, as samples do.
 
     A pair that is too long is refused, because a truncated answer would deserve another reward.
     """
@@ -227,7 +227,7 @@ def pad_apart(tokenizer):
     """Sets a pad token that never ends an answer.
 
     Transformers reads a reward at the last token that is not the pad token, so it would skip the
-    end of an answer that ends with the pad token. This script finds the last token by the mask.
+    end of an answer that ends with the pad token. This script uses the attention mask.
     """
     ends = {tokenizer.eos_token_id, common.end_of_turn_id(tokenizer)}
     if tokenizer.pad_token_id not in ends:

@@ -5,11 +5,11 @@ that ends it. Everything else is context, which the model reads but is not train
 
 Why it works. A pretrained model can continue any text. It continues a question with an answer, but
 just as readily with another question. SFT raises the probability of one kind of continuation, the
-answer. It teaches little that is new. It selects a behavior that the model is already capable of,
+answer. It teaches little that is new; it selects a behavior that the model is already capable of,
 which is why a thousand good conversations can be enough (Zhou et al. 2023, arXiv:2305.11206).
 
-The objective is the one of pretraining, the negative log-likelihood of the next token, restricted
-to the assistant's tokens by a loss mask m_t (1: trained, 0: context). SFT is the first stage of
+As in pretraining, the objective is the negative log-likelihood of the next token, but a loss mask
+m_t (1: trained, 0: context) restricts it to the assistant's tokens. SFT is the first stage of
 InstructGPT (Ouyang et al. 2022, arXiv:2203.02155):
 
     loss = −1/N Σ_t m_t log π(y_t | y_<t)          N = Σ_t m_t, over all tokens of an optimizer step
@@ -25,10 +25,10 @@ changes speed and memory but not the result.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685) freezes the model and trains a small number of new weights.
 A frozen weight matrix W [D, D] is used as W + (α/r) B A, and only A [r, D] and B [D, r] are
-trained, with a small rank r. B starts at 0, so training starts exactly at the base model. Without
-the adapter, the matrices A and B, the model *is* the base model; later methods get their reference
-model this way, at no cost in memory. "4-bit" (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) stores
-the frozen W in 4 bits per weight to save memory.
+trained, with a small rank r. B starts at 0, so training starts exactly at the base model. With the
+adapter (A and B) switched off, the model *is* the base model. Later methods get their reference
+model this way, without a second copy in memory. "4-bit" (QLoRA, Dettmers et al. 2023,
+arXiv:2305.14314) stores the frozen W in 4 bits per weight to save memory.
 
 A model predicts the *next* token, so the log-prob in column t belongs to the token in column t + 1.
 For the question "Hi" and the answer "Hello":
@@ -45,8 +45,8 @@ step have four trained tokens with the probabilities 0.25, 0.5, 0.5 and 0.8:
     loss = (0.916 + 2.996) / 6 = 0.652, perplexity = e^0.652 = 1.919
 
 The mean of the two conversations' means would be 0.604. It would give a token of the short answer
-twice the weight of a token of the long one. A perplexity of 1.919 means that the model is as
-uncertain as if it chose among 1.919 equally likely tokens.
+twice the weight of a token of the long one. A perplexity of 1.919 means that, on average,
+the model is as uncertain as if it chose among 1.919 equally likely tokens.
 
     python sft.py                                          # the embedded tiny model, on a laptop
     python sft.py --model Qwen/Qwen2.5-0.5B                # 4-bit LoRA on a 16 GB T4

@@ -82,7 +82,7 @@ def test_only_the_last_tokens_of_trained_steps_get_a_gradient(outcome):
     losses, _ = prm.solution_losses(model, examples, 0)
     losses.sum().backward()
     assert torch.allclose(hidden.grad, expected, atol=1e-6)
-    assert torch.equal(hidden.grad != 0, expected != 0), "which tokens have a gradient?"
+    assert torch.equal(hidden.grad != 0, expected != 0), "a wrong token is trained"
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -183,9 +183,7 @@ def test_figures_are_those_of_their_definitions():
 
 
 def test_only_the_first_wrong_step_counts_as_found():
-    """The first step judged wrong is the right one, too early, too late or missing in a wrong
-    solution, or it is in a correct one.
-    """
+    """The mistake is found, flagged too early, too late or not at all, or there is none."""
     good, bad = 2.0, -2.0
     found, early, late = ([good, bad, bad], [1, 0, 0]), ([bad, bad], [1, 0]), ([good, bad], [0, 0])
     missed, flagged = ([good, good], [1, 0]), ([good, bad], [1, 1])

@@ -55,7 +55,7 @@ def test_the_gradient_is_minus_one_over_n_where_the_mask_is_one():
 # ---- log-probs and the mask ----------------------------------------------------------------------
 
 def test_column_t_is_the_log_prob_of_token_t_plus_1(model, tokenizer):
-    """It equals the log-prob computed from all logits, and the loss is that of transformers."""
+    """The log-probs and the loss agree with those that transformers computes from all logits."""
     rows = [{"messages": LONG}, {"messages": CHAT}]
     tokens = [sft.encode_conversation(row, tokenizer, 512)[0]["tokens"] for row in rows]
     batch = sft.collate(tokens, tokenizer.pad_token_id, "cpu")

@@ -118,7 +118,7 @@ def test_a_step_is_read_at_its_last_token_in_plain_text(name):
 
 
 def check_sampled(tokenizer, ids):
-    """Each line ends at the token that completes the first prefix with the whole line in it."""
+    """Each line ends at the last token of the shortest prefix that contains the whole line."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
     steps = [line.strip() for line in text.split("\n") if line.strip()]
