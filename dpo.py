@@ -91,7 +91,7 @@ REFERENCE_FREE = ("simpo", "orpo", "cpo")  # losses that never read π_ref
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/ultrafeedback_binarized", help="pairs: Hub name or a file")
@@ -552,9 +552,7 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
+            state = {name: saved.pop(name) for name in state} | saved
     # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():

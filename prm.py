@@ -62,6 +62,7 @@ judges about 0.69 of the held-out solutions correctly instead of 0.97, and f1 is
 Shapes: B solutions of T tokens and S steps, padding included; D is the width of the model.
 """
 import argparse
+import bisect
 import functools
 import hashlib
 import importlib
@@ -86,7 +87,7 @@ TINY = dict(dataset="tiny/data/steps_train.jsonl", epochs=10, max_steps=800, mic
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a local file")
@@ -181,26 +182,27 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text.
-
-    A token may hold a part of a character, so the text is known for prefixes of the ids only.
-    """
+    """The index in `ids`, an answer, of the token that completes each step of its text."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
+
+    def spelled(last):
+        """How many characters of the text the tokens up to index `last` spell."""
+        said = tokenizer.decode(ids[:last + 1], **plain)
+        # A token may end inside a character, which is then decoded wrong.
+        while not text.startswith(said):
+            said = said[:-1]
+        return len(said)
+
     ends = []
-    end = 0  # the token that is looked at
-    done = 0  # how many characters of the text it has to complete
+    done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        said = tokenizer.decode(ids[:end + 1], **plain)
-        # A prefix that ends inside a character is spelled wrong: then the next token is needed.
-        while len(said) < done or not text.startswith(said):
-            end += 1
-            said = tokenizer.decode(ids[:end + 1], **plain)
-        ends.append(end)
+        # The first token up to which enough is spelled. (A scan would decode all prefixes.)
+        ends.append(bisect.bisect_left(range(len(ids)), done, key=spelled))
     return ends
 
 
@@ -513,9 +515,7 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
+            state = {name: saved.pop(name) for name in state} | saved
     # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():

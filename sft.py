@@ -97,7 +97,7 @@ TINY = dict(dataset="tiny/data/sft_train.jsonl", eval_dataset="tiny/data/sft_hel
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a local file")
@@ -571,9 +571,7 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
+            state = {name: saved.pop(name) for name in state} | saved
     # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():
