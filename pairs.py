@@ -68,7 +68,6 @@ Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; w
 vocabulary V. The program runs in one process.
 """
 import argparse
-import bisect
 import functools
 import itertools
 import json
@@ -379,14 +378,16 @@ def step_ends(tokenizer, ids, steps):
         return len(said)
 
     ends = []
+    end = 0
     done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        # The first token up to which enough is spelled. (A scan would decode all prefixes.)
-        ends.append(bisect.bisect_left(range(len(ids)), done, key=spelled))
+        while spelled(end) < done:
+            end += 1
+        ends.append(end)
     return ends
 
 
