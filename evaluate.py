@@ -50,11 +50,14 @@ more capable: it samples fewer different answers. If `reward` rises while `sampl
 policy exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with
 the smaller `kl`: it has changed the model less. Differences within the intervals mean nothing.
 
+Change one thing: with `--best-of 8 --reward tiny/reward` the first sample of tiny/chat is correct
+for 0.543 of the prompts, the majority for 0.923, the best for 0.937, and the oracle for 0.993. The
+policy knows nearly all answers; it only has to learn which of its samples to prefer.
+
 Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T columns hold tokens; N
 tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
 """
 import argparse
-import bisect
 import collections
 import functools
 import json
@@ -328,14 +331,16 @@ def step_ends(tokenizer, ids, steps):
         return len(said)
 
     ends = []
+    end = 0
     done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        # The first token up to which enough is spelled. (A scan would decode all prefixes.)
-        ends.append(bisect.bisect_left(range(len(ids)), done, key=spelled))
+        while spelled(end) < done:
+            end += 1
+        ends.append(end)
     return ends
 
 
