@@ -144,8 +144,8 @@ def encode_conversation(row, tokenizer, max_length):
     """
     prompt, answer = prompt_and_answer(row, tokenizer)
     conversations = common.encode(tokenizer, prompt, answer, row.get("tools"))
-    # The key is everything before the last answer, because many chats begin alike. Where held-out
-    # examples are split off, no training example has the key of a held-out one.
+    # Many chats begin alike, so the key is everything before the last answer. Where held-out
+    # examples are split off from --dataset, no training example has the key of a held-out one.
     before_last_answer = conversations[-1][:-1]
     key = [token for ids, _ in before_last_answer for token in ids]
     examples = []
