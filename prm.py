@@ -90,7 +90,7 @@ def make_flags():
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a local file")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="columns under other names: prompt=query answer=reply")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
     add("--eval-dataset", help="held-out solutions (without it, a part of --dataset is held out)")
@@ -167,7 +167,7 @@ def read_steps(row, tokenizer):
 
 
 def collate(examples, pad_id, device):
-    """B examples as tensors [B, T], padded on the right. Masks are 0 there, even if pad is eos."""
+    """B examples as tensors [B, T], padded on the right. Masks are 0 on padding, even if the pad token is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -179,7 +179,7 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text."""
+    """For each step, the index in the answer's `ids` of the token that completes it."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
 
@@ -338,7 +338,7 @@ def train(args):
     is_trained = [0] * len(solution["input_ids"])
     for end, trained in zip(solution["step_ends"], solution["loss_mask"], strict=True):
         is_trained[end] = trained
-    heading = "a training example as the model sees it (each step is judged at its green token):"
+    heading = "a training example as the model sees it (a step is judged at its green token):"
     common.show(tokenizer, solution["input_ids"], is_trained, heading)
 
     # 2. Load the model: a frozen base, with LoRA matrices and a scalar head that are trained.
@@ -400,6 +400,7 @@ def train(args):
 
     # 8. Evaluate again on the same held-out solutions, and show some of them step by step.
     finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
+    print("\nheld-out solutions, with p, the probability that a step is correct:")
     show_steps(model, tokenizer, held_out[:3], pad_id)
     show_next(args)
 
@@ -445,7 +446,7 @@ def sum_over_processes(tensors):
 
 
 def add_up(sums, figures):
-    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    """Adds the sum of each figure, {name: [B]}, to `sums`, in fp64."""
     for name, values in figures.items():
         sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
 
@@ -461,16 +462,19 @@ def over_processes(sums, names, device):
 def open_run(args, examples):
     """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
 
-    The flags, a hash of the examples and a hash of the files of models and rewards stand in
-    args.json. A run is resumed only if all of them are the same.
+    args.json records the flags, a hash of the examples, and a hash of the files of models and
+    rewards. A run is resumed only if all of them are the same.
     """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    loaded = [args.model]
+    for flag in ("reward", "teacher"):
+        value = getattr(args, flag, [])
+        loaded += [value] if isinstance(value, str) else value
+    files = common.fingerprint(*loaded)
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -486,8 +490,8 @@ def open_run(args, examples):
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another folder")
+            raise ValueError("it holds a finished run, a run with other flags, data, weights or "
+                             "rewards, or unrelated files: name another folder")
 
 
 def write(file, text):
@@ -511,7 +515,7 @@ def restore(args, weights, optimizer, scaler):
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
             state = {name: saved.pop(name) for name in state} | saved
-    # Each process has drawn LoRA matrices of its own. All train those of the first.
+    # Each process initialized its own LoRA matrices. All of them train those of the first process.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -542,7 +546,7 @@ def log_step(args, state, metrics, tokens, progress, shown):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    """Saves the adapter, the model card and the summary. Printing comes last, because it can fail."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
