@@ -552,9 +552,7 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
+            state = {name: saved.pop(name) for name in state} | saved
     # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():

@@ -61,6 +61,7 @@ Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; w
 vocabulary V. The program runs in one process.
 """
 import argparse
+import bisect
 import functools
 import itertools
 import json
@@ -355,26 +356,27 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
 
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text.
-
-    A token may hold a part of a character, so the text is known for prefixes of the ids only.
-    """
+    """The index in `ids`, an answer, of the token that completes each step of its text."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
+
+    def spelled(last):
+        """How many characters of the text the tokens up to index `last` spell."""
+        said = tokenizer.decode(ids[:last + 1], **plain)
+        # A token may end inside a character, which is then decoded wrong.
+        while not text.startswith(said):
+            said = said[:-1]
+        return len(said)
+
     ends = []
-    end = 0  # the token that is looked at
-    done = 0  # how many characters of the text it has to complete
+    done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        said = tokenizer.decode(ids[:end + 1], **plain)
-        # A prefix that ends inside a character is spelled wrong: then the next token is needed.
-        while len(said) < done or not text.startswith(said):
-            end += 1
-            said = tokenizer.decode(ids[:end + 1], **plain)
-        ends.append(end)
+        # The first token up to which enough is spelled. (A scan would decode all prefixes.)
+        ends.append(bisect.bisect_left(range(len(ids)), done, key=spelled))
     return ends
 
 

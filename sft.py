@@ -3,10 +3,10 @@
 The data are conversations. The model learns to write the assistant's turns, each with the token
 that ends it; everything else is context, which it reads but is not trained on.
 
-Why it works. A pretrained model already knows how to continue any text, including a question: with
-an answer, but just as well with another question. SFT shows it a few thousand conversations and
-raises the probability of exactly one kind of continuation, the answer. It teaches little that is
-new. It selects a behavior that the model is capable of, which is why so little data is enough.
+Why it works. A pretrained model can continue any text. It continues a question with an answer, but
+just as readily with another question. SFT raises the probability of one kind of continuation, the
+answer. It teaches little that is new: it selects a behavior that the model is already capable of,
+which is why a thousand good conversations can be enough (Zhou et al. 2023, arXiv:2305.11206).
 
 The objective is that of pretraining, the negative log-likelihood of the next token, restricted to
 the assistant's tokens by a loss mask m_t (1: trained, 0: context). It is the first stage of
@@ -14,9 +14,9 @@ InstructGPT (Ouyang et al. 2022, arXiv:2203.02155):
 
     loss = −1/N Σ_t m_t log π(y_t | y_<t)          N = Σ_t m_t, over all tokens of an optimizer step
 
-π is the model, y a conversation and y_<t its tokens before t. log π(y_t | y_<t) has as its gradient
-in the logits the one-hot vector of y_t minus the softmax, so each step moves probability to y_t
-from all other tokens, by as much as y_t is still short of 1.
+π is the model, y a conversation and y_<t its tokens before t. The gradient of log π(y_t | y_<t) in
+the logits is the one-hot vector of y_t minus the softmax. So each step moves probability from all
+other tokens to y_t, and the closer y_t is to probability 1, the less it moves.
 
 Kept from pretraining: the objective and the model. New: the loss mask, and the chat template that
 turns messages into one string. N counts the trained tokens of the whole step and not those of a
@@ -60,12 +60,12 @@ slowly. If the held-out loss (--eval-every) rises again while the training loss 
 model is memorizing its data (overfitting): train for fewer epochs. `stopped`, the share of sampled
 answers that end by themselves, approaches 1.
 
-Try to set every entry of the mask to 1 in `with_mask`. On the tiny model the held-out loss then
+Try setting every entry of the mask to 1 in `with_mask`. On the tiny model the held-out loss then
 ends at 1.55 instead of 0.15, because it also counts the words of the questions, which nobody can
 predict, and samples make up questions. Or train on all of an answer except the token that ends it:
 samples then run on into what the base model has read in pretraining, as in "12 + 9 = 21? Yes."
 
-Shapes: B conversations of T tokens (of which L ≤ T columns are padding in no row); N trained
+Shapes: B conversations of T tokens, padding included, of which L ≤ T columns hold tokens; N trained
 tokens, C of them at a time; D is the width of the model, V the size of its vocabulary, r the rank.
 """
 import argparse
@@ -372,7 +372,8 @@ def train(args):
     tokens = examples[0]["tokens"]
     common.show(tokenizer, tokens["input_ids"], tokens["loss_mask"], heading + "):")
 
-    # 2. Load the model: a frozen base with trainable LoRA matrices, or all weights.
+    # 2. Load the model: a frozen base with trainable LoRA matrices, or all weights
+    #    (`load_model` in common.py).
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing,
@@ -560,9 +561,7 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
+            state = {name: saved.pop(name) for name in state} | saved
     # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():

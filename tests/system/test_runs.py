@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_kept(name, data, started, r
     broken = [("", None), (f"another model: {first}", {"weights": others}),
               (f"another model: {first}", {"weights": others | {first: weight[:1]}}),
               (f"{first} holds numbers that are not", {"weights": others | {first: weight / 0}})]
-    broken += [("a part of it", "step"), ("a part of it", "samples"), ("'optimizer'", "optimizer")]
+    broken += [(f"'{part}'", part) for part in ("step", "samples", "optimizer", "weights")]
     for words, change in broken:
         if change is None:
             file.write_bytes(file.read_bytes()[:2000])
