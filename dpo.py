@@ -91,7 +91,7 @@ REFERENCE_FREE = ("simpo", "orpo", "cpo")  # losses that never read π_ref
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/ultrafeedback_binarized", help="pairs: Hub name or a file")

@@ -50,6 +50,10 @@ more capable: it samples fewer different answers. If `reward` rises while `sampl
 policy exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with
 the smaller `kl`: it has changed the model less. Differences within the intervals mean nothing.
 
+Change one thing: with `--best-of 8 --reward tiny/reward` the first sample of tiny/chat is correct
+for 0.543 of the prompts, the majority for 0.923, the best for 0.937, and the oracle for 0.993. The
+policy knows nearly all answers; it only has to learn which of its samples to prefer.
+
 Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T columns hold tokens; N
 tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
 """
@@ -78,7 +82,7 @@ PICKS = ("first", "majority", "best", "oracle")  # columns of --best-of
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*",
         help="saved runs, folders or Hub names; without any: tiny/chat and the runs on it in runs/")
@@ -555,6 +559,4 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
-        parser = make_flags()
-        parser.error = common.fail
-        main(parser.parse_args())
+        main(common.parse(make_flags()))

@@ -63,13 +63,14 @@ others in the group (rloo), or nothing (none). RLOO (Ahmadian et al. 2024, 2402.
 `--loss dr_grpo --baseline none`.
 
     python grpo.py                                            # the tiny model, two minutes
-    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K in 4 bits on a 16 GB T4
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K, in 4 bits on a GPU
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-The defaults are small on purpose, so that they fit one such GPU: 250 rollouts of 8 prompts with 8
-completions each read 2,000 prompts. DeepSeekMath sampled 64 completions per prompt, with 1,024
-completions in a batch. The learning rate, 2e-5, is twice the 1e-5 that TRL's documentation
-recommends for GRPO with LoRA; neither was compared here on a model of that size.
+The defaults are small on purpose, for a GPU of 16 GB (by the estimates of docs/memory.md): 250
+rollouts of 8 prompts with 8 completions each read 2,000 prompts. DeepSeekMath sampled 64
+completions per prompt, with 1,024 completions in a batch. The learning rate, 2e-5, is twice the
+1e-5 that TRL's documentation recommends for GRPO with LoRA; neither was compared here on a model of
+that size.
 
 What to watch: the reward rises, group_std falls, and kl and length grow slowly. With --updates 1,
 all ratios are 1. Then no clip binds, gspo equals grpo, and their loss says nothing, because the
@@ -77,6 +78,10 @@ advantages of a group add up to 0 and leave β k3 alone. A zero_spread near 1 fr
 that the prompts are too easy or too hard. If entropy collapses within a few steps, lower the
 learning rate. If the reward rises while the samples get worse, the policy exploits a gap in the
 reward. This is called reward hacking or over-optimization, and only reading the samples shows it.
+
+Try `--max-steps 2 --batch-size 2 --updates 2` on the tiny model: π is not π_old in the second
+update, so the first step logs a clip_fraction of 0.03 instead of 0, and a loss of −0.007, which is
+no longer β k3 alone.
 
 Shapes: P prompts × G completions = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
 token in some row; N completion tokens in all, C of them at a time; F rewards; D the width of the
@@ -105,7 +110,7 @@ import common
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", nargs="+", default=["correct_answer"],
@@ -115,7 +120,7 @@ def make_flags():
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS, help="other names of columns: prompt=query")
-    add("--chat-template", help="file with a chat template to use in place of the model's own")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
@@ -143,7 +148,7 @@ def make_flags():
     add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
     add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
     add("--save-every", type=common.count, default=20, help="rollouts between two checkpoints")
-    add("--seed", type=common.natural, default=0, help="seed of prompts, LoRA and samples")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
     add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
     add("--output-dir", default="runs/grpo", help="run folder; the same command resumes a run")
     return parser

@@ -77,7 +77,7 @@ LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/kto-mix-14k", help="labeled answers: Hub name or local file")

@@ -87,7 +87,7 @@ TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prom
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", default="correct_answer",

@@ -57,6 +57,11 @@ much longer than the worst, the reward favors length (--max-length-ratio limits 
 verdicts flip, the judge prefers a position rather than an answer. With a template that shows one
 answer at a time (judge_claim.txt), a flip only means that the judge says the same of both.
 
+Change one thing: the judge. tiny/base, which has read claims such as `2 + 2 = 5? No.`, orders 96%
+of the held-out pairs correctly; DPO on its preferences takes tiny/chat from 0.589 correct answers
+to 0.801. With `--judge tiny/chat --judge-template examples/judge_tiny.txt` the model judges itself:
+it orders only 54% correctly, and DPO takes it down to 0.492.
+
 Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; width D,
 vocabulary V. The program runs in one process.
 """
@@ -89,14 +94,15 @@ MISREAD = {"messages", "text", "completion", "chosen", "rejected", "margin", "la
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", default="tiny/chat",
         help="model that answers: Hub name, folder or LoRA adapter")
     add("--output", required=True, help="new .jsonl file")
     add("--format", choices=TRAINED_BY, default="pairs",
         help="rows to write: for dpo.py, sft.py or kto.py")
-    add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or file")
+    add("--dataset", default="openai/gsm8k:main",
+        help="prompts: Hub name[:config] or file; for the tiny model its own")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS, help="other names of columns, such as prompt=query")
     add("--chat-template", help="file with a chat template that replaces the model's own")
@@ -116,8 +122,10 @@ def make_flags():
     add("--min-score", type=common.number(float, -1e9), default=-math.inf,
         help="lowest score of the best answer with which a prompt is kept")
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
-    add("--max-new-tokens", type=common.count, default=512, help="longest answer, in tokens")
-    add("--micro-batch-size", type=common.count, default=32, help="answers sampled at a time")
+    add("--max-new-tokens", type=common.count, default=512,
+        help="longest answer, in tokens; 24 for the tiny model")
+    add("--micro-batch-size", type=common.count, default=32,
+        help="answers sampled at a time; 256 for the tiny model")
     add("--load-in-4bit", **common.ON_GPU, help="quantize the models to 4 bits (NF4)")
     add("--seed", type=common.natural, default=0, help="seed of the samples and the principles")
     return parser
@@ -594,8 +602,4 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
-        parser = make_flags()
-        parser.error = common.fail
-        if common.is_tiny(parser.parse_args().model):
-            parser.set_defaults(**TINY)
-        main(parser.parse_args())
+        main(common.parse(make_flags(), TINY))

@@ -17,7 +17,7 @@ proportion to R raises the expected R. The baseline b_t may be anything that doe
 because E[∇ log π(y_t)] = Σ π(y_t) ∇ log π(y_t) = ∇ Σ π(y_t) = ∇ 1 = 0. So a baseline changes the
 variance of the estimate and not its mean, and the variance is what matters: with rewards 10 and 11
 and no baseline, both answers become more likely, and only the average over many samples favors
-the second; with b = 10.5, one becomes less likely and the other more. For the same reason, rewards
+the second; with b = 10.5, the first becomes less likely. For the same reason, rewards
 that were paid before y_t need not count. What remains, the rewards from y_t on minus a baseline, is
 the advantage A_t of y_t. PPO learns its baseline, the critic. (grpo.py has none to learn: it takes
 the mean reward of several answers to the prompt. If critics are new to you, read grpo.py first.)
@@ -35,8 +35,8 @@ Each token y_t is an action, and these are the equations:
   how much better y_t turned out, and R_t, the return, is what V_t should have been. Both are
   computed once, from the values of sampling time, V_old, and are constants in the losses.
 - The λ of generalized advantage estimation (GAE) trades bias for variance. At one end, λ = 1, A_t
-  is the sum of the rewards from t on, minus V_t (for γ = 1): unbiased but noisy. At the other,
-  λ = 0, A_t is δ_t: hardly noisy, but as wrong as the critic is about the next token.
+  is the sum of the rewards from t on, minus V_t: unbiased but noisy. At the other, λ = 0, A_t is
+  δ_t: hardly noisy, but as wrong as the critic is about the next token. (γ = 1 means no discount.)
 - After the last token, V is 0. This holds for an answer that --max-new-tokens truncated, too: it
   counts as ended, and is not bootstrapped from the critic's V. It pays a penalty instead, see [3].
 - The ratio ρ_t = π(y_t) / π_old(y_t) says how far the policy has moved since it sampled. Its clip
@@ -65,9 +65,9 @@ language models:
     [9] sampling and scoring use the same temperature and no dropout: the samples are those of π_old
 
 The KL penalty [1] keeps the policy near π_ref; without it, the policy drifts to whatever the reward
-happens to like. In the *reward*, its estimator has to be k1 = log π/π_ref. The policy gradient of
-that is exactly the gradient of KL(π ‖ π_ref), while the one of k3 (see grpo.py) may point almost
-the opposite way. In a *loss* it is the other way round: there the gradient of k1 is 0 on average.
+happens to like. In the *reward*, its estimator has to be k1 = log π/π_ref: as a reward, k1 follows
+exactly the gradient of KL(π ‖ π_ref), while k3 (see grpo.py) may point almost the opposite way. In
+a *loss* it is the other way round: there the gradient of k1 is 0 on average.
 
 Worked example: an answer of three tokens with score 1, β = 0.05, γ = 1, λ = 0.95.
 
@@ -92,6 +92,10 @@ explained_variance rises towards 1, and clip_fraction stays below 0.2. If reward
 together while the samples get worse, the policy exploits mistakes of its reward model. This is
 called reward hacking or over-optimization. A larger --beta, fewer steps or a better reward model
 prevent it.
+
+Try `--target-kl 0.1` on the tiny model: no epoch is cut short any more (updates is 8 in all 25
+rollouts; by default it is 6 in two of them), and the policy ends further from the reference, with a
+held-out kl of 0.69 nats instead of 0.49.
 
 Shapes: B answers (b in a micro-batch) of T columns, of which L ≤ T hold a token in some row; N
 answer tokens in all, C of them at a time; D the width of the model, V the size of its vocabulary
@@ -121,7 +125,7 @@ import common
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", default="correct_answer",
@@ -129,7 +133,7 @@ def make_flags():
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS, help="other names of columns: prompt=query")
-    add("--chat-template", help="file with a chat template to use in place of the model's own")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
@@ -159,7 +163,7 @@ def make_flags():
     add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
     add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
     add("--save-every", type=common.count, default=10, help="rollouts between two checkpoints")
-    add("--seed", type=common.natural, default=0, help="seed of prompts, LoRA and samples")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
     add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
     add("--output-dir", default="runs/ppo", help="run folder; the same command resumes a run")
     return parser

@@ -85,7 +85,7 @@ TINY = dict(dataset="tiny/data/steps_train.jsonl", epochs=10, max_steps=800, mic
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a local file")

@@ -74,7 +74,7 @@ TINY = dict(dataset="tiny/data/preference_train.jsonl", epochs=3, batch_size=16,
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/ultrafeedback_binarized",

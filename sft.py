@@ -94,7 +94,7 @@ TINY = dict(dataset="tiny/data/sft_train.jsonl", eval_dataset="tiny/data/sft_hel
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a local file")

@@ -294,8 +294,9 @@ def test_an_example_is_shown_with_what_is_trained_in_green(chat, capsys):
     for piece, is_answer in example:
         ids += piece
         mask += [int(is_answer)] * len(piece)
-    common.show(chat, ids, mask)
-    out = capsys.readouterr().out
+    common.show(chat, ids, mask, "an example:")
+    heading, out = capsys.readouterr().out.split("\n", 1)
+    assert heading == "an example:"
     assert out.replace("\033[32m", "").replace("\033[0m", "") == chat.decode(ids) + "\n"
     green = [part.split("\033[0m")[0] for part in out.split("\033[32m")[1:]]
     assert green == ["2<|im_end|>", "4 =\n4<|im_end|>"]
