@@ -58,7 +58,6 @@ Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T c
 tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
 """
 import argparse
-import bisect
 import collections
 import functools
 import json
@@ -332,14 +331,16 @@ def step_ends(tokenizer, ids, steps):
         return len(said)
 
     ends = []
+    end = 0
     done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        # The first token up to which enough is spelled. (A scan would decode all prefixes.)
-        ends.append(bisect.bisect_left(range(len(ids)), done, key=spelled))
+        while spelled(end) < done:
+            end += 1
+        ends.append(end)
     return ends
 
 

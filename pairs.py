@@ -57,16 +57,17 @@ much longer than the worst, the reward favors length (--max-length-ratio limits 
 verdicts flip, the judge prefers a position rather than an answer. With a template that shows one
 answer at a time (judge_claim.txt), a flip only means that the judge says the same of both.
 
-Change one thing: the judge. tiny/base, which has read claims such as `2 + 2 = 5? No.`, orders 96%
-of the held-out pairs correctly; DPO on its preferences takes tiny/chat from 0.589 correct answers
-to 0.801. With `--judge tiny/chat --judge-template examples/judge_tiny.txt` the model judges itself:
-it orders only 54% correctly, and DPO takes it down to 0.492.
+Change one thing: with `--temperature 0.3` only 11 of the first 100 prompts have answers with
+different scores, instead of 99 at 1.0: nearly all samples are wasted. Or change the judge: on the
+preferences of tiny/base, which has read claims such as `2 + 2 = 5? No.`, DPO takes tiny/chat from
+0.589 correct answers to 0.801. With `--judge tiny/chat --judge-template examples/judge_tiny.txt`
+the model judges itself: it orders only 54% of held-out pairs correctly (tiny/base: 96%), and DPO
+takes it down to 0.492.
 
 Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; width D,
 vocabulary V. The program runs in one process.
 """
 import argparse
-import bisect
 import functools
 import itertools
 import json
@@ -377,14 +378,16 @@ def step_ends(tokenizer, ids, steps):
         return len(said)
 
     ends = []
+    end = 0
     done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        # The first token up to which enough is spelled. (A scan would decode all prefixes.)
-        ends.append(bisect.bisect_left(range(len(ids)), done, key=spelled))
+        while spelled(end) < done:
+            end += 1
+        ends.append(end)
     return ends
 
 

@@ -105,7 +105,6 @@ not ended.
 import argparse
 import functools
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -164,7 +163,6 @@ def make_flags():
     add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
     add("--save-every", type=common.count, default=10, help="rollouts between two checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
     add("--output-dir", default="runs/ppo", help="run folder; the same command resumes a run")
     return parser
 
@@ -720,10 +718,6 @@ def open_run(args, examples):
     rewards = getattr(args, "reward", [])
     files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with the process, however the process ends. Its file may stay.
@@ -791,8 +785,6 @@ def log_step(args, state, metrics, tokens, progress, shown):
     if common.RANK == 0:
         lines = [json.dumps(step) + "\n" for step in state["metrics"]]
         write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
-        if args.track:
-            importlib.import_module(args.track).log(metrics, step=metrics["step"])
 
 
 def finish(args, state, model, tokenizer, after):
@@ -805,8 +797,6 @@ def finish(args, state, model, tokenizer, after):
         common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-        if args.track:
-            importlib.import_module(args.track).finish()
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
