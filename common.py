@@ -1364,5 +1364,5 @@ def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[d
     if not training or not held_out:
         fail("too few different prompts to hold some out: add rows, or name an --eval-dataset")
     print(f"{len(training)} to train on, {len(held_out)} held out; "
-          f"{len(examples) - len(training) - len(held_out)} left out, because they start like a held-out one")
+          f"{len(examples) - len(training) - len(held_out)} left out, as they begin like a held-out row")
     return training, held_out

@@ -167,7 +167,7 @@ def read_steps(row, tokenizer):
 
 
 def collate(examples, pad_id, device):
-    """B examples as tensors [B, T], padded on the right. Masks are 0 on padding, even if the pad token is eos."""
+    """B examples as tensors [B, T], padded on the right. Masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -515,7 +515,7 @@ def restore(args, weights, optimizer, scaler):
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
             state = {name: saved.pop(name) for name in state} | saved
-    # Each process initialized its own LoRA matrices. All of them train those of the first process.
+    # Each process initialized its own LoRA matrices. All of them train those of the first one.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -546,7 +546,7 @@ def log_step(args, state, metrics, tokens, progress, shown):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. Printing comes last, because it can fail."""
+    """Saves the adapter, the model card and the summary. Printing, which can fail, comes last."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
