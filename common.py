@@ -1363,6 +1363,7 @@ def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[d
     training = [x for x in examples if tuple(x.get("key", x["prompt"])) not in keys]
     if not training or not held_out:
         fail("too few different prompts to hold some out: add rows, or name an --eval-dataset")
+    left_out = len(examples) - len(training) - len(held_out)
     print(f"{len(training)} to train on, {len(held_out)} held out; "
-          f"{len(examples) - len(training) - len(held_out)} left out, as they begin like a held-out row")
+          f"{left_out} left out, because they begin like a held-out row")
     return training, held_out
