@@ -57,11 +57,17 @@ much longer than the worst, the reward favors length (--max-length-ratio limits 
 verdicts flip, the judge prefers a position rather than an answer. With a template that shows one
 answer at a time (judge_claim.txt), a flip only means that the judge says the same of both.
 
+Change one thing: with `--temperature 0.3` only 11 of the first 100 prompts have answers with
+different scores, instead of 99 at 1.0: nearly all samples are wasted. Or change the judge: on the
+preferences of tiny/base, which has read claims such as `2 + 2 = 5? No.`, DPO takes tiny/chat from
+0.589 correct answers to 0.801. With `--judge tiny/chat --judge-template examples/judge_tiny.txt`
+the model judges itself: it orders only 54% of held-out pairs correctly (tiny/base: 96%), and DPO
+takes it down to 0.492.
+
 Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; width D,
 vocabulary V. The program runs in one process.
 """
 import argparse
-import bisect
 import functools
 import itertools
 import json
@@ -96,9 +102,10 @@ def make_flags():
     add("--output", required=True, help="new .jsonl file")
     add("--format", choices=TRAINED_BY, default="pairs",
         help="rows to write: for dpo.py, sft.py or kto.py")
-    add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or file")
+    add("--dataset", default="openai/gsm8k:main",
+        help="prompts: Hub name[:config] or file; for the tiny model its own")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="other names of columns, such as prompt=query")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--size", type=common.count, default=1000, help="largest number of prompts")
@@ -116,8 +123,10 @@ def make_flags():
     add("--min-score", type=common.number(float, -1e9), default=-math.inf,
         help="lowest score of the best answer with which a prompt is kept")
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
-    add("--max-new-tokens", type=common.count, default=512, help="longest answer, in tokens")
-    add("--micro-batch-size", type=common.count, default=32, help="answers sampled at a time")
+    add("--max-new-tokens", type=common.count, default=512,
+        help="longest answer, in tokens; 24 for the tiny model")
+    add("--micro-batch-size", type=common.count, default=32,
+        help="answers sampled at a time; 256 for the tiny model")
     add("--load-in-4bit", **common.ON_GPU, help="quantize the models to 4 bits (NF4)")
     add("--seed", type=common.natural, default=0, help="seed of the samples and the principles")
     return parser
@@ -356,7 +365,7 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
 
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text."""
+    """For each step, the index in the answer's `ids` of the token that completes it."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
 
@@ -369,14 +378,16 @@ def step_ends(tokenizer, ids, steps):
         return len(said)
 
     ends = []
+    end = 0
     done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        # The first token up to which enough is spelled. (A scan would decode all prefixes.)
-        ends.append(bisect.bisect_left(range(len(ids)), done, key=spelled))
+        while spelled(end) < done:
+            end += 1
+        ends.append(end)
     return ends
 
 

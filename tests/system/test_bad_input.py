@@ -309,11 +309,6 @@ def test_every_number_on_the_command_line_is_checked(name, refused, monkeypatch)
     assert "--seed" in line("--seed")
 
 
-def test_a_tracker_that_is_not_installed_is_named(ends, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "wandb" in ends("sft", track="wandb")
-
-
 # ---- the terminal --------------------------------------------------------------------------------
 
 @OF_SCRIPTS
