@@ -190,7 +190,8 @@ def variables(text: str) -> dict:
 ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
 LORA_RANK = {"default": 16, "help": "rank of the LoRA matrices, which are added to all linear "
              "layers with an alpha of twice the rank; an adapter keeps its own rank"}
-COLUMNS = {"nargs": "+", "default": [], "metavar": "NAME=COLUMN"}
+COLUMNS = {"nargs": "+", "default": [], "metavar": "NAME=COLUMN",
+           "help": "columns under other names: prompt=query reads `query` as the prompt"}
 VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
 
 
@@ -1362,6 +1363,7 @@ def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[d
     training = [x for x in examples if tuple(x.get("key", x["prompt"])) not in keys]
     if not training or not held_out:
         fail("too few different prompts to hold some out: add rows, or name an --eval-dataset")
+    left_out = len(examples) - len(training) - len(held_out)
     print(f"{len(training)} to train on, {len(held_out)} held out; "
-          f"{len(examples) - len(training) - len(held_out)} left out, as their prompt is held out")
+          f"{left_out} left out, because they begin like a held-out row")
     return training, held_out

@@ -87,7 +87,7 @@ def make_flags():
         help="saved runs, folders or Hub names; without any: tiny/chat and the runs on it in runs/")
     add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config] or file")
     add("--split", default="test", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="other names of columns, such as prompt=query")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--size", type=common.count, default=300, help="largest number of prompts")
@@ -138,7 +138,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
 
-    The same as these two lines, which would hold the logits of all positions in memory at once:
+    Equivalent to these two lines, which would hold the logits of all positions in memory at once:
 
         logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
         return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
@@ -318,7 +318,7 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
 
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text."""
+    """For each step, the index in the answer's `ids` of the token that completes it."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
 

@@ -83,7 +83,7 @@ def make_flags():
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/kto-mix-14k", help="labeled answers: Hub name or local file")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="column names, such as prompt=query completion=reply")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
     add("--eval-dataset", help="held-out rows; if not given, some rows of --dataset are held out")
@@ -150,7 +150,7 @@ def tokens_of(example, args, tokenizer):
 
 
 def with_mask(pieces):
-    """Joins pieces (ids, is_answer) to one example. Its loss mask is 1 on the answers."""
+    """Joins pieces (ids, is_answer) into one example. Its loss mask is 1 on the answers."""
     input_ids = []
     loss_mask = []
     for ids, is_answer in pieces:
@@ -162,10 +162,10 @@ def with_mask(pieces):
 def shorten(example, length, head, start, max_length):
     """Truncates an example: first the middle of its prompt, then the end of its answer.
 
-    The prompt ends at `start`. Its first `head` tokens, BOS and the system message, stay, and so
-    does its end: at least max_length / 4 tokens of it, and max_length / 2 tokens in all. `length`
-    is the length of the example. In a pair it is the length of the longer example, so that both
-    keep the same prompt.
+    The prompt ends at `start`. Its first `head` tokens (BOS and the system message) are kept, and
+    so is its end: at least max_length / 4 tokens of it, and at least max_length / 2 prompt tokens
+    in total. `length` is the length of the example. In a pair it is the length of the longer
+    example, so that both keep the same prompt.
     """
     room = max(max_length // 2, head + max_length // 4)
     cut = max(0, min(length - max_length, start - room))
@@ -190,7 +190,7 @@ def collate(examples, pad_id, device):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
 
-    The same as these two lines, which would hold the logits of all positions in memory at once:
+    Equivalent to these two lines, which would hold the logits of all positions in memory at once:
 
         logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
         return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
@@ -398,7 +398,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 def show_samples(samples):
     """Prints prompts, each with an answer from before and an answer from after training."""
-    print("\nsamples: held-out prompts, with an answer before and an answer after training")
+    print("\nsamples: held-out prompts, each answered before and after training")
     for sample in samples:
         print()
         for name, text in sample.items():
@@ -523,7 +523,7 @@ def sum_over_processes(tensors):
 
 
 def add_up(sums, figures):
-    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    """Adds the sum of each figure, {name: [B]}, to `sums`, in fp64."""
     for name, values in figures.items():
         sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
 
@@ -539,16 +539,19 @@ def over_processes(sums, names, device):
 def open_run(args, examples):
     """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
 
-    The flags, a hash of the examples and a hash of the files of models and rewards stand in
-    args.json. A run is resumed only if all of them are the same.
+    args.json records the flags, a hash of the examples, and a hash of the files of models and
+    rewards. A run is resumed only if all of them are the same.
     """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    loaded = [args.model]
+    for flag in ("reward", "teacher"):
+        value = getattr(args, flag, [])
+        loaded += [value] if isinstance(value, str) else value
+    files = common.fingerprint(*loaded)
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -564,8 +567,8 @@ def open_run(args, examples):
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another folder")
+            raise ValueError("it holds a finished run, a run with other flags, data, weights or "
+                             "rewards, or unrelated files: name another folder")
 
 
 def write(file, text):
@@ -589,7 +592,7 @@ def restore(args, weights, optimizer, scaler):
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
             state = {name: saved.pop(name) for name in state} | saved
-    # Each process has drawn LoRA matrices of its own. All train those of the first.
+    # Each process initialized its own LoRA matrices. All of them train those of the first one.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -620,7 +623,7 @@ def log_step(args, state, metrics, tokens, progress, shown):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    """Saves the adapter, the model card and the summary. Printing, which can fail, comes last."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)

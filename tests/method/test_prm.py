@@ -1,7 +1,7 @@
-"""The process reward model in the order of its script: rows, the steps, the loss, figures, a run.
+"""The process reward model in the order of prm.py: rows, steps, loss, figures, training by hand.
 
-What all scripts share (the optimizer step, number formats, processes) is tests/system/test_loop.py;
-tests/system/test_steps.py has the rows, and the ends of steps in any text for many tokenizers.
+tests/system/test_loop.py tests what all scripts share: the optimizer step, dtypes, processes.
+tests/system/test_steps.py tests which rows are refused, and `step_ends` with many tokenizers.
 """
 import functools
 import math
@@ -24,7 +24,7 @@ ROW = {"prompt": ask("What is 1 + 2 + 3?"), "completions": ["1 + 2 = 3", "3 + 3 
 # ---- rows ----------------------------------------------------------------------------------------
 
 def test_an_example_is_prompt_answer_ends_labels_and_masks():
-    """The answer as sampled, with its end of turn; --outcome differs in the loss mask alone."""
+    """The answer ends as a sampled one does. With --outcome, only the loss mask differs."""
     tokenizer = by_hand.tokenizer()
     example = PROCESS(ROW, tokenizer, 512)
     solution, start = example["solution"], len(example["prompt"])
@@ -45,11 +45,11 @@ def test_tools_reach_the_template():
     assert tokenizer.decode(example["prompt"]).startswith('[{"name": "add"}]')
 
 
-# ---- where a step is read ------------------------------------------------------------------------
+# ---- the token at which a step is read -----------------------------------------------------------
 
 @pytest.mark.parametrize("pad", [0, 7, 40])
 def test_padding_changes_no_logit(pad):
-    """Neither that of tokens nor that of steps: each logit is that of the solution up to there."""
+    """Rows have padded tokens and padded steps. Each logit depends only on the tokens up to it."""
     model = common.load_model("tiny/chat", lora_rank=1, task="SEQ_CLS").eval()
     head = common.causal_lm(model).score
     rows = ([3, 9, 12, pad], [1, 3]), ([pad, 3, pad, pad, 8, 1], [0, 2, 3]), ([5], [0])
@@ -65,7 +65,7 @@ def test_padding_changes_no_logit(pad):
 
 @pytest.mark.parametrize("outcome", [False, True])
 def test_only_the_last_tokens_of_trained_steps_get_a_gradient(outcome):
-    """All steps, or with --outcome the last of each solution: (p − l) times the head's weight."""
+    """Their gradient is (p − l) times the head's weight. --outcome trains only the last steps."""
     torch.manual_seed(0)
     hidden, head = torch.randn(3, 6, 4, requires_grad=True), torch.nn.Linear(4, 1, bias=False)
     model = SimpleNamespace(base_model=lambda **_: (hidden,), score=head, device=hidden.device)
@@ -82,7 +82,7 @@ def test_only_the_last_tokens_of_trained_steps_get_a_gradient(outcome):
     losses, _ = prm.solution_losses(model, examples, 0)
     losses.sum().backward()
     assert torch.allclose(hidden.grad, expected, atol=1e-6)
-    assert torch.equal(hidden.grad != 0, expected != 0), "another token has a gradient"
+    assert torch.equal(hidden.grad != 0, expected != 0), "a wrong token is trained"
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_the_worked_example():
 
 
 def test_the_loss_is_the_log_likelihood_of_the_labels():
-    """−log p for a correct step, −log(1 − p) for a wrong one; its gradient is p − l."""
+    """It is −log p for a correct step and −log(1 − p) for a wrong one. Its gradient is p − l."""
     logits = torch.tensor([0.3, -2.0, 5.0, 0.0], dtype=torch.float64, requires_grad=True)
     labels, mask = torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1, 1, 0])
     losses = prm.step_losses(logits, labels, mask)
@@ -126,7 +126,7 @@ def test_the_loss_stays_finite_far_away():
 # ---- figures -------------------------------------------------------------------------------------
 
 def figures_of(*batches):
-    """What the script makes of batches of (logits, labels); a padded logit may be anything."""
+    """The figures by prm.py, from batches of (logits, labels). Padded logits are arbitrary."""
     sums = {}
     for solutions in batches:
         width, logits, labels, mask = max(len(x) for _, x in solutions), [], [], []
@@ -144,7 +144,7 @@ def figures_of(*batches):
 
 
 def figures_by_hand(solutions):
-    """Every figure by its definition, one solution after the other."""
+    """Every figure from its definition, one solution at a time."""
     losses, agreed, places, verdicts = [], 0, [], {"min": 0, "product": 0, "last": 0}
     for row, labels in solutions:
         chances = [1 / (1 + math.exp(-logit)) for logit in row]
@@ -168,7 +168,7 @@ def figures_by_hand(solutions):
 
 
 def test_figures_are_those_of_their_definitions():
-    """For random solutions of one to five steps, in which several may be wrong, in any batches."""
+    """Random solutions have one to five steps, several of them wrong, in batches of any size."""
     draw = random.Random(0)
     for size in [1, 2, 3] * 20 + [200]:
         solutions = []
@@ -183,7 +183,7 @@ def test_figures_are_those_of_their_definitions():
 
 
 def test_only_the_first_wrong_step_counts_as_found():
-    """Of five solutions: found, too early, too late, missed, and a correct one that is flagged."""
+    """The mistake is found, flagged too early, too late or not at all, or there is none."""
     good, bad = 2.0, -2.0
     found, early, late = ([good, bad, bad], [1, 0, 0]), ([bad, bad], [1, 0]), ([good, bad], [0, 0])
     missed, flagged = ([good, good], [1, 0]), ([good, bad], [1, 1])
@@ -196,7 +196,7 @@ def test_only_the_first_wrong_step_counts_as_found():
 
 
 def test_many_small_doubts_make_a_solution_wrong_by_the_product_alone():
-    """0.9 to the power of 7 is 0.478. At p = 1/2 a step still counts as correct."""
+    """0.9^7 = 0.478 is below 1/2. A step with p = 1/2 still counts as correct."""
     short, long = ([math.log(9)] * 6, [1] * 6), ([math.log(9)] * 7, [1] * 7)
     figures = figures_of([short, long, ([-math.log(9)], [0])])
     close(figures, {"accuracy_product": 2 / 3, "accuracy_min": 1}, "two correct solutions")
@@ -208,7 +208,7 @@ def test_many_small_doubts_make_a_solution_wrong_by_the_product_alone():
 
 @pytest.mark.parametrize("outcome", [False, True])
 def test_training_is_what_it_is_by_hand(outcome, tmp_path, capsys):
-    """Each logged figure and each weight, with the loss of all steps or of the last ones."""
+    """Checks each logged figure and each weight, with the loss of all steps or of the last."""
     rows = [{"prompt": ask(f"Add {i}"), "labels": [(i + k) % 3 > 0 for k in range(1 + i % 4)],
              "completions": [f"{i} + {k}" + " = 7" * (i % 3) for k in range(1 + i % 4)]}
             for i in range(13)]
@@ -220,7 +220,7 @@ def test_training_is_what_it_is_by_hand(outcome, tmp_path, capsys):
         solutions, losses = [], []
         for row in batch:
             logits = []
-            for k in range(len(row["completions"])):  # a step is the end of a shorter solution
+            for k in range(len(row["completions"])):  # step k ends a shorter solution
                 text = by_hand.tokenizer()("\n".join(row["completions"][:k + 1])).input_ids
                 ids = torch.tensor([by_hand.prompt_ids(row["prompt"]) + text])
                 logits.append(model(input_ids=ids).logits[0, 0])
@@ -243,7 +243,7 @@ def test_training_is_what_it_is_by_hand(outcome, tmp_path, capsys):
     close(run.summary["after"], figures, "held out, after")
 
     shown = capsys.readouterr().out
-    assert "0 + \033[32m0\033[0m" in shown, "the token that is read is green"
+    assert "0 + \033[32m0\033[0m" in shown, "the token at which a step is read is not green"
     for row, (logits, labels) in list(zip(rows[9:], solutions, strict=True))[:3]:
         for step, logit, label in zip(row["completions"], logits, labels, strict=True):
             verdict = "correct" if label else "wrong  "

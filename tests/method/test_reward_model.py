@@ -1,6 +1,6 @@
-"""The reward model in the order of its script: pairs, where a reward is read, the loss, a run.
+"""The reward model: the loss, the token at which a reward is read, pairs, training by hand.
 
-What all scripts share (the optimizer step, number formats, processes) is tests/system/test_loop.py.
+tests/system/test_loop.py tests what all scripts share: the optimizer step, dtypes, processes.
 """
 import argparse
 import math
@@ -52,7 +52,7 @@ def test_the_worked_example():
 
 
 def test_the_gradient_is_the_probability_of_the_wrong_order():
-    """d loss / d r_w = −σ(r_l − r_w + m), and the opposite in r_l (Bradley and Terry)."""
+    """d loss / d r_w = −σ(r_l − r_w + m), and d loss / d r_l is its negative."""
     chosen, rejected = rewards(0.3, -2.0, 5.0), rewards(0.1, 1.0, -40.0)
     margin = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     losses = reward_model.reward_loss(chosen, rejected, margin, 0.0)
@@ -65,7 +65,7 @@ def test_the_gradient_is_the_probability_of_the_wrong_order():
 
 
 def test_the_loss_is_finite_for_rewards_far_apart():
-    """Where σ underflows to 0, the loss is the distance and its gradient −1."""
+    """Where σ underflows to 0, the loss is the difference of the rewards, and its gradient −1."""
     chosen = rewards(-1e4)
     loss = reward_model.reward_loss(chosen, rewards(1e4), torch.zeros(1), 0.0)
     loss.backward()
@@ -74,14 +74,14 @@ def test_the_loss_is_finite_for_rewards_far_apart():
 
 
 def test_a_shift_of_all_rewards_changes_only_the_centering_term():
-    """That term pulls the sum of a pair to 0, whatever its difference."""
+    """The centering term pulls the sum of the two rewards to 0, whatever their difference."""
     chosen, rejected, none = rewards(0.5, -1.0), rewards(1.5, 0.2), torch.zeros(2)
     plain = reward_model.reward_loss(chosen, rejected, none, 0.0)
     shifted = reward_model.reward_loss(chosen + 7, rejected + 7, none, 0.0)
     assert torch.allclose(shifted, plain)
     centered = reward_model.reward_loss(chosen + 7, rejected + 7, none, 0.5) - plain
     for ours, total in zip(centered, (16.0, 13.2), strict=True):
-        close(ours, 0.5 * total**2, "centering term: is it of the difference, not the sum?")
+        close(ours, 0.5 * total**2, "centering term: is it the square of the difference?")
 
 
 def test_a_tie_is_half_correct_and_the_spread_is_that_of_all_rewards(monkeypatch):
@@ -97,10 +97,10 @@ def test_a_tie_is_half_correct_and_the_spread_is_that_of_all_rewards(monkeypatch
     close(reward_model.describe(sums, 4), expected, "figures of four pairs")
 
 
-# ---- where a reward is read ----------------------------------------------------------------------
+# ---- the token at which a reward is read ---------------------------------------------------------
 
 def test_only_the_last_real_token_of_each_sequence_gets_a_gradient():
-    """There it is the weight of the head, everywhere else exactly 0."""
+    """At that token the gradient is the weight of the head; everywhere else it is exactly 0."""
     hidden, head = torch.randn(3, 5, 4, requires_grad=True), nn.Linear(4, 1, bias=False)
     model = SimpleNamespace(base_model=lambda **inputs: (hidden,))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
@@ -114,7 +114,7 @@ def test_only_the_last_real_token_of_each_sequence_gets_a_gradient():
 
 @pytest.mark.parametrize("pad", [0, 7, 40])
 def test_padding_changes_no_reward(pad):
-    """Also where a sequence ends with, or consists of, tokens that are equal to the pad."""
+    """Some of these sequences contain the pad token themselves, even at the end."""
     model = common.load_model("tiny/chat", lora_rank=1, task="SEQ_CLS").eval()
     head = common.causal_lm(model).score
     examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)}
@@ -150,7 +150,7 @@ def test_under_autocast_the_head_is_not_rounded(dtype):
     ({"chosen": "1 + 1 = 2<|im_end|>", "rejected": "1 + 1 = 3"}, "1 + 1 = 2", "1 + 1 = 3"),
 ])
 def test_sequences_end_where_a_sampled_answer_would_end(row, chosen, rejected):
-    """With a single end of turn: no newline of the template behind it, and no second eos."""
+    """Each ends with one end-of-turn token, without the template's newline or a second eos."""
     pair, tokenizer = encode(row), by_hand.tokenizer()
     for side, text in ("chosen", chosen), ("rejected", rejected):
         ids = pair[side]["input_ids"]
@@ -161,7 +161,7 @@ def test_sequences_end_where_a_sampled_answer_would_end(row, chosen, rejected):
 
 
 def test_a_pair_is_never_truncated():
-    """It is whole up to the very length of its longer answer."""
+    """It is kept whole if its longer answer just fits, and refused if it does not."""
     pair = encode(PAIR)
     longest = len(pair["rejected"]["input_ids"])
     assert longest == pair["length"] > len(pair["chosen"]["input_ids"])
@@ -179,10 +179,10 @@ def test_the_column_margin_is_optional_and_must_be_a_finite_number():
             encode(PAIR | {"margin": bad})
 
 
-# ---- a few steps of training by hand, and what they leave ----------------------------------------
+# ---- a few steps of training by hand, and the saved model ----------------------------------------
 
 def figures_by_hand(model, rows, centering):
-    """The loss of Bradley and Terry with margin and centering, and the figures of all rewards."""
+    """The Bradley-Terry loss with margin and centering, and every logged figure."""
     losses, leads, scores = [], [], []
     for row in rows:
         chosen, rejected = (model(input_ids=torch.tensor(
@@ -201,7 +201,7 @@ def figures_by_hand(model, rows, centering):
 
 @pytest.mark.parametrize("base", ["tiny/chat", "tiny/base"])
 def test_training_is_what_it_is_by_hand(base, tmp_path):
-    """Each logged figure, each weight, and what plain transformers and peft make of the folder."""
+    """Checks each logged figure and each weight, and that plain transformers reads the folder."""
     rows = []
     for i in range(12):
         pair = {"chosen": say(f"{i}" + " = 7" * (i % 3)), "rejected": say("8 " * (i % 5) + "is it")}
@@ -210,7 +210,7 @@ def test_training_is_what_it_is_by_hand(base, tmp_path):
     trained, held_out = rows[:9], rows[9:]
     run = by_hand.Run(reward_model, tmp_path, trained, held_out, watch=["comparison_losses"],
                       model=base, centering=0.05, epochs=1, micro_batch_size=3)
-    if base == "tiny/chat":  # in whose answers by_hand writes the end of turn
+    if base == "tiny/chat":  # by_hand writes the end of turn of tiny/chat
         hand = by_hand.Training(run)
         expected = figures_by_hand(hand.model, held_out, 0.05)[1]
         close(run.summary["before"], expected, "held out, before")
@@ -223,7 +223,7 @@ def test_training_is_what_it_is_by_hand(base, tmp_path):
         figures = figures_by_hand(hand.model, held_out, 0.05)[1]
         close(run.summary["after"], figures, "held out, after")
 
-    # Transformers finds the last token by the pads, which must not be what ends an answer.
+    # Transformers reads the last token that is not a pad, so the pad must not end an answer.
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     plain = AutoModelForSequenceClassification.from_pretrained(ROOT / base, num_labels=1)
     plain.config.pad_token_id = tokenizer.pad_token_id
@@ -245,4 +245,4 @@ def test_the_pair_shown_is_the_most_confident_mistake(capsys):
     shown = capsys.readouterr().out
     assert "good 1" in shown and "bad 1" in shown and "by 3.500" in shown and "good 0" not in shown
     reward_model.show_worst(by_hand.tokenizer(), pairs, torch.tensor([1.0, 1.0, 1.0]))
-    assert capsys.readouterr().out == "", "nothing is wrong, but a pair is shown"
+    assert capsys.readouterr().out == "", "a pair is shown, although no pair is ordered wrongly"

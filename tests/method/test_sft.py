@@ -1,6 +1,6 @@
 """SFT in the order of sft.py: the equation, the mask, a few steps of training by hand, samples.
 
-What all scripts share (the optimizer step, number formats, processes) is tests/system/test_loop.py.
+tests/system/test_loop.py tests what all scripts share: the optimizer step, dtypes, processes.
 """
 import argparse
 import functools
@@ -20,7 +20,7 @@ LONG = [{"role": "system", "content": "Be brief."}, *CHAT, *ask("And 2 + 2?"), *
 
 @pytest.fixture
 def tokenizer():
-    """That of tiny/chat: eos is the end of a turn, and pad is another token."""
+    """The tokenizer of tiny/chat, whose eos token ends a turn and is not the pad token."""
     return common.load_tokenizer("tiny/chat")
 
 
@@ -40,7 +40,7 @@ def test_the_worked_example():
     for number in (*sums, loss, math.exp(loss), (sums[0] / 2 + sums[1] / 4) / 2):
         assert f"{number:.3f}" in sft.__doc__, f"the docstring does not contain {number:.3f}"
     parts = [sft.sft_loss(logps[i:i + 1], mask[i:i + 1], 6) for i in range(2)]
-    close(sum(parts), loss, "sum of two micro-batches: is N that of the step?")
+    close(sum(parts), loss, "sum of two micro-batches: is N counted over the step?")
 
 
 def test_the_gradient_is_minus_one_over_n_where_the_mask_is_one():
@@ -55,7 +55,7 @@ def test_the_gradient_is_minus_one_over_n_where_the_mask_is_one():
 # ---- log-probs and the mask ----------------------------------------------------------------------
 
 def test_column_t_is_the_log_prob_of_token_t_plus_1(model, tokenizer):
-    """As from all logits, and as transformers computes the loss; 0 where the mask is 0."""
+    """The log-probs and the loss agree with those that transformers computes from all logits."""
     rows = [{"messages": LONG}, {"messages": CHAT}]
     tokens = [sft.encode_conversation(row, tokenizer, 512)[0]["tokens"] for row in rows]
     batch = sft.collate(tokens, tokenizer.pad_token_id, "cpu")
@@ -65,7 +65,7 @@ def test_column_t_is_the_log_prob_of_token_t_plus_1(model, tokenizer):
     with torch.no_grad():
         out = model(ids, attention_mask=batch["attention_mask"], labels=labels)
     plain = out.logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0] * mask[:, 1:]
-    assert torch.allclose(logps, plain, atol=1e-5), "does column t score token t instead of t + 1?"
+    assert torch.allclose(logps, plain, atol=1e-5), "is column t the log-prob of token t?"
     close(sft.sft_loss(logps, mask, mask.sum()), out.loss, "loss of transformers", rel=1e-5)
 
 
@@ -84,7 +84,7 @@ def trained_text(tokenizer, tokens):
     ({"text": "1 + 1 = 2<|im_end|>"}, "1 + ", " + 1 = 2<|im_end|>"),
 ])
 def test_only_answers_and_the_tokens_that_end_them_are_trained(tokenizer, row, prompt, trained):
-    """In every form of row. Samples continue what comes before, or the first quarter of a text."""
+    """Samples continue the text before the first answer, or the first quarter of a plain text."""
     [example] = sft.encode_conversation(row, tokenizer, 512)
     tokens = example["tokens"]
     assert trained_text(tokenizer, tokens) == trained
@@ -93,7 +93,7 @@ def test_only_answers_and_the_tokens_that_end_them_are_trained(tokenizer, row, p
 
 
 def test_the_end_of_a_turn_is_trained_and_padding_is_not_where_both_are_one_token():
-    """A mask from `id != pad_token_id` would lose the end: the model could not learn to stop."""
+    """A mask `id != pad_token_id` would drop the end, and the model would not learn to stop."""
     tokenizer = common.load_tokenizer("tiny/base")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     rows = [sft.encode_conversation({"messages": chat}, tokenizer, 512)[0] for chat in (LONG, CHAT)]
@@ -124,7 +124,7 @@ def test_tools_reach_the_template(tokenizer):
 @pytest.mark.parametrize("row", [{"messages": LONG}, {"text": "1 + 1 = 2 and 2 + 2 = 4"},
                                  {"prompt": "1 + 1 = 2 and 2 + 2", "completion": " = 4"}])
 def test_truncation_keeps_the_head_the_end_of_the_prompt_and_something_to_train(tokenizer, row):
-    """The middle of the prompt goes first, and the end of the answer after that."""
+    """The middle of the prompt is cut first, and the end of the answer only after that."""
     [whole] = [x["tokens"] for x in sft.encode_conversation(row, tokenizer, 512)]
     size, start = len(whole["input_ids"]), whole["loss_mask"].index(1)
     head = len(common.encode(tokenizer, *sft.prompt_and_answer(row, tokenizer))[0][0][0])
@@ -144,11 +144,11 @@ def test_truncation_keeps_the_head_the_end_of_the_prompt_and_something_to_train(
 # ---- NEFTune -------------------------------------------------------------------------------------
 
 def test_neftune_noise_is_uniform_within_its_bound_and_off_in_evaluation(tokenizer):
-    """±α/√(L·D), where L counts the tokens of a row without padding, even if pad is in the row."""
+    """The bound is ±α/√(n·D) for a row of n tokens, some of which may equal the pad token."""
     model, lengths = common.load_model("tiny/chat", trainable=False), (60, 20, 40)
     rows = [{"input_ids": [5 * n] * n, "attention_mask": [1] * n, "loss_mask": [0, 1] * (n // 2)}
             for n in lengths]
-    batch = sft.collate(rows, 100, "cpu")  # the second row consists of what pads the others
+    batch = sft.collate(rows, 100, "cpu")  # every token of the second row is equal to the pad
     plain, seen = model.get_input_embeddings()(batch["input_ids"]), []
     hook = functools.partial(sft.add_noise, 5.0)
     model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
@@ -159,13 +159,13 @@ def test_neftune_noise_is_uniform_within_its_bound_and_off_in_evaluation(tokeniz
     assert not silent.any() and not torch.equal(noise, other)
     for row, length in zip(noise, lengths, strict=True):
         share = row[:length] * math.sqrt(length * plain.shape[-1]) / 5  # uniform from −1 to 1
-        assert 0.98 < share.abs().max() < 1.0001, "is the bound that of the padded length?"
+        assert 0.98 < share.abs().max() < 1.0001, "is n the padded length?"
         assert abs(share.abs().mean() - 0.5) < 0.03 and abs(share.mean()) < 0.04, "uniform?"
-        assert len(share.unique()) > 0.9 * share.numel()  # each number is drawn for itself
+        assert len(share.unique()) > 0.9 * share.numel()  # each element is drawn on its own
 
 
 def test_noise_depends_on_step_and_process_and_not_on_evaluations(tmp_path, monkeypatch):
-    """Two processes with the same noise would train on half as much of it."""
+    """If two processes drew the same noise, training would see only half as many draws."""
     rows = [{"messages": ask(f"Add {i} and 3.") + say(f"{i + 3}")} for i in range(8)]
     runs = [by_hand.Run(sft, tmp_path / str(i), rows[:4], rows[4:], neftune_alpha=alpha,
                         eval_every=every, max_steps=2, max_new_tokens=1)
@@ -198,7 +198,7 @@ def conversation(i):
 
 
 def loss_by_hand(model, chats):
-    """−Σ log π / N, one turn of the assistant after the other, and N."""
+    """−Σ log π / N, computed one assistant turn at a time, and N."""
     logps = []
     for chat in chats:
         for turn in range(1, len(chat), 2):
@@ -210,7 +210,7 @@ def loss_by_hand(model, chats):
 
 @pytest.mark.parametrize("rank", [16, 0])
 def test_training_is_what_it_is_by_hand(rank, tmp_path):
-    """Each logged figure and each weight, for LoRA and for full fine-tuning, and the samples."""
+    """Checks each logged figure, each weight and the samples, for LoRA and full fine-tuning."""
     chats, held_out = [conversation(i) for i in range(9)], [conversation(i) for i in range(20, 23)]
     said = [[[5, 2], [6, 7, 2], [8]], [[9, 2], [5, 5, 2], [7]]]  # token 2 ends an answer
     asked = []
@@ -247,4 +247,4 @@ def test_training_is_what_it_is_by_hand(rank, tmp_path):
 
 def test_an_answer_has_stopped_if_its_last_token_is_any_stop_token():
     answers = [[5, 6, 2], [5, 6, 7], [9], [5, 2, 7]]
-    close(sft.share_stopped(answers, [2, 9]), 0.5, "share of answers that end by themselves")
+    close(sft.share_stopped(answers, [2, 9]), 0.5, "share of answers that end with a stop token")

@@ -1,7 +1,7 @@
-"""Solutions in steps: step_ends, which prm.py, pairs.py and evaluate.py share, and prm.py's rows.
+"""`step_ends`, which prm.py, pairs.py and evaluate.py share, and the rows that prm.py refuses.
 
-For each step it is the first token with which all of the step has been said, found here from the
-offsets that a tokenizer notes as it reads, or by a search over all prefixes, for any text and ids.
+A step ends at the first token that completes its text. Here that token is found independently: from
+the offset mapping of a tokenizer, or by decoding every prefix of the ids.
 """
 import functools
 import random
@@ -28,7 +28,7 @@ REAL = {"qwen2.5": "tokenizers/Qwen2.5-0.5B-Instruct",
 
 @pytest.fixture
 def tokenizer():
-    """Of tiny/chat: eos is the end of turn, pad is another token."""
+    """The tokenizer of tiny/chat, whose eos token ends a turn and is not the pad token."""
     return common.load_tokenizer(str(ROOT / "tiny/chat"))
 
 
@@ -46,9 +46,9 @@ STEPS = st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(""
 
 
 def last_tokens(tokenizer, text, steps):
-    """The ids of a text, and for each step at its end the last token of its last character.
+    """The ids of a text that ends with these steps, and the index of the last token of each step.
 
-    From the offsets that the tokenizer notes while it reads, not from decoding.
+    The indices come from the tokenizer's offset mapping, not from decoding.
     """
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start = text.rindex("\n".join(steps))
@@ -61,7 +61,7 @@ def last_tokens(tokenizer, text, steps):
 
 
 def check_chats(tokenizer):
-    """A step is read at its last token, in the very ids of the conversation."""
+    """A step is read at its last token, and the ids are those of the whole conversation."""
     @QUICK
     @given(STEPS)
     def check(steps):
@@ -78,13 +78,13 @@ def check_chats(tokenizer):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_is_read_at_its_last_token_in_every_template(name):
-    """Also where steps hold newlines, repeat or contain each other, or where tokens cut letters."""
+    """Steps may contain newlines or each other, and a token may end inside a character."""
     check_chats(tokenizer_of(name))
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "smollm2"])
 def test_a_step_is_read_at_its_last_token_by_real_tokenizers(name):
-    """With their own templates, and tokens such as ".\\n" that hold more than the step's end."""
+    """Each has its own template. A token such as ".\\n" extends beyond the end of its step."""
     tokenizer = real_tokenizer(name)
     check_chats(tokenizer)
     solution = PROCESS(ROW | {"completions": ["It is so.", "Yes."]}, tokenizer, 512)["solution"]
@@ -94,7 +94,7 @@ def test_a_step_is_read_at_its_last_token_by_real_tokenizers(name):
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_step_is_read_at_its_last_token_in_plain_text(name):
-    """Without a template, on the line below the prompt; a prompt of one word and one of many."""
+    """Without a chat template, the solution starts on the line below the prompt."""
     tokenizer = real_tokenizer(name)
     tokenizer.chat_template = None
 
@@ -118,7 +118,7 @@ def test_a_step_is_read_at_its_last_token_in_plain_text(name):
 
 
 def check_sampled(tokenizer, ids):
-    """The first prefix that says a line in full, searched from the start."""
+    """Each line ends at the last token of the shortest prefix that contains the whole line."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
     steps = [line.strip() for line in text.split("\n") if line.strip()]
@@ -132,7 +132,7 @@ def check_sampled(tokenizer, ids):
 
 @pytest.mark.parametrize("name", ["tiny", *REAL])
 def test_lines_that_were_sampled_end_where_the_first_prefix_says_them(name, tokenizer):
-    """Any ids: letters cut in half or never finished, special tokens, empty lines, no line."""
+    """The ids hold cut or unfinished characters, special tokens, empty lines, or no line at all."""
     tokenizer = tokenizer if name == "tiny" else real_tokenizer(name)
     draw = random.Random(0)
     newline = tokenizer("a\nb", add_special_tokens=False)["input_ids"][-2]
@@ -146,7 +146,7 @@ def test_lines_that_were_sampled_end_where_the_first_prefix_says_them(name, toke
 
 
 def test_steps_that_repeat_or_contain_each_other_are_told_apart(tokenizer):
-    """Each is looked for behind the one before it."""
+    """The search for a step starts where the step before it ends."""
     steps = ["2", "2", "2 + 2 = 4", "4", "2"]
     ids = tokenizer("\n".join(steps))["input_ids"]
     ends = prm.step_ends(tokenizer, ids, steps)
@@ -178,9 +178,8 @@ def test_under_autocast_the_head_is_not_rounded(dtype):
 
 # ---- rows ----------------------------------------------------------------------------------------
 
-
 def test_a_string_as_the_prompt_is_a_question_if_there_is_a_template(tokenizer):
-    """Otherwise the solution begins on the line below it."""
+    """Without a template, the solution starts on the line below the prompt."""
     text = ROW | {"prompt": ROW["prompt"][0]["content"]}
     assert PROCESS(text, tokenizer, 512) == PROCESS(ROW, tokenizer, 512)
     tokenizer.chat_template = None
@@ -198,7 +197,7 @@ def test_special_tokens_that_a_step_spells_are_plain_text(tokenizer):
     row = ROW | {"completions": ["so <|im_end|>", "and <|im_start|>"]}
     solution = PROCESS(row, tokenizer, 512)["solution"]
     ids = solution["input_ids"]
-    assert ids.count(tokenizer.eos_token_id) == 2, "question and answer have one end of turn each"
+    assert ids.count(tokenizer.eos_token_id) == 2, "a spelled special token became a real one"
     assert [tokenizer.decode(ids[end]) for end in solution["step_ends"]] == [">", ">"]
 
 
