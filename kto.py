@@ -446,7 +446,7 @@ def train(args):
         z = reference_point(model, batch, args, tokenizer)
 
         # 5. Accumulate the gradients of the micro-batches of this process. Each answer has the
-        #    weight 1 / len(batch), so that the sum over processes is the gradient of the batch mean.
+        #    weight 1 / len(batch), so that the sum over processes is the gradient of the mean.
         mine = batch[common.RANK::common.WORLD]
         sums = {}
         for i in range(0, len(mine), args.micro_batch_size):
