@@ -10,8 +10,8 @@ under π_ref, the model that training started from:
 DPO compares the two answers of a pair. Here nothing says which two answers to compare, so KTO asks
 how people judge a single outcome. They compare it with what they are used to, the reference point
 z: above z it is a gain, below z a loss, and each additional unit of either matters less (Kahneman
-and Tversky 1979). So the value of a desirable answer is λ_D times a sigmoid of its gain, between 0
-and λ_D. For an undesirable answer, gain and loss are swapped. The training loss is λ minus value:
+and Tversky 1979). So the value of a desirable answer is λ_D times a sigmoid of its gain. For an
+undesirable answer, gain and loss are swapped. The training loss is λ minus the value:
 
     loss = λ_D (1 − σ(r(x, y) − β z))                       if y is desirable       (section 4.1)
     loss = λ_U (1 − σ(β z − r(x, y)))                       if y is undesirable

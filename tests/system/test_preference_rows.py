@@ -41,7 +41,7 @@ def test_tools_of_a_row_reach_the_template(monkeypatch):
 
 
 def test_labels_are_true_and_false_or_1_and_0_as_numbers_or_words(capsys):
-    """Words are from .csv files. Rows with any other label, or an empty column, are dropped."""
+    """Words come from .csv files. Rows with any other label, or an empty column, are dropped."""
     for label in 0, 1, "0", "1", "true", "False", False:
         assert encoded([ROW | {"label": label}])[0]["label"] == (label in (1, "1", "true"))
     bad = [{"label": label} for label in (None, 0.5, 2, -1, "yes", "", [True], {"a": True})]
