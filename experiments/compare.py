@@ -72,8 +72,8 @@ METHODS = {
 }
 SAMPLING = ("pairs.py tiny/chat --format best --size 1000 --samples 4 --seed {seed}"
             " --output {runs}/best_{seed}.jsonl")  # RAFT's data, before its training
-# A reward model that has seen 400 pairs, not 3000 three times. It orders 8 of 10 held-out pairs
-# correctly.
+# A reward model that is trained on 400 pairs instead of three epochs of 3000. It orders 8 of 10
+# held-out pairs correctly.
 BLIND = "reward_model.py --max-steps 25 --output-dir {runs}/blind"
 # These runs use the first seed only: the failure modes, and normal runs to compare them with where
 # no method above serves.
