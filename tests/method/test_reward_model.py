@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import by_hand
 import pytest
 import torch
-from by_hand import ask, close, say
+from by_hand import ask, close, same, say
 from conftest import ROOT
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import prm
 import reward_model
 
 PAIR = {"prompt": ask("What is 1 + 1?"), "chosen": say("1 + 1 = 2"), "rejected": say("1 + 1 = 30")}
@@ -41,14 +42,13 @@ def test_the_worked_example():
     preference, slope, _ = loss_of(1.2, 0.2)
     loss, of_chosen, of_rejected = loss_of(1.2, 0.2, centering=0.01)
     shifted = loss_of(11.2, 10.2, centering=0.01)[0] - loss_of(11.2, 10.2)[0]
-    for value, text in [
-            (math.exp(-preference), "σ(1.0) = {}"), (preference, "= {} + 0.020"),
-            (loss, "+ 0.020 = {}"), (slope, "gradient: {} + 0.028"),
-            (of_chosen, "+ 0.028 = {} in r(x, y_w)"), (of_rejected, "+ 0.028 = {} in r(x, y_l)"),
-            (loss_of(1.2, 0.2, margin=0.5)[0], "−log σ(0.5) = {}"),
-            (loss_of(0.2, 1.2)[0], "−log σ(−1.0) = {}"), (shifted, "the second grows to {}")]:
-        text = text.format(f"{value:.3f}".replace("-", "−"))
-        assert text in reward_model.__doc__.replace("\n", " "), f"not in the docstring: {text}"
+    by_hand.documented(
+        reward_model, ("σ(1.0) = {:.3f}", math.exp(-preference)), ("= {:.3f} + 0.020", preference),
+        ("+ 0.020 = {:.3f}", loss), ("gradient: {:.3f} + 0.028", slope),
+        ("+ 0.028 = {:.3f} in r(x, y_w)", of_chosen),
+        ("+ 0.028 = {:.3f} in r(x, y_l)", of_rejected),
+        ("−log σ(0.5) = {:.3f}", loss_of(1.2, 0.2, margin=0.5)[0]),
+        ("−log σ(−1.0) = {:.3f}", loss_of(0.2, 1.2)[0]), ("the second grows to {:.3f}", shifted))
 
 
 def test_the_gradient_is_the_probability_of_the_wrong_order():
@@ -56,12 +56,11 @@ def test_the_gradient_is_the_probability_of_the_wrong_order():
     chosen, rejected = rewards(0.3, -2.0, 5.0), rewards(0.1, 1.0, -40.0)
     margin = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     losses = reward_model.reward_loss(chosen, rejected, margin, 0.0)
-    expected = torch.log(1 + torch.exp(rejected - chosen + margin))
-    assert torch.allclose(losses, expected, atol=1e-12), f"{losses}, not {expected}"
-    losses.sum().backward()
-    wrong = 1 / (1 + torch.exp(chosen - rejected - margin))
-    assert torch.allclose(chosen.grad, -wrong, atol=1e-12), "is the sign of r_w or of m flipped?"
-    assert torch.equal(rejected.grad, -chosen.grad)
+    of_chosen, of_rejected = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    wrong = torch.sigmoid(rejected - chosen + margin).detach()
+    same(losses.detach(), -torch.log(1 - wrong), "losses: expected −log σ(r_w − r_l − m)")
+    same(of_chosen, -wrong, "gradient: is the sign of r_w or of m flipped?")
+    same(of_rejected, wrong, "gradient w.r.t. r_l")
 
 
 def test_the_loss_is_finite_for_rewards_far_apart():
@@ -127,16 +126,17 @@ def test_padding_changes_no_reward(pad):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_the_head_is_not_rounded(dtype):
-    """A 16-bit matrix product would give two answers of similar quality the same reward."""
+@pytest.mark.parametrize("read", [reward_model.sequence_rewards, prm.step_logits])
+def test_under_autocast_the_head_is_not_rounded(read, dtype):
+    """A 16-bit matrix product would give two similar answers, or steps, the same number."""
     head = nn.Linear(64, 1, bias=False)
     nn.init.constant_(head.weight, 1.0)
     hidden = torch.full((2, 1, 64), 1.0) + torch.tensor([0.0, 1e-4])[:, None, None]
     model = SimpleNamespace(base_model=lambda **inputs: (hidden,))
     ones = torch.ones(2, 1, dtype=torch.long)
+    batch = {"input_ids": ones, "attention_mask": ones, "step_ends": 0 * ones}
     with torch.autocast("cpu", dtype):
-        low, high = reward_model.sequence_rewards(
-            model, {"input_ids": ones, "attention_mask": ones}, head)
+        low, high = read(model, batch, head).flatten()
     close(high - low, 64e-4, "difference of two rewards", rel=0.01)
 
 

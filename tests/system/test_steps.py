@@ -5,11 +5,9 @@ the offset mapping of a tokenizer, or by decoding every prefix of the ids.
 """
 import functools
 import random
-from types import SimpleNamespace
 
 import pytest
-import torch
-from by_hand import ask, close
+from by_hand import ask
 from conftest import ROOT, SHARED
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +58,18 @@ def last_tokens(tokenizer, text, steps):
     return read["input_ids"], ends
 
 
+def ends_by_prefixes(tokenizer, ids, steps):
+    """For each step, the last token of the shortest prefix that contains all of it."""
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(ids, **plain)
+    prefixes = [tokenizer.decode(ids[:n + 1], **plain) for n in range(len(ids))]
+    done, ends = 0, []
+    for step in steps:
+        done = text.index(step, done) + len(step)
+        ends.append(next(n for n, said in enumerate(prefixes) if said[:done] == text[:done]))
+    return ends
+
+
 def check_chats(tokenizer):
     """A step is read at its last token, and the ids are those of the whole conversation."""
     @QUICK
@@ -104,30 +114,12 @@ def test_a_step_is_read_at_its_last_token_in_plain_text(name):
         row = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
         example = PROCESS(row, tokenizer, 10**6)
         ids, ends = example["solution"]["input_ids"], example["solution"]["step_ends"]
-        before = prompt + "\n"
-        for step, end in zip(steps, ends, strict=True):
-            said, shorter = (tokenizer.decode(ids[:n], skip_special_tokens=True)
-                             for n in (end + 1, end))
-            before += step.strip()
-            assert said.startswith(before) and not shorter.startswith(before)
-            before += "\n"
+        steps = [step.strip() for step in steps]
+        assert ends == ends_by_prefixes(tokenizer, ids, [prompt + "\n", *steps])[1:]
         assert ids[-1] == tokenizer.eos_token_id
         assert ids[:len(example["prompt"])] == example["prompt"]
 
     check()
-
-
-def check_sampled(tokenizer, ids):
-    """Each line ends at the last token of the shortest prefix that contains the whole line."""
-    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    text = tokenizer.decode(ids, **plain)
-    steps = [line.strip() for line in text.split("\n") if line.strip()]
-    ends = prm.step_ends(tokenizer, ids, steps)
-    prefixes = [tokenizer.decode(ids[:n + 1], **plain) for n in range(len(ids))]
-    done = 0
-    for step, end in zip(steps, ends, strict=True):
-        done = text.index(step, done) + len(step)
-        assert end == next(n for n, said in enumerate(prefixes) if said[:done] == text[:done])
 
 
 @pytest.mark.parametrize("name", ["tiny", *REAL])
@@ -142,7 +134,9 @@ def test_lines_that_were_sampled_end_where_the_first_prefix_says_them(name, toke
         for _ in range(draw.randrange(1, 12)):
             several = [[draw.randrange(len(tokenizer))], [newline], letters, letters[:-1]]
             ids += draw.choice(several + [[tokenizer.eos_token_id]])
-        check_sampled(tokenizer, ids)
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        steps = [line.strip() for line in text.split("\n") if line.strip()]
+        assert prm.step_ends(tokenizer, ids, steps) == ends_by_prefixes(tokenizer, ids, steps)
 
 
 def test_steps_that_repeat_or_contain_each_other_are_told_apart(tokenizer):
@@ -161,19 +155,6 @@ def test_steps_that_the_tokens_do_not_spell_are_refused(tokenizer):
     for steps in ["three"], ["two", "one"], ["one", "one"]:
         with pytest.raises(ValueError, match="do not spell the step"):
             prm.step_ends(tokenizer, ids, steps)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_the_head_is_not_rounded(dtype):
-    """A 16-bit matrix product would give two similar steps the same logit."""
-    hidden = torch.full((2, 1, 64), 1.0) + torch.tensor([0.0, 1e-4])[:, None, None]
-    model, head = SimpleNamespace(base_model=lambda **inputs: (hidden,)), torch.nn.Linear(64, 1)
-    torch.nn.init.constant_(head.weight, 1.0)
-    names = ("input_ids", "attention_mask", "step_ends")
-    batch = {name: torch.zeros(2, 1, dtype=torch.long) for name in names}
-    with torch.autocast("cpu", dtype):
-        low, high = prm.step_logits(model, batch, head)
-    close(high - low, 64e-4, "difference of two logits", rel=0.01)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
