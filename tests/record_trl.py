@@ -4,9 +4,8 @@
     python tests/record_trl.py [ppo_trainer.py of TRL 1.12.0, the last release with PPO]
 
 test_trl.py compares them with ours on the same inputs, without TRL. The trainers' own methods run
-here, on tensors; what stands in the middle of a longer method runs line by line from its file.
+here, on tensors; those of PPO stand in the middle of a longer one, and run line by line.
 """
-import inspect
 import itertools
 import json
 import sys
@@ -30,7 +29,6 @@ KTO = {"plain": (0.1, 1.0, 1.0), "weighted": (0.7, 1.4, 0.6)}  # name: (beta, λ
 GROUP_LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo")
 BETAS = (0.0, 0.3)
 DRIFTS = (0.0, 0.05, 0.5)  # how far log-probs are from those of the sampler: the ratios
-REWARDS = {"plain": (None, 0.0), "margin": (0.5, 0.0), "centering": (None, 0.1), "both": (0.5, 0.1)}
 LONGEST = 9  # the longest completion allowed
 FULL, SHORT = (9, 9, 9, 9, 9, 9), (9, 3, 6, 1, 8, 5)  # lengths of completions
 
@@ -42,26 +40,23 @@ def normal(seed, *shape):
 
 
 def sequences(seed):
-    """Three pairs of unequal lengths: hidden states [6, 12, 8], a head, ids and masks."""
+    """Three pairs of unequal lengths, or six labeled answers: hidden states [6, 12, 8] and ids.
+
+    The mismatched log-probs are those of the answers behind the prompts of other ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     starts = torch.tensor([[3], [2], [5], [3], [2], [5]])
     ends = torch.tensor([[12], [7], [9], [6], [11], [10]])
     columns = torch.arange(12)
+    mismatched = -20 + normal(seed + 5, 6)
     return SimpleNamespace(
         hidden=normal(seed + 1, 6, 12, 8).requires_grad_(), head=normal(seed + 2, 13, 8) / 2,
         input_ids=torch.randint(0, 13, (6, 12), generator=generator),
         attention_mask=(columns < ends).long(),
         loss_mask=((columns >= starts) & (columns < ends)).long(),
-        ref_logps=-4 - 9 * torch.rand(6, generator=generator))
-
-
-def unpaired(seed):
-    """Six labelled answers; and what stands in for them behind the prompts of other ones."""
-    x = sequences(seed)
-    x.labels = torch.tensor([True, False, False, True, False, False])
-    x.mismatched_logps = -20 + normal(seed + 5, 6)
-    x.mismatched_ref_logps = x.mismatched_logps - 1 - normal(seed + 6, 6)
-    return x
+        ref_logps=-4 - 9 * torch.rand(6, generator=generator),
+        labels=torch.tensor([True, False, False, True, False, False]),
+        mismatched_logps=mismatched, mismatched_ref_logps=mismatched - 1 - normal(seed + 6, 6))
 
 
 def completions(seed, drift):
@@ -72,18 +67,6 @@ def completions(seed, drift):
         logps=logps, old_logps=logps.detach() + drift * normal(seed + 1, 6, 9),
         ref_logps=logps.detach() + 0.3 * normal(seed + 2, 6, 9),
         advantages=normal(seed + 3, 6), mask=mask)
-
-
-def comparisons(seed):
-    """Rewards [10] of five chosen and five rejected answers."""
-    return normal(seed, 10).mul(2).requires_grad_()
-
-
-def pair_scores(seed, tie):
-    """Scores [6] of three first and three second answers; a tie is that of the first pair."""
-    scores = normal(seed, 6)
-    scores[3] = scores[0] if tie else scores[3]
-    return scores
 
 
 def rollout(seed, lengths):
@@ -176,23 +159,6 @@ def sft():
     return record
 
 
-def reward_model():
-    from trl import RewardTrainer
-    record = {}
-    for name, (margin, centering) in REWARDS.items():
-        rewards = comparisons(20)
-        trainer = stand_in()
-        trainer.args.center_rewards_coefficient = centering or None
-        inputs = {"attention_mask": torch.ones(10, 3)}
-        if margin:
-            inputs["margin"] = margin * normal(21, 5).abs()
-        loss = RewardTrainer.compute_loss(
-            trainer, lambda rewards=rewards, **kwargs: SimpleNamespace(logits=rewards[:, None]),
-            inputs)
-        record[name] = loss_and_norm(loss, rewards)
-    return record
-
-
 def preferences():
     from trl import DPOTrainer
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
@@ -232,12 +198,11 @@ def preferences():
 
 
 def kto():
-    """One batch, and its halves as micro-batches, with a z each; whose completion is read for z."""
+    """One batch, and its halves as micro-batches, with a z each."""
     from trl import KTOTrainer
-    from trl.trainer import kto_trainer
     record = {}
     for name, (beta, desirable_weight, undesirable_weight) in KTO.items():
-        x = unpaired(80)
+        x = sequences(80)
         losses, points = [], []
         for rows in slice(0, 6), slice(0, 3), slice(3, 6):
             trainer = stand_in(
@@ -252,10 +217,7 @@ def kto():
         whole, *halves = losses
         record[name] = {"z": points[0], "whole": loss_and_norm(whole, x.hidden),
                         "halves": loss_and_norm(sum(halves) / 2, x.hidden)}
-    names = {"examples": {"completion_ids": list(range(6))}}
-    line = 'examples["KL_completion_ids"] ='
-    run_lines(inspect.getfile(kto_trainer), line, line, names)
-    return record | {"order": names["examples"]["KL_completion_ids"]}
+    return record
 
 
 def group_losses():
@@ -281,44 +243,6 @@ def group_losses():
             "ref_per_token_logps": x.ref_logps}
         value = GRPOTrainer._compute_loss(trainer, None, inputs)
         record[f"{loss} beta {beta} drift {drift}"] = loss_and_norm(value, x.logps)
-    return record
-
-
-def advantages():
-    """What GRPO, with and without the division by the spread, and RLOO make of rewards."""
-    from trl.trainer import grpo_trainer, rloo_trainer
-    record = {}
-    for name, module, first, options in (
-            ("group", grpo_trainer, "unscorable_mask =", {"scale_rewards": "group"}),
-            ("unscaled", grpo_trainer, "unscorable_mask =", {"scale_rewards": "none"}),
-            ("rloo", rloo_trainer, "grouped_rewards =", {"normalize_advantages": False})):
-        rewards = normal(50, 4, 5)
-        trainer = stand_in(multi_objective_aggregation="sum_then_normalize",
-                           reward_weights=torch.ones(1), **options)
-        names = vars(module) | {
-            "self": trainer, "rewards": rewards.view(-1), "rewards_per_func": rewards.view(-1, 1),
-            "num_generations": 5, "device": torch.device("cpu")}
-        run_lines(inspect.getfile(module), first, "advantages = torch.nan_to", names)
-        record[name] = names["advantages"].tolist()
-    return record
-
-
-def online_dpo():
-    """Lines of the trainer's step: which answer is chosen, and the loss of the pairs."""
-    from trl.experimental.online_dpo import online_dpo_trainer
-    record = {}
-    for loss, theirs in ("dpo", "sigmoid"), ("ipo", "ipo"):
-        for tie in (False, True):
-            x = completions(80, 0.0)
-            trainer = stand_in(beta=0.2)
-            trainer.args.loss_type = theirs
-            names = vars(online_dpo_trainer) | {
-                "self": trainer, "rewards": pair_scores(81, tie), "batch_size": 3,
-                "device": torch.device("cpu"), "completion_mask": x.mask, "logprobs": x.logps,
-                "ref_logprobs": x.ref_logps}
-            run_lines(inspect.getfile(online_dpo_trainer), "first_half, second_half =",
-                      "loss = losses.mean()", names)
-            record[f"{loss} tie {tie}"] = loss_and_norm(names["loss"], x.logps)
     return record
 
 
@@ -362,9 +286,7 @@ def main():
     record = {"versions": {"trl": trl.__version__, "torch": torch.__version__,
                            "transformers": transformers.__version__},
               "command": "python tests/record_trl.py ppo_trainer.py", "sft": sft(),
-              "reward_model": reward_model(), "preferences": preferences(), "kto": kto(),
-              "group_losses": group_losses(), "advantages": advantages(),
-              "online_dpo": online_dpo()}
+              "preferences": preferences(), "kto": kto(), "group_losses": group_losses()}
     if len(sys.argv) > 1:
         record["versions"]["trl for ppo"] = "1.12.0"
         record["ppo"] = ppo(sys.argv[1])

@@ -1,7 +1,8 @@
 """The process reward model in the order of prm.py: rows, steps, loss, figures, training by hand.
 
 tests/system/test_loop.py tests what all scripts share: the optimizer step, dtypes, processes.
-tests/system/test_steps.py tests which rows are refused, and `step_ends` with many tokenizers.
+test_reward_model.py tests the token at which a step is read, and tests/system/test_steps.py which
+rows are refused, and `step_ends` with many tokenizers.
 """
 import functools
 import math
@@ -12,7 +13,6 @@ import pytest
 import torch
 from by_hand import ask, close, same
 
-import common
 import prm
 
 PROCESS = functools.partial(prm.encode_solution, outcome=False)
@@ -37,24 +37,6 @@ def test_an_example_is_prompt_answer_ends_labels_and_masks():
         "solution": solution | {"loss_mask": [0, 1]}}
 
 
-# ---- the token at which a step is read -----------------------------------------------------------
-
-@pytest.mark.parametrize("pad", [0, 7, 40])
-def test_padding_changes_no_logit(pad):
-    """Rows have padded tokens and padded steps. Each logit depends only on the tokens up to it."""
-    model = common.load_model("tiny/chat", lora_rank=1, task="SEQ_CLS").eval()
-    head = common.causal_lm(model).score
-    rows = ([3, 9, 12, pad], [1, 3]), ([pad, 3, pad, pad, 8, 1], [0, 2, 3]), ([5], [0])
-    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids), "step_ends": ends}
-                for ids, ends in rows]
-    logits = prm.step_logits(model, prm.collate(examples, pad, "cpu"), head)  # [B, S]
-    assert logits.shape == (3, 3)
-    for ours, (ids, ends) in zip(logits, rows, strict=True):
-        for k, end in enumerate(ends):
-            alone = by_hand.hidden_states(model, ids[:end + 1])[-1] @ head.weight[0]
-            close(ours[k], alone, f"logit of step {k}", rel=1e-4, absolute=1e-5)
-
-
 # ---- the loss ------------------------------------------------------------------------------------
 
 def test_the_worked_example():
@@ -74,22 +56,19 @@ def test_the_worked_example():
 
 
 def test_the_loss_is_the_log_likelihood_of_the_labels():
-    """It is −log p for a correct step and −log(1 − p) for a wrong one. Its gradient is p − l."""
-    logits = torch.tensor([0.3, -2.0, 5.0, 0.0], dtype=torch.float64, requires_grad=True)
-    labels, mask = torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1, 1, 0])
+    """It is −log p for a correct step and −log(1 − p) for a wrong one. Its gradient is p − l.
+
+    It stays finite where p is 0 or 1 in floating point.
+    """
+    logits = torch.tensor([0.3, -2.0, 5.0, 0.0, 1e4, -1e4]).double().requires_grad_()
+    labels, mask = torch.tensor([1, 0, 0, 1, 0, 1]), torch.tensor([1, 1, 1, 0, 1, 1])
     losses = prm.step_losses(logits, labels, mask)
-    p = 1 / (1 + torch.exp(-logits.detach()))
-    expected = -torch.stack([p[0], 1 - p[1], 1 - p[2], p[3]]).log() * mask
-    same(losses.detach(), expected, "losses: are the labels exchanged?")
     gradient, = torch.autograd.grad(losses.sum(), logits)
-    same(gradient, (p - labels) * mask, "gradient: expected p − l where the mask is 1")
-
-
-def test_the_loss_stays_finite_far_away():
-    logits = torch.tensor([1e4, -1e4], requires_grad=True)
-    losses = prm.step_losses(logits, torch.tensor([0, 1]), torch.ones(2))
-    losses.sum().backward()
-    assert losses.tolist() == pytest.approx([1e4, 1e4]) and logits.grad.tolist() == [1, -1]
+    x = logits.detach()
+    # −log p = log(1 + exp(−r)) and −log(1 − p) = log(1 + exp(r))
+    expected = torch.logaddexp(torch.where(labels == 1, -x, x), torch.zeros(6).double())
+    same(losses.detach(), expected * mask, "losses: are the labels exchanged?")
+    same(gradient, (x.sigmoid() - labels) * mask, "gradient: expected p − l where the mask is 1")
 
 
 # ---- figures -------------------------------------------------------------------------------------
