@@ -140,7 +140,7 @@ def test_texts_share_their_prompt_as_tokens(llama):
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 def test_stop_tokens_come_from_all_three_sources():
-    """eos, the template's end of turn, and the tokens of generation_config: one, several or none."""
+    """eos, the template's end of turn, and the tokens in generation_config, of any number."""
     plain = transformers.AutoTokenizer.from_pretrained(BASE)
     eos, end = 0, 2
     for own, expected in ((7, [7]), ([11, 7], [7, 11]), (None, []), (eos, [])):
