@@ -45,7 +45,7 @@ from tqdm import tqdm
 def later(name: str):
     """A stand-in that imports a module at its first use, because these imports take seconds.
 
-    `--help` and a misspelled flag need none of the modules, so the answer comes at once.
+    `--help` and misspelled flags need none of these modules, so they are answered at once.
     """
     module = types.ModuleType(name)
     module.__getattr__ = lambda attribute: getattr(importlib.import_module(name), attribute)
@@ -190,7 +190,7 @@ def variables(text: str) -> dict:
 
 ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
 LORA_RANK = {"default": 16, "help": "rank of the LoRA matrices, which are added to all linear "
-             "layers, with alpha = 2 × rank; an adapter that is loaded keeps its own rank"}
+             "layers; alpha is twice the rank; an adapter that is loaded keeps its own rank"}
 COLUMNS = {"nargs": "+", "default": [], "metavar": "NAME=COLUMN",
            "help": "names of columns: prompt=query reads the column `query` as the prompt"}
 VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
@@ -332,7 +332,7 @@ def is_tiny(name: str) -> bool:
 def fingerprint(*names: str) -> str:
     """A hash of the model `names[0]`, of its base, and of reward functions FILE.py:function.
 
-    An interrupted run may only be resumed if none of them has changed.
+    An interrupted run can only be resumed if none of them has changed.
     """
     digest = hashlib.sha256()
     for name in [*names, base_of(names[0])]:
@@ -526,7 +526,7 @@ def read_out(causal, hidden):
 
 
 def check_weights(model):
-    """Refuses weights that are not finite. Their sum tells without a copy of the weights."""
+    """Refuses weights that are not finite. Their sums show it without a copy of the weights."""
     sums = [p.sum(dtype=torch.float32) for p in model.parameters() if p.is_floating_point()]
     need(all(x.isfinite() for x in sums), "its weights are not finite numbers")
 
@@ -619,7 +619,7 @@ def reward_config(name: str, policy: str):
         base = base_of(name)
         wanted = base_of(policy)
         need(Path(base).resolve() == Path(wanted).resolve(),
-             f"both need one base, but its base is {base}, and the policy's is {wanted}")
+             f"it and the policy must share one base, but its base is {base}, not {wanted}")
         # `add_role` keeps the head outside the model, so the adapter alone is added.
         config.task_type = "CAUSAL_LM"
         config.modules_to_save = None
@@ -797,7 +797,7 @@ def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict 
             generation_config = transformers.GenerationConfig.from_model_config(config)
         longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-        need(tokenizer.eos_token_id is not None, "it has no eos token, which ends an answer")
+        need(tokenizer.eos_token_id is not None, "it has no eos token to end an answer")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
         spoken = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
@@ -851,7 +851,7 @@ def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[
 
 # ---- messages: one form that all templates understand --------------------------------------------
 
-# Other names of roles, and the keys that a message loses or that are brought into standard form.
+# Other names of roles; keys that are removed from a message or replaced by their standard form.
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
 NOT_FOR_TEMPLATES = ("from", "value", "weight", "train", "tool_calls")
 
@@ -1028,7 +1028,7 @@ def to_ids(tokenizer, text: str) -> list[int]:
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a string: one BOS, even if the string spells it, and no eos of their own."""
+    """The token ids of a string: one BOS, even if the string spells one, and no added eos."""
     ids = tokenizer(text)["input_ids"]
     if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]
@@ -1084,20 +1084,20 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
     turns = [first + i for i, message in enumerate(answer)
              if chat[first + i]["role"] == "assistant" and is_trained(message)]
     need(turns, "there is no assistant message to train on")
-    asked_for = {}  # the rendered prompt of a turn that begins with a prefill
+    prefilled = {}  # {turn: its rendered prompt, if that ends in a prefill}
     if first and chat[first - 1]["role"] == "assistant" and turns[0] == first:
-        turns = [turn - 1 for turn in turns]
-        asked_for[turns[0]] = render_prompt(tokenizer, chat[:first], tools)
+        prefilled[first - 1] = render_prompt(tokenizer, chat[:first], tools)
         prefill = chat.pop(first - 1)
-        continued = {"content": prefill["content"] + chat[turns[0]]["content"]}
-        chat[turns[0]] = prefill | chat[turns[0]] | continued
+        content = prefill["content"] + chat[first - 1]["content"]
+        chat[first - 1] = prefill | chat[first - 1] | {"content": content}
+        turns = [turn - 1 for turn in turns]
     examples = []
     done = []
     for turn in turns:
         is_greeting = all(message["role"] == "system" for message in chat[:turn])
         if is_greeting and not can_render(tokenizer, chat[:turn + 1], tools):
             continue
-        asked, said = encode_turn(tokenizer, chat[:turn + 1], tools, asked_for.get(turn))
+        asked, said = encode_turn(tokenizer, chat[:turn + 1], tools, prefilled.get(turn))
         if examples and asked[:len(done)] == done:
             examples[-1].append((asked[len(done):], False))
         else:
@@ -1123,7 +1123,7 @@ def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bo
 def encode_turn(tokenizer, chat: list, tools, prefilled: str | None) -> tuple[list, list]:
     """The ids before the last message, an answer, and the ids of the answer with its end of turn.
 
-    `prefilled` is the rendered prompt if it includes the beginning of the answer.
+    `prefilled` is the rendered prompt if it ends in a prefill, the beginning of the last message.
     """
     check_printed(tokenizer, chat, tools)
     text = render(tokenizer, chat, tools)
@@ -1256,7 +1256,7 @@ def load_rows(source: str, split: str, limit: int, seed: int, columns=()) -> lis
             new, _, old = pair.partition("=")
             need(any(old in row for row in rows), f"there is no column {old} for --columns {pair}")
             names[old] = new
-        # A column that is renamed replaces one that has the name already.
+        # A renamed column replaces one that already has the new name.
         return [{names.get(key, key): value for key, value in row.items()
                  if key in names or key not in names.values()} for row in rows]
 
@@ -1269,7 +1269,7 @@ def without_nones(value):
 
 
 def from_cell(name: str, value):
-    """The value of a column: in those of a conversation, an int becomes a string, JSON a list."""
+    """Converts a value of a conversation column: an int to a string, JSON of messages to a list."""
     if type(value) is int and name in SPOKEN:
         return str(value)
     if isinstance(value, str) and name in SPOKEN and value.strip()[:1] + value.strip()[-1:] == "[]":
@@ -1367,7 +1367,7 @@ def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int)
 def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out examples. Without --eval-dataset, up to a fifth is held out.
 
-    In that case, no prompt is in both. If examples have a "key", it is compared instead.
+    In that case, no prompt is in both parts. If examples have a "key", it is compared instead.
     """
     if os.path.realpath(args.dataset) == os.path.realpath(args.eval_dataset or ""):
         fail(f"--eval-dataset {args.dataset} is trained on: without it, some rows are held out")

@@ -273,7 +273,7 @@ def test_a_reward_that_cannot_be_loaded_is_named_before_a_model_is_loaded(
     rewards = [tmp_path / x for x in ("rewards.py:f", "broken.py:f", "nowhere.py:f", "nowhere.py")]
     for reward in [*rewards, "correct", "nobody/nothing", data / "chat", data / "adapter"]:
         assert str(reward).split("/")[-1] in ends(name, reward=reward)
-    assert "both need one base" in ends(name, reward="tiny/reward")
+    assert "must share one base" in ends(name, reward="tiny/reward")
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_adapters_that_do_not_fit_are_refused(adapter, tmp_path, refused):
     assert adapter.path in line and "for CAUSAL_LM, not for SEQ_CLS" in line
     assert "not saved by reward_model.py" in refused(common.reward_config, adapter.path, TINY)
     assert "not saved by reward_model.py" in refused(common.reward_config, BASE, TINY)
-    assert "both need one base" in refused(common.reward_config, REWARD, BASE)
+    assert "must share one base" in refused(common.reward_config, REWARD, BASE)
     assert common.reward_config(REWARD, adapter.path).task_type == "CAUSAL_LM"
 
 
