@@ -209,7 +209,7 @@ PAIR = {"prompt": USER, "chosen": say("y"), "rejected": say("z")}
     *(("reward_model", PAIR | {"margin": margin}, {}, "") for margin in ("big", torch.nan, 1e400)),
     *((name, None, {"max_length": 4}, "") for name in ("reward_model", "prm", *ONLINE))])
 def test_rows_that_cannot_be_used_leave_no_examples(name, row, flags, words, write_jsonl, ends):
-    """Answers that are not numbers, margins that are not finite, rows too long to be truncated."""
+    """Answers that are not numbers, margins that are not finite, rows that are too long."""
     if row:
         flags = flags | {"dataset": write_jsonl([row])}
     assert "row 1: " + words in ends(name, **flags)

@@ -207,8 +207,8 @@ def test_is_tiny(adapter, tmp_path, monkeypatch):
 # ---- the reference -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("start", ["base", "adapter"])
-def test_the_reference_is_the_start_and_stays_it(start, adapter, base_logits):
-    """Bit for bit, before and after training; then the policy and its gradients are back."""
+def test_the_reference_is_the_start_and_never_changes(start, adapter, base_logits):
+    """Bit for bit, before and after training. Afterward, the policy is active and trained again."""
     model = common.load_model(TINY if start == "base" else adapter.path)
     expected = base_logits if start == "base" else adapter.logits
     own = {name for name, _ in model.named_parameters() if "lora_" in name and ".default." in name}
@@ -405,7 +405,7 @@ def test_text_from_data_cannot_move_the_cursor():
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ([], ("tiny/x", "tiny/held", 2.0)),  # the tiny model's own
+    ([], ("tiny/x", "tiny/held", 2.0)),  # the tiny model's own defaults
     (["--beta", "0.3"], ("tiny/x", "tiny/held", 0.3)),  # a flag takes precedence
     (["--dataset", "mine"], ("mine", None, 2.0)),  # held-out rows go with their own data
     (["--dataset", "mine", "--eval-dataset", "e"], ("mine", "e", 2.0)),

@@ -154,7 +154,7 @@ def test_sampled_log_probs_are_those_that_are_scored(name, folders, monkeypatch)
 
 @pytest.mark.parametrize("name", ["gemma2", "granite"])
 def test_a_judge_reads_the_models_own_logits(name, folders):
-    """The softmax of two verdicts' logits depends on a cap and on a scale."""
+    """The softmax over the logits of two verdicts depends on soft-capping and scaling."""
     model = common.load_model(folders(name), "off", trainable=False)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ROWS[0]])).logits[0, -1, [7, 30]]

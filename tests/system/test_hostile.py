@@ -194,7 +194,7 @@ def test_a_run_is_not_resumed_with_other_weights_or_rewards(
         file.write_text(REWARD.format("-len(text)"))
     assert "other flags, data, weights or rewards" in refused(command, "grpo", args)
     file.write_bytes(before)
-    plot.main(flags_of(plot).parse_args([str(tmp_path / "run")]))  # leaves no obstacle
+    plot.main(flags_of(plot).parse_args([str(tmp_path / "run")]))  # must not prevent resuming
     command("grpo", args)
     assert len(metrics_of(tmp_path / "run")) == 2
 
