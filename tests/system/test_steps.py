@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import common
 import prm
 
+PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 PROCESS = functools.partial(prm.encode_solution, outcome=False)
 ASK = ask("What is 1 + 2 + 3?")
 ROW = {"prompt": ASK, "completions": ["1 + 2 = 3", "3 + 3 = 7"], "labels": [True, False]}
@@ -45,9 +46,8 @@ STEPS = st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(""
 
 def ends_by_prefixes(tokenizer, ids, steps):
     """For each step, the last token of the shortest prefix that contains all of it."""
-    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    text = tokenizer.decode(ids, **plain)
-    prefixes = [tokenizer.decode(ids[:n + 1], **plain) for n in range(len(ids))]
+    text = tokenizer.decode(ids, **PLAIN)
+    prefixes = [tokenizer.decode(ids[:n + 1], **PLAIN) for n in range(len(ids))]
     done, ends = 0, []
     for step in steps:
         done = text.index(step, done) + len(step)
@@ -55,8 +55,16 @@ def ends_by_prefixes(tokenizer, ids, steps):
     return ends
 
 
-def check_chats(tokenizer):
-    """A step is read at its last token, and the ids are those of the whole conversation."""
+@pytest.mark.parametrize("read, name", [
+    *((tokenizer_of, name) for name in FAMILIES), (real_tokenizer, "qwen2.5"),
+    (real_tokenizer, "smollm2")])
+def test_a_step_is_read_at_its_last_token_in_every_template(read, name):
+    """Steps may contain newlines or each other, and a token may end inside a character.
+
+    The ids are those of the whole conversation. A token such as ".\\n" extends beyond its step.
+    """
+    tokenizer = read(name)
+
     @QUICK
     @given(STEPS)
     def check(steps):
@@ -66,41 +74,8 @@ def check_chats(tokenizer):
         answer = {"role": "assistant", "content": "\n".join(steps)}
         text = common.render(tokenizer, [*ASK, answer])
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"][:len(ids)]
-        prompt = tokenizer.decode(example["prompt"], skip_special_tokens=True)
-        ends = ends_by_prefixes(tokenizer, ids, [prompt, *steps])[1:]
-        assert example["solution"]["step_ends"] == ends
-
-    check()
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_is_read_at_its_last_token_in_every_template(name):
-    """Steps may contain newlines or each other, and a token may end inside a character."""
-    check_chats(tokenizer_of(name))
-
-
-@pytest.mark.parametrize("name", ["qwen2.5", "smollm2"])
-def test_a_step_is_read_at_its_last_token_by_real_tokenizers(name):
-    """Each has its own template. A token such as ".\\n" extends beyond the end of its step."""
-    check_chats(real_tokenizer(name))
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_a_step_is_read_at_its_last_token_in_plain_text(name):
-    """Without a chat template, the solution starts on the line below the prompt."""
-    tokenizer = real_tokenizer(name)
-    tokenizer.chat_template = None
-
-    @QUICK
-    @given(STEPS, st.sampled_from(["Why?", "What is\n1 + 1?\n", "\u4f60\u597d"]))
-    def check(steps, prompt):
-        row = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
-        example = PROCESS(row, tokenizer, 10**6)
-        ids, ends = example["solution"]["input_ids"], example["solution"]["step_ends"]
-        steps = [step.strip() for step in steps]
-        assert ends == ends_by_prefixes(tokenizer, ids, [prompt + "\n", *steps])[1:]
-        assert ids[-1] == tokenizer.eos_token_id
-        assert ids[:len(example["prompt"])] == example["prompt"]
+        pieces = [tokenizer.decode(example["prompt"], **PLAIN), *steps]
+        assert example["solution"]["step_ends"] == ends_by_prefixes(tokenizer, ids, pieces)[1:]
 
     check()
 
@@ -117,8 +92,8 @@ def test_lines_that_were_sampled_end_where_the_first_prefix_says_them(name, toke
         for _ in range(draw.randrange(1, 12)):
             several = [[draw.randrange(len(tokenizer))], [newline], letters, letters[:-1]]
             ids += draw.choice(several + [[tokenizer.eos_token_id]])
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        steps = [line.strip() for line in text.split("\n") if line.strip()]
+        lines = tokenizer.decode(ids, **PLAIN).split("\n")
+        steps = [line.strip() for line in lines if line.strip()]
         assert prm.step_ends(tokenizer, ids, steps) == ends_by_prefixes(tokenizer, ids, steps)
 
 
