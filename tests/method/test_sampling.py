@@ -60,13 +60,10 @@ def next_logps(model, rows, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_samples_follow_the_distribution_that_is_scored(temperature):
-    """All answers of up to three tokens occur as often as their probabilities say (chi-squared).
-
-    The two prompts differ in length, and answers leave the batch at every step.
-    """
+    """All answers of up to three tokens occur as often as their probabilities say (chi-squared)."""
     model, count, tokenizer = make_model(vocab_size=6), 10000, make_tokenizer(eos=5)
     model.generation_config.eos_token_id = [4]
-    prompts = [[1, 2, 3, 0, 2], [3, 1]]
+    prompts = [[1, 2, 3, 0, 2], [3, 1]]  # of different lengths, so that one is padded
     drawn = sample(model, prompts, count, 3, temperature, tokenizer=tokenizer)
     for number, prompt in enumerate(prompts):
         logps = {(): 0.0}
@@ -133,10 +130,11 @@ def test_what_is_scored_is_what_was_sampled(shape, temperature, monkeypatch, tmp
             assert (grpo.token_logps(model, batch, temperature) - scored).abs().max() > 0.1
 
 
-def test_the_models_own_generation_config_changes_nothing():
+def test_the_seed_changes_the_samples_and_the_models_own_generation_config_does_not():
     """The sampler ignores the model's own top-k, top-p, temperature, penalties and lengths."""
     model = make_model()
     free = sample(model, copies=4)
+    assert sample(model, copies=4, seed=1) != free, "the seed has no effect"
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1, repetition_penalty=3.0,
         no_repeat_ngram_size=1, max_new_tokens=1, min_new_tokens=9, suppress_tokens=[1, 2, 3])
@@ -189,7 +187,7 @@ def test_an_answer_of_the_longest_length_that_ends_in_a_stop_token_counts_as_sto
 
 
 def test_prompts_are_read_once_and_answers_that_ended_leave_the_batch():
-    """After the prompts, a pass reads one token of each unfinished answer. None follows the last."""
+    """After the prompts, a pass reads one token of each unfinished answer. No pass is wasted."""
     model, shapes = make_model(), []
     hook = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
