@@ -42,9 +42,9 @@ Worked example: four groups with G = 4, and their advantages under two baselines
     1  1  1  0     0.75    0.500    0.50   0.50   0.50  −1.50        0.33   0.33   0.33  −1.00
     1  1  1  1     1.00    0.000    0.00   0.00   0.00   0.00        0.00   0.00   0.00   0.00
 
-The rarer outcome of a group gets the larger advantage, and a group whose rewards are all equal
-teaches nothing. For a token with log π = −1, the KL estimates are, if log π_ref = −1.5, k1 = 0.500
-and k3 = 0.107, and if log π_ref = −0.5, k1 = −0.500 and k3 = 0.149.
+The rarer outcome of a group gets the advantage of larger size, and a group whose rewards are all
+equal teaches nothing. For a token with log π = −1, the KL estimates are, if log π_ref = −1.5,
+k1 = 0.500 and k3 = 0.107, and if log π_ref = −0.5, k1 = −0.500 and k3 = 0.149.
 
 The variants change a line or two. --loss selects how the loss of a token is computed and weighted:
 

@@ -147,7 +147,8 @@ def make_flags():
     add("--missing-eos-penalty", type=common.weight, default=1.0,
         help="score deducted from a truncated answer [3]")
     add("--gamma", type=common.share, default=1.0, help="discount factor per token")
-    add("--lam", type=common.share, default=0.95, help="λ of GAE: 1 is noisy, 0 biased by V")
+    add("--lam", type=common.share, default=0.95,
+        help="λ of GAE: 1 is unbiased but noisy, 0 trusts the critic")
     add("--epsilon", type=common.positive, default=0.2, help="clip range ε of ratio and value [6]")
     add("--value-weight", type=common.weight, default=0.5,
         help="weight of the critic loss; 0 freezes the critic. Policy and critic share no trained\n"
