@@ -116,7 +116,7 @@ def make_flags():
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", nargs="+", default=["correct_answer"],
-        help="rewards: correct_answer, FILE.py:function, or output folders of reward_model.py")
+        help="one or more of correct_answer, FILE.py:function, output folders of reward_model.py")
     add("--reward-weights", type=common.number(float, -1e9), nargs="+", default=[1.0],
         help="weight of each --reward in the sum that is maximized")
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
