@@ -132,7 +132,7 @@ def test_data_of_one_label_only_are_refused_before_a_model_is_loaded(
 # ---- flags and real prompts of online_dpo.py -----------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
-    ({"mixture": 1.5}, "--mixture: 1.5 is not within 0 and 1"), ({"beta": 0}, "--beta"),
+    ({"mixture": 1.5}, "--mixture: 1.5 is not between 0 and 1"), ({"beta": 0}, "--beta"),
     ({"alpha": -1}, "--alpha"), ({"missing_eos_penalty": -1}, "--missing-eos-penalty"),
     ({"preference": "soft"}, "--preference"), ({"reward": "x/none"}, "the reward model")])
 def test_bad_flags_are_refused_before_the_policy_is_loaded(
