@@ -354,7 +354,7 @@ def test_colors_are_for_terminals(terminal, no_color, colored, talk, scripted, m
     (["tiny/chat", "--tokens"], "name a second one, or add --base"),
     (["tiny/chat", "--base"], "tiny/chat has no adapter to leave out"),
     (["nowhere/none", "--base"], "nowhere/none"), (["tiny/chat", "nowhere/none"], "nowhere/none"),
-    (["tiny/chat", "other", "--tokens"], "--tokens: other has other tokens than tiny/chat")])
+    (["tiny/chat", "other", "--tokens"], "--tokens: other does not have the vocabulary of tiny/chat")])
 def test_refusals_come_before_a_model_is_loaded(argv, reason, refused, monkeypatch):
     load, other = common.load_tokenizer, common.load_tokenizer("tiny/chat")
     other.add_tokens(["another"])

@@ -248,7 +248,7 @@ def test_checkpoints_that_can_read_other_rows_are_not_compared(tmp_path, table, 
     values = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 40}
     (short / "config.json").write_text(json.dumps(values))
     long = {"prompt": [{"role": "user", "content": "1 + 1? " * 6}], "answer": "2"}
-    assert "can use other rows" in refused(table, "tiny/chat", short, rows=[*PROMPTS[:1], long])
+    assert "can use different rows" in refused(table, "tiny/chat", short, rows=[*PROMPTS[:1], long])
 
 
 def test_tiny_runs_are_found_and_others_left_out(tmp_path, monkeypatch, adapter, refused, table):
