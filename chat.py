@@ -57,7 +57,7 @@ def make_flags():
     add = parser.add_argument
     add("checkpoints", nargs="*", default=["tiny/chat"], help="saved runs, folders or Hub names")
     add("--base", action="store_true",
-        help="put the first checkpoint without its adapter before the others")
+        help="put the base model of the first checkpoint before the others")
     add("--tokens", action="store_true",
         help="color tokens by their log-ratio to the first checkpoint")
     add("--temperature", type=common.positive, default=1.0,
@@ -115,7 +115,7 @@ def encode_history(tokenizer, history):
 
 
 def read_logps(model, unread, mask, cache, temperature):
-    """Log-probs [V] of the next token, and the KV cache, which does not hold `unread` yet."""
+    """Log-probs [V] of the token after `unread`, and the KV cache, now with `unread` in it."""
     with common.autocast(model):
         logits, cache = common.read(common.causal_lm(model), unread, mask, cache)  # [1, V]
     return (logits[0].float() / temperature).log_softmax(-1), cache

@@ -1,9 +1,10 @@
 """Compares checkpoints: all of them answer the same prompts, and one table shows the results.
 
 Losses and training rewards do not show which of two models is better, because each method defines
-its own. This script measures all of them in the same way: how often answers to held-out prompts are
-correct, and how far the model has moved from the first checkpoint. A checkpoint is a saved run, a
-local folder or a Hub name. Each row of the dataset needs a `prompt`, and a number as its `answer`.
+its own. This script measures the models of all methods in the same way: how often their answers to
+held-out prompts are correct, and how far they have moved from the first checkpoint. A checkpoint is
+a saved run, a local folder or a Hub name. Each row of the dataset needs a `prompt`, and a number as
+its `answer`.
 
     sampled   accuracy of answers sampled at --temperature, with a 95% interval
     greedy    accuracy of greedy answers, which take the likeliest token each time; same interval
@@ -14,8 +15,8 @@ local folder or a Hub name. Each row of the dataset needs a `prompt`, and a numb
     length    tokens per sampled answer
     stopped   share of the sampled answers that end before --max-new-tokens
 
-The figures are estimated from n samples y_1 … y_n ~ π(·|x) for each of P prompts x. If c of the n
-samples are correct, and p is an accuracy over all prompts, then
+The figures are estimated from n samples y_1 … y_n ~ π(·|x) for each of P prompts x. Let c of the n
+samples be correct, and let p be an accuracy over all prompts. Then
 
     pass@k   = 1 − C(n − c, k) / C(n, k)      (Chen et al. 2021, arXiv:2107.03374, eq. 1)
     kl       = mean of log π(y|x) − log π_first(y|x)
@@ -48,15 +49,14 @@ A worked example: the answer to one prompt is 7, and four samples end in 8, 7, 8
 What to watch. If `sampled` rises while pass@k falls, the policy has become more certain but not
 more capable: its samples are less diverse. If `reward` rises while `sampled` falls, the policy
 exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with the
-smaller `kl`: it has changed the model less. Differences within the intervals may be chance.
+smaller `kl`: it has changed the model less. Differences within the intervals may be noise.
 
 Change one thing: with `--best-of 8 --reward tiny/reward` the accuracy of tiny/chat is 0.543 for the
 first sample, 0.923 for the majority, 0.937 for the best, and 0.993 for the oracle. The policy can
 answer nearly all prompts; it only has to learn which of its samples to prefer.
 
-Shapes: P prompts with n samples each; B rows of T tokens, of which L ≤ T columns are not padding in
-every row; N answer tokens in a batch, read C at a time; width D, vocabulary V; S steps in an
-answer.
+Shapes: P prompts with n samples each; B rows of T tokens, of which L ≤ T columns hold a token in some
+row; N answer tokens in a batch, read C at a time; width D, vocabulary V; S steps in an answer.
 """
 import argparse
 import collections
@@ -94,7 +94,7 @@ def make_flags():
     add("--size", type=common.count, default=300, help="maximum number of prompts")
     add("--samples-per-prompt", type=common.count, default=4,
         help="sampled answers per prompt, n; raised to --best-of if that is larger")
-    add("--k", type=common.count, help="k of pass@k; by default 4, or if smaller, all samples")
+    add("--k", type=common.count, help="k of pass@k; by default 4, or n if that is less")
     add("--best-of", type=common.natural, default=0,
         help="number of samples, N, from which one is picked; 0 picks none")
     add("--reward", default="correct_answer",

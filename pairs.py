@@ -439,8 +439,8 @@ def read_template(file):
     roles = parts[1::2]
     texts = parts[2::2]
     if len(set(verdicts)) != 2 or "{{ verdict }}" not in "".join(texts):
-        raise ValueError("it needs a first line like verdicts: A B, and a message with {{ verdict }}")
-    # A template may come from a stranger, so it must not run code. A misspelled variable raises.
+        raise ValueError("it needs a first line like verdicts: A B, and {{ verdict }} in a message")
+    # A template may come from a stranger, so it must not run code. Misspelled variables are errors.
     jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     templates = [jinja.from_string(text) for text in texts]
     return verdicts, list(zip(roles, templates, strict=True))
@@ -592,7 +592,7 @@ def main(args):
         if group:
             made += make_rows(example["row"], group, args)
     if not made:
-        common.fail("no rows: every prompt has equal scores, or none that reaches --min-score")
+        common.fail("no rows: every prompt has equal scores or a best one below --min-score")
 
     # 7. Write to another name first, so that an interrupted run leaves no incomplete file.
     lines = [json.dumps(row) + "\n" for row in made]

@@ -79,9 +79,10 @@ def rubric(prompts, completions, rubric=None, **columns):
     """The share of a rubric that an answer meets (Gunjal et al. 2025, arXiv:2507.17746, eq. 1).
 
     The score is Σ w_j c_j / Σ w_j, where w_j is the weight of criterion j. A local model,
-    RUBRIC_JUDGE, reads the prompt, the answer and one criterion at a time. c_j is its p(Yes) / (p(Yes) + p(No));
-    in the paper it is 0 or 1. A row may have its own criteria in a column `rubric`, in the form of
-    RUBRIC. If that list is empty, the reward does not apply to the row, and the score is None.
+    RUBRIC_JUDGE, reads the prompt, the answer and one criterion at a time. c_j is its probability
+    p(Yes) / (p(Yes) + p(No)); in the paper it is 0 or 1. A row may have its own criteria in a
+    column `rubric`, in the form of RUBRIC. If that list is empty, the reward does not apply to the
+    row, and the score is None.
     """
     name = os.environ["RUBRIC_JUDGE"]
     tokenizer = load_tokenizer(name)
