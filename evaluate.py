@@ -55,8 +55,8 @@ Change one thing: with `--best-of 8 --reward tiny/reward` the accuracy of tiny/c
 first sample, 0.923 for the majority, 0.937 for the best, and 0.993 for the oracle. The policy can
 answer nearly all prompts; it only has to learn which of its samples to prefer.
 
-Shapes: P prompts with n samples each; B rows of T tokens, of which L ≤ T columns hold a token in some
-row; N answer tokens in a batch, read C at a time; width D, vocabulary V; S steps in an answer.
+Shapes: P prompts with n samples each; B rows of T tokens, of which L ≤ T columns hold tokens; N
+answer tokens in a batch, read C at a time; width D, vocabulary V; S steps in an answer.
 """
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""Compares the time and memory of an optimizer step with TRL's, and with a lower limit.
+"""Compares the time and memory of an optimizer step with TRL's, and its time with a lower limit.
 
     pip install trl==1.16.0
     python benchmarks/step.py --model MODEL --output benchmarks/results/step.json
