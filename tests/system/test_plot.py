@@ -82,7 +82,7 @@ def page(runs, tmp_path):
     return Reader(tmp_path / "all.html")
 
 
-def test_panels_have_titles_units_and_a_line_per_run(runs, monkeypatch):
+def test_panels_have_titles_units_and_a_line_per_run(runs):
     """Steps in which a metric was not logged are left out; many noisy steps are smoothed."""
     figure = plot.draw_panels(["loss", "kl", "rollout_seconds"], {
         run: plot.read_metrics(run) for run in runs})
