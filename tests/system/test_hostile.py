@@ -144,7 +144,7 @@ def test_numbers_that_overflow_are_infinite_and_other_values_are_refused(tmp_pat
     assert plot.read_metrics(run) == [{"step": 1.0, "loss": float("inf")}]
     for value in '"x"', "[1]", "{}", "true":
         run = a_run(tmp_path / value, f'{{"step": 1, "loss": {value}}}')
-        assert "no number" in refused(draw, run)
+        assert "not a number" in refused(draw, run)
 
 
 def test_odd_names_of_runs_are_drawn(tmp_path, refused):
