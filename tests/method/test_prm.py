@@ -1,4 +1,4 @@
-"""The process reward model in the order of prm.py: rows, steps, loss, figures, training by hand.
+"""The process reward model in the order of prm.py: rows, loss, figures, training by hand.
 
 tests/system/test_loop.py tests what all scripts share: the optimizer step, dtypes, processes.
 test_reward_model.py tests the token at which a step is read, and tests/system/test_steps.py which
