@@ -30,6 +30,7 @@ GROUP_LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo")
 BETAS = (0.0, 0.3)
 DRIFTS = (0.0, 0.05, 0.5)  # how far log-probs are from those of the sampler: the ratios
 REWARDS = {"plain": (None, 0.0), "margin": (0.5, 0.0), "centering": (None, 0.1), "both": (0.5, 0.1)}
+DIVERGENCES = {"forward": 0.0, "jsd 0.1": 0.1, "jsd 0.5": 0.5, "jsd 0.9": 0.9, "reverse": 1.0}
 LONGEST = 9  # the longest completion allowed
 
 
@@ -51,6 +52,11 @@ def sequences(seed):
         attention_mask=(columns < ends).long(),
         loss_mask=((columns >= starts) & (columns < ends)).long(),
         ref_logps=-4 - 9 * torch.rand(6, generator=generator))
+
+
+def student_and_teacher():
+    """Logits [7, 13] of two models."""
+    return (2 * normal(31, 7, 13)).requires_grad_(), 2 * normal(32, 7, 13)
 
 
 def unpaired(seed):
@@ -385,6 +391,18 @@ def ppo(file):
     return record
 
 
+def distillation():
+    """GKD's divergence of 7 positions over a vocabulary of 13, with a temperature of 0.7."""
+    from trl.experimental.gkd import GKDTrainer
+    record = {}
+    for name, beta in DIVERGENCES.items():
+        student, teacher = student_and_teacher()
+        loss = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=0.7,
+                                               reduction="sum")
+        record[name] = loss_and_norm(loss, student)
+    return record
+
+
 def main():
     import transformers
     import trl
@@ -394,7 +412,7 @@ def main():
               "command": "python tests/record_trl.py ppo_trainer.py", "sft": sft(),
               "reward_model": reward_model(), "preferences": preferences(), "kto": kto(),
               "group_losses": group_losses(), "advantages": advantages(), "rloo": rloo(),
-              "online_dpo": online_dpo()}
+              "online_dpo": online_dpo(), "distillation": distillation()}
     if len(sys.argv) > 1:
         record["versions"]["trl for ppo"] = "1.12.0"
         record["ppo"] = ppo(sys.argv[1])
