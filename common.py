@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 import time
 import traceback
@@ -612,6 +613,42 @@ def settings(model) -> dict:
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
+def print_settings(model):
+    """Prints what `settings` returns, in words."""
+    chosen = settings(model)
+    total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
+    trainable = chosen["trainable_parameters"]
+    print(f"device: {chosen['device']}, computing in {chosen['dtype'].removeprefix('torch.')}")
+    print(f"trainable parameters: {trainable:,} of {total / 1e6:,.1f} million "
+          f"({trainable / total:.2%})")
+    print(f"weights in 4 bits: {chosen['share_in_4bit']:.0%} of the frozen ones")
+
+
+def write_card(folder, summary: dict):
+    """Writes README.md, the model card of a finished run, in place of PEFT's empty template.
+
+    `summary` is what the run writes to summary.json.
+    """
+    base = base_of(summary["model"])
+    card = Path(base, "README.md")
+    if not card.exists():
+        card = huggingface_hub.try_to_load_from_cache(base, "README.md")
+    license_of_base = huggingface_hub.ModelCard.load(card).data.license if card else None
+    data = huggingface_hub.ModelCardData(
+        base_model=base, library_name="peft", license=license_of_base, tags=[summary["method"]])
+    versions = [f"{x.__name__} {x.__version__}" for x in (torch, transformers, peft)]
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    lines = ["---", data.to_yaml(), "---", "", f"# {summary['method']} on {summary['model']}", "",
+             f"- Method: `{summary['method']}`", f"- Started from: `{summary['model']}`",
+             f"- Base model: `{base}`, license: {license_of_base or 'unknown'}",
+             f"- Data: `{summary['dataset']}`", f"- Optimizer steps: {summary['step']}",
+             f"- Versions: {', '.join(versions)}", "", "```", f"python {command}", "```", "",
+             "| held out | before | after |", "|---|---:|---:|"]
+    for name, value in summary["after"].items():
+        lines.append(f"| {name} | {summary['before'][name]:.4g} | {value:.4g} |")
+    Path(folder, "README.md").write_text(visible("\n".join(lines)) + "\n", encoding="utf-8")
+
+
 # ---- tokens --------------------------------------------------------------------------------------
 
 def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict | None = None):
@@ -1007,10 +1044,17 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
     return chosen, rejected
 
 
-def show(tokenizer, input_ids: list[int], loss_mask: list[int]):
+def shown_text(tokenizer, ids: list[int]) -> str:
+    """Token ids as legible text: special tokens stay, so that roles and ends of turns show."""
+    return visible(tokenizer.decode(ids))
+
+
+def show(tokenizer, input_ids: list[int], loss_mask: list[int], heading: str | None = None):
     """Prints an example as the model sees it, in green where the mask is 1."""
+    if heading:
+        print(heading)
     for trained, group in itertools.groupby(zip(input_ids, loss_mask, strict=True), lambda x: x[1]):
-        text = visible(tokenizer.decode([token for token, _ in group]))
+        text = shown_text(tokenizer, [token for token, _ in group])
         print(f"\033[32m{text}\033[0m" if trained else text, end="")
     print()
 

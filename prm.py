@@ -1,40 +1,60 @@
-"""Process reward model: learns from labelled steps whether a solution is still right after each.
+"""Process reward model: learns from labeled steps whether a solution is still correct after each.
 
-A solution y of a problem x is a list of steps y_1 ... y_S. A language model with a scalar in place
-of its head reads them; from the scalar r_k at the last token of step k follows how likely it is to
-be labelled right:
+The data are solutions of problems, each a list of steps y_1 ... y_S with a label l_k for every
+step: 1 (correct) or 0 (wrong). The model is that of reward_model.py, a language model with a scalar
+in place of its head. It reads problem and solution, and the scalar r_k at the last token of step k
+is the logit of the probability that step k is labeled correct.
+
+Why it works. A label for a whole answer says that something is wrong with it, and leaves it to the
+model to find out what. A label per step says where, so one solution teaches as much as several, and
+the judgment can be read at any point of a solution: to find its first mistake, to pick the best of
+N samples, or to prune a search. The loss is that of logistic regression, applied to each step:
 
     p_k = σ(r_k)
-    loss = −Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]                 l_k = 1: right, 0: wrong
+    loss = −1/N Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]       N: all steps of an optimizer step
 
-in the mean over the steps of a batch. This is process supervision: Uesato et al. 2022,
-arXiv:2211.14275; Lightman et al. 2023, arXiv:2305.20050. p_k means what the labels mean. Uesato's,
-and those of tiny/data, say whether all is right so far: p_k is the chance of that, and p_S that of
-the solution. Lightman's say whether a step is right, and end at the first that is not: a solution
-has Π_k p_k. Math-Shepherd's (Wang et al. 2023, arXiv:2312.08935), the default dataset, say whether
-any of 8 continuations from there found the answer: p_k is the chance that it is still within reach.
-min_k p_k, as in Math-Shepherd, serves all three: a solution is as good as its worst step. With
---outcome the sum has only its last term, the verdict on the whole: an outcome reward model, which
-has to find out by itself at which step things went wrong. (In the papers it learns that verdict at
-every step or token, and is read at the last.) It is judged by the same held-out figures but for the
-loss.
+This is process supervision (Uesato et al. 2022, arXiv:2211.14275; Lightman et al. 2023,
+arXiv:2305.20050). Its gradient in r_k is (p_k − l_k) / N.
 
-Kept from the reward model: the scalar, the adapter, the loop. Dropped: the pairs. A label stands by
-itself, so r = 0 has a meaning, a probability of a half, and the rewards need no centering.
+What a label means differs between datasets, and p_k means the same as the labels:
+
+    Uesato, tiny/data   is everything correct up to and including this step? p_S judges the solution
+    Lightman            is this step correct? They end at the first wrong one; Π_k p_k judges it
+    Math-Shepherd       did any of 8 continuations from here reach the correct answer?
+                        (Wang et al. 2023, arXiv:2312.08935, the default dataset)
+
+min_k p_k, as in Math-Shepherd, serves all three, because a solution is as good as its worst step.
+
+With --outcome only the last label is trained on: an outcome reward model, which gets one label per
+solution and must work out by itself where the mistake is. (In the papers it is trained on that
+label at every step or token, and read at the last one.) Its held-out figures are the same as those
+of a process reward model, except for the loss, which also covers the last steps only.
+
+Kept from the reward model: the scalar, the adapter, the loop. Dropped: the pairs, the centering.
+Each label is absolute, so r_k = 0 means a probability of one half.
+
+A worked example. Logits 2, 1, −1 for three steps with the labels 1, 1, 0:
+
+    p = 0.881, 0.731, 0.269; loss = −(log 0.881 + log 0.731 + log(1 − 0.269)) / 3
+                                  = (0.127 + 0.313 + 0.313) / 3 = 0.251
+    gradient: (p − l) / 3 = −0.040, −0.090, 0.090
+
+Step 3 is the first with p < 1/2 and the first labeled wrong, so the mistake is found. min p = 0.269
+and Π p = 0.173 are below 1/2, so both judge the solution wrong, as they should.
 
     python prm.py                                        # the embedded tiny model, on a laptop
-    python prm.py --outcome                              # its last step only, to compare
+    python prm.py --outcome                              # trained on the last step only, to compare
     python prm.py --model Qwen/Qwen2.5-0.5B-Instruct     # 4-bit LoRA on a 16 GB T4
 
-What to watch: the loss starts near log 2 = 0.693. The step accuracy soon reaches the share of the
-commoner label, and says little where most steps are right. The hard figure is `f1`, for the first
-wrong step: a hit is a solution whose first step with p < 1/2 is the first that is labelled wrong.
-`precision` is the share of hits among solutions with a p < 1/2, `recall` among those with a wrong
-label, both 0 where there are none, `f1` their harmonic mean. `accuracy_min`, `accuracy_product` and
-`accuracy_last` are shares of solutions that min_k p_k, Π_k p_k or p_S, against 1/2, judge right: a
-solution is right if none of its steps is labelled wrong.
+What to watch. The loss starts near log 2 = 0.693. The step accuracy soon reaches the majority-class
+share, and says little where most steps are correct. The figure that counts is `f1`, for finding the
+first mistake. `count_steps` defines it and the others; ProcessBench's F1 is another (see there).
 
-Shapes: B solutions of T tokens and at most S steps; D is the model's width.
+Try --outcome. On the tiny model, with the same solutions and the same number of steps, p_S then
+judges 0.697 of the held-out solutions correctly instead of 0.973: the label at the end does not say
+which of the steps was wrong.
+
+Shapes: B solutions of T tokens and at most S steps; D is the width of the model.
 """
 import argparse
 import functools
@@ -55,53 +75,54 @@ from tqdm import tqdm
 
 import common
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
-add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a file")
-add("--split", default="train", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--eval-dataset", help="held-out solutions (without it, some are kept out of --dataset)")
-add("--eval-size", type=common.count, default=100, help="held-out solutions")
-add("--outcome", action="store_true", help="learn from the label of the last step only")
-add("--max-length", type=common.count, default=1024, help="solutions with more tokens are dropped")
-add("--batch-size", type=common.count, default=32, help="solutions per optimizer step")
-add("--micro-batch-size", type=common.count, default=4, help="solutions per forward pass")
-add("--learning-rate", type=common.positive, default=1e-4, help="the highest: it rises, then falls")
-add("--epochs", type=common.count, default=1, help="passes over the solutions")
-add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", **common.LORA_RANK, type=common.count)
-add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
-add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
-add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
-add("--save-every", type=common.count, default=50, help="steps between savings")
-add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and head")
-add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
-add("--output-dir", default="runs/prm", help="the same command again goes on where it stopped")
 TINY = dict(dataset="tiny/data/steps_train.jsonl", epochs=10, max_steps=800, micro_batch_size=32,
             eval_dataset="tiny/data/steps_heldout.jsonl", eval_size=300, learning_rate=2e-3)
+
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+    add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a local file")
+    add("--split", default="train", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="columns under other names: prompt=query answer=reply")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
+    add("--eval-dataset", help="held-out solutions (without it, a part of --dataset is held out)")
+    add("--eval-size", type=common.count, default=100, help="number of held-out solutions")
+    add("--outcome", action="store_true", help="training on the label of the last step only")
+    add("--max-length", type=common.count, default=1024,
+        help="token limit; longer solutions are dropped")
+    add("--batch-size", type=common.count, default=32, help="solutions per optimizer step")
+    add("--micro-batch-size", type=common.count, default=4, help="solutions per forward pass")
+    add("--learning-rate", type=common.positive, default=1e-4,
+        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--epochs", type=common.count, default=1, help="passes over the dataset")
+    add("--max-steps", type=common.count, default=500, help="upper limit of optimizer steps")
+    add("--lora-rank", **common.LORA_RANK, type=common.count)
+    add("--load-in-4bit", **common.ON_GPU, help="quantization of the frozen base, to save memory")
+    add("--gradient-checkpointing", **common.ON_GPU,
+        help="recomputation of activations in the backward pass, to save memory")
+    add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
+    add("--save-every", type=common.count, default=50, help="steps between checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and scalar head")
+    add("--track", choices=["wandb", "trackio"], help="tracker that gets the metrics, too")
+    add("--output-dir", default="runs/prm", help="folder; the same command resumes a stopped run")
+    return parser
 
 
 # ---- data: a solution as token ids, and where its steps end --------------------------------------
 
 def encode_solution(row, tokenizer, max_length, outcome):
-    """{"prompt": ids, "solution": example}; the loss mask is 1 on the steps that are learned from.
+    """Turns a row into {"prompt": ids, "solution": example}; the loss mask is 1 on trained steps.
 
-    The steps are lines of one answer, of the assistant if the prompt is messages or the tokenizer
-    has a chat template; else it is text, on the line below the prompt. Longer ones are refused.
-    pairs.py and evaluate.py take every line for a step: give a step one line.
+    The steps become the lines of one answer. It is a message of the assistant if the prompt is a
+    list of messages or the tokenizer has a chat template; otherwise it is plain text on the line
+    below the prompt. A solution that is too long is refused. Write each step on one line, because
+    pairs.py and evaluate.py take every line for a step.
     """
-    prompt, steps = common.prompt_of(row, tokenizer), row.get("completions")
-    labels = row.get("labels")
-    if not prompt or not isinstance(prompt, str | list):
-        raise ValueError("a prompt must be a text or a list of messages")
-    if not isinstance(steps, list) or not all(isinstance(x, str) and x.strip() for x in steps):
-        raise ValueError("completions must be a list of steps, none of them empty")
-    if not steps or not isinstance(labels, list) or list(map(type, labels)) != [bool] * len(steps):
-        raise ValueError("labels must be a list of booleans, one for each of the completions")
-    steps = [step.strip() for step in steps]
+    prompt, steps = read_steps(row, tokenizer)
     answer = "\n".join(steps)
     if isinstance(prompt, str) and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
@@ -109,16 +130,37 @@ def encode_solution(row, tokenizer, max_length, outcome):
         prompt = prompt + "\n"
     else:
         answer = [{"role": "assistant", "content": answer}]
-    (head, _), (rest, _), (said, _) = common.encode(tokenizer, prompt, answer, row.get("tools"))[0]
-    asked = head + rest
-    if len(asked) + len(said) > max_length:
+    # An example consists of three pieces: the head of the prompt, the rest of it, and the answer.
+    pieces = common.encode(tokenizer, prompt, answer, row.get("tools"))[0]
+    (head, _), (rest, _), (answer_ids, _) = pieces
+    prompt_ids = head + rest
+    ids = prompt_ids + answer_ids
+    if len(ids) > max_length:
         raise ValueError(f"it is longer than {max_length} tokens")
-    return {"prompt": asked, "length": len(asked + said), "solution": {
-        "input_ids": asked + said, "attention_mask": [1] * len(asked + said),
-        "step_ends": [len(asked) + end for end in step_ends(tokenizer, said, steps)],
-        "step_mask": [1] * len(steps),
-        "loss_mask": [0] * (len(steps) - 1) + [1] if outcome else [1] * len(steps),
-        "labels": list(map(int, labels))}}
+    ends = step_ends(tokenizer, answer_ids, steps)
+    loss_mask = [1] * len(steps)
+    if outcome:
+        loss_mask[:-1] = [0] * (len(steps) - 1)
+    solution = {"input_ids": ids, "attention_mask": [1] * len(ids),
+                "step_ends": [len(prompt_ids) + end for end in ends],
+                "step_mask": [1] * len(steps), "loss_mask": loss_mask,
+                "labels": [int(label) for label in row["labels"]]}
+    return {"prompt": prompt_ids, "length": len(ids), "solution": solution}
+
+
+def read_steps(row, tokenizer):
+    """The prompt of a row and its steps, without the blanks around them."""
+    prompt = common.prompt_of(row, tokenizer)
+    steps, labels = row.get("completions"), row.get("labels")
+    if not prompt or not isinstance(prompt, str | list):
+        raise ValueError("a prompt must be a string or a list of messages")
+    if not isinstance(steps, list) or not all(isinstance(x, str) and x.strip() for x in steps):
+        raise ValueError("completions must be a list of steps, none of them empty")
+    if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
+        raise ValueError("labels must be a list of booleans")
+    if not steps or len(labels) != len(steps):
+        raise ValueError(f"there are {len(steps)} completions and {len(labels)} labels")
+    return prompt, [step.strip() for step in steps]
 
 
 def collate(examples, pad_id, device):
@@ -171,140 +213,180 @@ def step_logits(model, batch, head):
 
 
 def step_losses(logits, labels, loss_mask):
-    """Minus the log-likelihood of each step's label, [B, S]; 0 where the mask is."""
-    right, wrong = F.logsigmoid(logits), F.logsigmoid(-logits)  # [B, S], log p and log(1 − p)
-    return -(labels * right + (1 - labels) * wrong) * loss_mask
+    """The negative log-likelihood of each step's label, [B, S]; 0 where the loss mask is 0."""
+    log_correct = F.logsigmoid(logits)  # [B, S]: log p
+    log_wrong = F.logsigmoid(-logits)  # [B, S]: log(1 − p)
+    log_likelihood = labels * log_correct + (1 - labels) * log_wrong  # [B, S]
+    return -log_likelihood * loss_mask  # [B, S]
 
 
-COUNTS = ("loss", "trained", "agreed", "steps", "hits", "flagged", "wrong", "by_min", "by_product",
-          "by_last", "solutions")
+FIGURES = ("loss", "trained", "agreed", "steps", "found", "flagged", "wrong", "min_correct",
+           "product_correct", "last_correct", "solutions")
+
+
+def first_wrong(is_correct):
+    """The place of the first wrong step of each solution, [B], from is_correct, [B, S].
+
+    The running product is 1 before that step and 0 from there on, so its sum counts the steps
+    before it. Where no step is wrong, it is S.
+    """
+    return is_correct.long().cumprod(-1).sum(-1)
 
 
 def count_steps(losses, logits, batch):
-    """Sums over B solutions of what the figures are made of, in the order of COUNTS."""
-    steps = batch["step_mask"].bool()  # [B, S]
-    judged = (logits >= 0) | ~steps  # [B, S]: p ≥ 1/2; where a row has no step, nothing is wrong
-    labelled = batch["labels"].bool() | ~steps  # [B, S]
-    flagged = ~judged.all(-1)  # [B]: some p < 1/2
-    wrong = ~labelled.all(-1)  # [B]: some label is 0
-    # a running product is 1 before the first wrong step and 0 from there on: its sum is the place
-    same_place = judged.long().cumprod(-1).sum(-1) == labelled.long().cumprod(-1).sum(-1)  # [B]
-    log_product = (F.logsigmoid(logits.double()) * steps).sum(-1)  # [B]
-    last = judged.gather(1, steps.sum(-1, keepdim=True) - 1)[:, 0]  # [B]
-    counts = [losses, batch["loss_mask"], (judged == labelled) & steps, steps,
-              flagged & wrong & same_place, flagged, wrong, flagged == wrong,
-              (log_product < math.log(0.5)) == wrong, last != wrong, torch.ones_like(wrong)]
-    return torch.stack([count.detach().double().sum() for count in counts])
+    """What `step_figures` needs to know of B solutions, {name: [B]}.
+
+    A step is judged correct if p ≥ 1/2. A solution is flagged if some step of it is judged wrong,
+    and it is wrong if some step of it is labeled wrong. Its mistake is found if the first step that
+    is judged wrong is the first that is labeled wrong.
+    """
+    is_step = batch["step_mask"].bool()  # [B, S]
+    # Padding counts as correct, so that it is never the first wrong step.
+    judged = (logits >= 0) | ~is_step  # [B, S]: p ≥ 1/2
+    labeled = batch["labels"].bool() | ~is_step  # [B, S]
+    flagged = ~judged.all(-1)  # [B]
+    wrong = ~labeled.all(-1)  # [B]
+    found = flagged & wrong & (first_wrong(judged) == first_wrong(labeled))  # [B]
+    # Three verdicts on the whole solution: min_k p_k, Π_k p_k and p_S, each against 1/2.
+    log_product = (F.logsigmoid(logits.double()) * is_step).sum(-1)  # [B]
+    last_step = is_step.sum(-1, keepdim=True) - 1  # [B, 1]
+    last_judged = judged.gather(1, last_step)[:, 0]  # [B]
+    return {"loss": losses.sum(-1), "trained": batch["loss_mask"].sum(-1),
+            "agreed": ((judged == labeled) & is_step).sum(-1), "steps": is_step.sum(-1),
+            "found": found, "flagged": flagged, "wrong": wrong, "min_correct": flagged == wrong,
+            "product_correct": (log_product < math.log(0.5)) == wrong,
+            "last_correct": last_judged != wrong, "solutions": torch.ones_like(wrong)}
 
 
 def step_figures(counts):
-    """What is logged of the counts of some solutions."""
-    n = dict(zip(COUNTS, counts.tolist(), strict=True))
-    return {"loss": n["loss"] / n["trained"], "step_accuracy": n["agreed"] / n["steps"],
-            "precision": n["hits"] / max(1, n["flagged"]), "recall": n["hits"] / max(1, n["wrong"]),
-            "f1": 2 * n["hits"] / max(1, n["flagged"] + n["wrong"]),
-            "accuracy_min": n["by_min"] / n["solutions"],
-            "accuracy_product": n["by_product"] / n["solutions"],
-            "accuracy_last": n["by_last"] / n["solutions"]}
+    """The figures of some solutions, from the sums of their FIGURES.
+
+    precision = found / flagged, recall = found / wrong (0 where there are none), and f1 is their
+    harmonic mean, 2 found / (flagged + wrong). ProcessBench (Zheng et al. 2024, arXiv:2412.06559)
+    has another F1: the harmonic mean of found / wrong and of the share of correct solutions that
+    are not flagged.
+    """
+    solutions = counts["solutions"]
+    return {"loss": counts["loss"] / counts["trained"],
+            "step_accuracy": counts["agreed"] / counts["steps"],
+            "precision": counts["found"] / max(1, counts["flagged"]),
+            "recall": counts["found"] / max(1, counts["wrong"]),
+            "f1": 2 * counts["found"] / max(1, counts["flagged"] + counts["wrong"]),
+            "accuracy_min": counts["min_correct"] / solutions,
+            "accuracy_product": counts["product_correct"] / solutions,
+            "accuracy_last": counts["last_correct"] / solutions}
 
 
-def score_solutions(model, examples, pad_id):
-    """The sum of the losses of B solutions, and their COUNTS."""
+def solution_losses(model, examples, pad_id):
+    """The losses of the steps of B solutions, [B, S], and the figures of the solutions."""
     batch = collate([example["solution"] for example in examples], pad_id, model.device)
+    head = common.causal_lm(model).score  # the scalar head: its weight is [1, D]
     with common.autocast(model):
-        logits = step_logits(model, batch, common.causal_lm(model).score)  # [B, S]
+        logits = step_logits(model, batch, head)  # [B, S]
     losses = step_losses(logits, batch["labels"], batch["loss_mask"])  # [B, S]
-    return losses.sum(), count_steps(losses, logits, batch)
+    return losses, count_steps(losses, logits, batch)
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, examples, args, pad_id):
-    """The figures of held-out solutions, which the processes share between them."""
+    """The figures of held-out solutions."""
     model.eval()
+    # Process number RANK of WORLD takes every WORLD-th row. A single process (0 of 1) takes all.
     mine = examples[common.RANK::common.WORLD]
-    counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=model.device)
+    sums = {}
     for i in range(0, len(mine), args.micro_batch_size):
-        counts += score_solutions(model, mine[i:i + args.micro_batch_size], pad_id)[1]
-    sum_over_processes([counts])
+        _, figures = solution_losses(model, mine[i:i + args.micro_batch_size], pad_id)
+        add_up(sums, figures)
+    counts = over_processes(sums, FIGURES, model.device)
     model.train()
     return step_figures(counts)
 
 
 @torch.no_grad()
 def show_steps(model, tokenizer, examples, pad_id):
-    """Prints some solutions with the probability that each step is right."""
+    """Prints some solutions with the probability that each step is correct."""
     model.eval()
     batch = collate([example["solution"] for example in examples], pad_id, model.device)
     with common.autocast(model):
-        chances = step_logits(model, batch, common.causal_lm(model).score).sigmoid().tolist()
-    for row, example in zip(chances, examples, strict=True):
-        asked = tokenizer.decode(example["prompt"], skip_special_tokens=True)
-        print(f"\n{common.visible(' '.join(asked.split()))}\n{'p':>5}  label")
-        start, solution = len(example["prompt"]), example["solution"]
-        steps = zip(solution["step_ends"], solution["labels"], strict=True)
-        for p, (end, label) in zip(row, steps, strict=False):  # the row is padded
-            text = tokenizer.decode(solution["input_ids"][start:end + 1], skip_special_tokens=True)
-            verdict = "right" if label else "wrong"
-            print(f"{p:5.2f}  {verdict}  {common.visible(' '.join(text.split()))}")
+        logits = step_logits(model, batch, common.causal_lm(model).score)  # [B, S]
+    for probabilities, example in zip(logits.sigmoid().tolist(), examples, strict=True):
+        solution = example["solution"]
+        question = tokenizer.decode(example["prompt"])
+        print(f"\n{common.visible(' '.join(question.split()))}\n{'p':>5}  label")
+        start = len(example["prompt"])
+        for k, end in enumerate(solution["step_ends"]):
+            step = tokenizer.decode(solution["input_ids"][start:end + 1])
+            label = "correct" if solution["labels"][k] else "wrong"
+            line = f"{probabilities[k]:5.2f}  {label:<7}  {' '.join(step.split())}"
+            print(common.visible(line))
             start = end + 1
 
 
 def train(args):
-    # 1. Data first: what is wrong with it shows before the model is loaded.
+    # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     encode = functools.partial(encode_solution, outcome=args.outcome)
     examples, held_out = common.load_examples(
         args, encode, tokenizer, limit=args.max_steps * args.batch_size)
-    solution = examples[0]["solution"]  # the tokens whose scalar is trained, in green
-    ids, ends = solution["input_ids"], solution["step_ends"][-1 if args.outcome else 0:]
-    common.show(tokenizer, ids, [i in ends for i in range(len(ids))])
+    solution = examples[0]["solution"]
+    is_trained = [0] * len(solution["input_ids"])
+    for end, trained in zip(solution["step_ends"], solution["loss_mask"], strict=True):
+        is_trained[end] = trained
+    heading = "a training example as the model sees it (each step is judged at its token in green):"
+    common.show(tokenizer, solution["input_ids"], is_trained, heading)
 
-    # 2. A frozen base, with LoRA matrices and a scalar head: they alone are trained.
+    # 2. Load the model: a frozen base, with LoRA matrices and a scalar head that are trained.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing, task="SEQ_CLS")
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
-    # 3. Where the run stands: at its start, or where it was interrupted.
+    # 3. Start a new run, or resume an interrupted one. A new run is evaluated before training.
     open_run(args, [examples, held_out])
     parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
     state = restore(args, parts)
     if "before" not in state:
         state["before"] = evaluate(model, held_out, args, pad_id)
 
-    # the order follows from the seed, so that a run that goes on sees the same batches
+    # 4. Shuffle the data once per epoch. The order depends on the seed alone, so a resumed run
+    #    sees the same batches.
     generator = torch.Generator().manual_seed(args.seed)
     order = [torch.randperm(len(examples), generator=generator) for epoch in range(args.epochs)]
     batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
     progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
-        # 4. The gradients of micro-batches and processes add up to that of the batch, because each
-        #    step of a solution counts 1 / `trained`, wherever it is computed. Similar lengths share
-        #    a pass.
         began = time.time()
-        batch = sorted([examples[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
-        trained = sum(sum(example["solution"]["loss_mask"]) for example in batch)
+
+        # 5. Accumulate gradients over micro-batches. Each step of a solution counts
+        #    1 / trained_steps, wherever it is computed, so the gradients add up to the gradient of
+        #    the batch, also over processes. Sorting puts solutions of similar length together,
+        #    which saves padding.
+        batch = [examples[i] for i in batches[step - 1]]
+        batch.sort(key=operator.itemgetter("length"))
+        trained_steps = sum(sum(example["solution"]["loss_mask"]) for example in batch)
         mine = batch[common.RANK::common.WORLD]
-        counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=model.device)
+        sums = {}
         for i in range(0, len(mine), args.micro_batch_size):
-            loss, counted = score_solutions(model, mine[i:i + args.micro_batch_size], pad_id)
-            scaler.scale(loss / trained).backward()
-            counts += counted
+            rows = mine[i:i + args.micro_batch_size]
+            losses, figures = solution_losses(model, rows, pad_id)
+            scaler.scale(losses.sum() / trained_steps).backward()
+            add_up(sums, figures)
 
-        # 5. One step down the gradient, which is summed over processes and clipped.
-        rate = learning_rate(step, len(batches), args.learning_rate)
-        updated = update(optimizer, scaler, rate)
+        # 6. Take one optimizer step with the gradient, summed over processes and clipped.
+        lr = learning_rate(step, len(batches), args.learning_rate)
+        updated = update(optimizer, scaler, lr)
 
-        # 6. Log, and save what is needed to go on.
-        sum_over_processes([counts])
-        metrics = {"step": step, **step_figures(counts), **updated, "seconds": time.time() - began}
+        # 7. Log the step, evaluate from time to time, and save a checkpoint.
+        counts = over_processes(sums, FIGURES, model.device)
+        metrics = {"step": step, **step_figures(counts), **updated}
+        metrics["seconds"] = time.time() - began
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "step_accuracy", "f1")}
         progress.set_postfix(shown, refresh=False)
         if args.eval_every and step % args.eval_every == 0:
@@ -314,7 +396,7 @@ def train(args):
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, parts)
 
-    # 7. The same held-out solutions once more, and some of them step by step.
+    # 8. Evaluate again on the same held-out solutions, and show some of them step by step.
     finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
     show_steps(model, tokenizer, held_out[:3], pad_id)
 
@@ -330,6 +412,21 @@ def learning_rate(step, steps, highest):
 def sum_over_processes(tensors):
     for tensor in tensors if dist.is_initialized() else []:
         dist.all_reduce(tensor)
+
+
+def add_up(sums, figures):
+    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    for name, values in figures.items():
+        sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
+
+
+def over_processes(sums, names, device):
+    """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
+    totals = {}
+    for name in names:
+        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    sum_over_processes(list(totals.values()))
+    return {name: total.item() for name, total in totals.items()}
 
 
 def update(optimizer, scaler, rate):
@@ -445,4 +542,4 @@ def finish(args, state, model, tokenizer, after):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-length"):
-        train(common.parse(flags, TINY))
+        train(common.parse(make_flags(), TINY))

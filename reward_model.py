@@ -1,31 +1,53 @@
-"""Reward model: learns from preferences how good an answer is, as one number.
+"""Reward model: learns from preferences how good an answer is, as a single number.
 
-A language model with a scalar in place of its head reads a prompt x and an answer y; the scalar at
-the last token is the reward r(x, y). Bradley and Terry (1952): a better answer y_w beats a worse
-one y_l with probability σ(r(x, y_w) − r(x, y_l)). The loss is minus its log, with two additions:
+The data are pairs: a prompt x, a better answer y_w (chosen) and a worse one y_l (rejected). The
+model is a language model whose head over the vocabulary is replaced by a scalar: it reads x and y,
+and the scalar at the last token is the reward r(x, y).
+
+Why it works. People cannot say how good an answer is on a scale, but they can say which of two is
+better. Bradley and Terry (1952) connect the two: if every answer has a strength r, then y_w beats
+y_l with a probability that depends only on the difference, σ(r(x, y_w) − r(x, y_l)). So one fits r
+by maximum likelihood, as in logistic regression: make the preferences that were observed likely.
+r then ranks answers that nobody has compared, which is what reinforcement learning needs.
 
     loss = −log σ( r(x, y_w) − r(x, y_l) − m )  +  λ (r(x, y_w) + r(x, y_l))²
 
-Without m and λ it is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155, for two answers. m, the data's
-column `margin` if it has one, says how far apart a pair should be (Touvron et al. 2023,
-arXiv:2307.09288, eq. 2). Only differences count in the first term; the second keeps the rewards
-around 0, and λ is small (Eisenstein et al. 2023, arXiv:2312.09244).
+The first term without m is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155, for two answers. m, the
+data's column `margin` if there is one, says how far apart the two should be (Touvron et al. 2023,
+arXiv:2307.09288, eq. 2). The first term does not change if a constant is added to all rewards, so
+the second keeps them centered around 0; λ (--centering) is small (Eisenstein et al. 2023,
+arXiv:2312.09244). The gradient of the first term in r(x, y_w) is −σ(r(x, y_l) − r(x, y_w) + m), the
+probability that the model gives to the wrong order: pairs that it gets right no longer count.
 
 Kept from SFT: the model, the adapter, the loop. Dropped: the head over the vocabulary and the loss
-mask. DPO, the next script, has the same loss, with a log-ratio of probabilities for a reward.
+mask. New: the scalar and the pairs. DPO, the next method, has the same loss, with the log-ratio of
+two probabilities in place of the reward.
+
+A worked example. Rewards r(x, y_w) = 1.2 and r(x, y_l) = 0.2, no margin, λ = 0.01:
+
+    P(y_w beats y_l) = σ(1.0) = 0.731, loss = −log 0.731 + 0.01 · 1.4² = 0.313 + 0.020 = 0.333
+    gradient: −0.269 + 0.028 = −0.241 in r(x, y_w), 0.269 + 0.028 = 0.297 in r(x, y_l)
+
+With a margin of 0.5 the first term is −log σ(0.5) = 0.474. With the two rewards exchanged it is
+−log σ(−1.0) = 1.313. With 10 added to both it is still 0.313, but the second grows to 4.580.
 
     python reward_model.py                               # the embedded tiny model, on a laptop
     python reward_model.py --model Qwen/Qwen2.5-0.5B     # 4-bit LoRA on a 16 GB T4
     python reward_model.py --model runs/sft --dataset pairs.jsonl
     python ppo.py --reward runs/reward_model             # what it is for
 
-What to watch: the loss starts near log 2 = 0.693 and falls, the accuracy climbs from 0.5; on human
-preferences it ends around 0.65 to 0.75. The spread of the rewards grows, and so does the logged
-margin, which is r(x, y_w) − r(x, y_l), not m. A held-out loss (--eval-every) that rises while the
-accuracy stands still is over-fitting.
+What to watch. The loss starts near log 2 = 0.693, the loss of a coin flip, and falls; the accuracy
+climbs from 0.5. On human preferences it ends around 0.65 to 0.75, because people disagree with each
+other about as often. The spread of the rewards grows, and so does the logged `margin`, which is
+r(x, y_w) − r(x, y_l) and not m. A held-out loss (--eval-every) that rises while the accuracy stands
+still is overfitting: the model becomes more certain of its mistakes.
+
+Try --centering 0. On the tiny model the accuracy stays at 0.993, but the rewards spread almost
+twice as far (5.5 instead of 3.0) and their mean drifts away from 0 (−0.16 instead of −0.02). PPO
+would feel the spread, because it decides how little the KL penalty counts beside the reward.
 
 Shapes: P pairs (of a micro-batch, a step or a file) are B = 2P sequences of T tokens, the chosen
-ones first; L of the T columns hold tokens; D is the model's width.
+ones first; L ≤ T columns hold tokens; D is the width of the model.
 """
 import argparse
 import hashlib
@@ -45,47 +67,58 @@ from tqdm import tqdm
 
 import common
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
-add("--dataset", default="trl-lib/ultrafeedback_binarized", help="Hub name[:config], or a file")
-add("--split", default="train", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
-add("--eval-size", type=common.count, default=100, help="held-out pairs")
-add("--centering", type=common.weight, default=0.01, help="λ, keeps the rewards around 0")
-add("--max-length", type=common.count, default=1024, help="pairs with more tokens are dropped")
-add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
-add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
-add("--learning-rate", type=common.positive, default=1e-4, help="the highest: it rises, then falls")
-add("--epochs", type=common.count, default=1, help="passes over the pairs")
-add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", **common.LORA_RANK, type=common.count)
-add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
-add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
-add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
-add("--save-every", type=common.count, default=50, help="steps between savings")
-add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and head")
-add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
-add("--output-dir", default="runs/reward_model", help="the same command goes on where it stopped")
 TINY = dict(dataset="tiny/data/preference_train.jsonl", epochs=3, batch_size=16,
             eval_dataset="tiny/data/preference_heldout.jsonl", eval_size=300, micro_batch_size=16,
             learning_rate=1e-3)
 
 
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+    add("--dataset", default="trl-lib/ultrafeedback_binarized",
+        help="Hub name[:config], or a local file")
+    add("--split", default="train", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="columns under other names: prompt=query answer=reply")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
+    add("--eval-dataset", help="held-out pairs (without it, a part of --dataset is held out)")
+    add("--eval-size", type=common.count, default=100, help="number of held-out pairs")
+    add("--centering", type=common.weight, default=0.01,
+        help="weight λ of the term that keeps the rewards around 0")
+    add("--max-length", type=common.count, default=1024,
+        help="token limit; pairs with a longer answer are dropped")
+    add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
+    add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
+    add("--learning-rate", type=common.positive, default=1e-4,
+        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--epochs", type=common.count, default=1, help="passes over the dataset")
+    add("--max-steps", type=common.count, default=500, help="upper limit of optimizer steps")
+    add("--lora-rank", **common.LORA_RANK, type=common.count)
+    add("--load-in-4bit", **common.ON_GPU, help="quantization of the frozen base, to save memory")
+    add("--gradient-checkpointing", **common.ON_GPU,
+        help="recomputation of activations in the backward pass, to save memory")
+    add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
+    add("--save-every", type=common.count, default=50, help="steps between checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and scalar head")
+    add("--track", choices=["wandb", "trackio"], help="tracker that gets the metrics, too")
+    add("--output-dir", default="runs/reward_model",
+        help="folder; the same command resumes a stopped run")
+    return parser
+
+
 # ---- data: two answers to a prompt, as token ids -------------------------------------------------
 
 def encode_comparison(row, tokenizer, max_length):
-    """{"chosen": example, "rejected": example, "prompt": ids, "margin": m, "length": of the longer}
+    """Turns a row into a pair of sequences, each with the token that ends its answer, as sampled.
 
-    Each ends with the token that ends its answer, as a sampled one does. What is longer than
-    max_length is refused: half an answer deserves another reward.
+    A pair that is too long is refused, because a truncated answer would deserve another reward.
     """
+    # Each side consists of three pieces: the head of the prompt, the rest of it, and the answer.
     chosen, rejected = common.encode_preference(tokenizer, row)
-    prompt = chosen[0][0] + chosen[1][0]  # the pieces are the head, its rest, and the answer
-    pair = {"prompt": prompt, "margin": float(row.get("margin", 0)), "length": 0}
+    (head, _), (rest, _), _ = chosen
+    pair = {"prompt": head + rest, "margin": float(row.get("margin", 0)), "length": 0}
     for side, pieces in ("chosen", chosen), ("rejected", rejected):
         ids = [token for piece, _ in pieces for token in piece]
         if len(ids) > max_length:
@@ -93,7 +126,7 @@ def encode_comparison(row, tokenizer, max_length):
         pair[side] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         pair["length"] = max(pair["length"], len(ids))
     if not math.isfinite(pair["margin"]):
-        raise ValueError(f"the margin is {pair['margin']}")
+        raise ValueError(f"its margin is {pair['margin']}, not a finite number")
     return pair
 
 
@@ -120,135 +153,161 @@ def sequence_rewards(model, batch, head):
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
 
 
-def reward_loss(chosen, rejected, m, centering):
-    """The loss of each pair [P], from its rewards and its m, [P] each."""
-    preference = -F.logsigmoid(chosen - rejected - m)  # Ouyang eq. 1; m: Touvron eq. 2
-    return preference + centering * (chosen + rejected) ** 2  # pairs alone do not fix the level
+def reward_loss(chosen_rewards, rejected_rewards, margins, centering):
+    """The loss of each pair, [P], from its two rewards and its margin m, each [P]."""
+    difference = chosen_rewards - rejected_rewards  # [P]
+    preference = -F.logsigmoid(difference - margins)  # [P], Ouyang eq. 1; m: Touvron eq. 2
+    # The preference term is invariant to adding a constant to all rewards; this one is not.
+    return preference + centering * (chosen_rewards + rejected_rewards) ** 2  # [P]
 
 
-def score_comparisons(model, pairs, args, pad_id):
-    """Losses, chosen and rejected rewards of P pairs: [3, P]."""
+FIGURES = ("loss", "accuracy", "margin", "reward", "squared_reward")
+
+
+def comparison_losses(model, pairs, args, pad_id):
+    """The losses of P pairs, [P], and their figures, {name: [P]}."""
     examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     batch = collate(examples, pad_id, model.device)
-    head = common.causal_lm(model).score  # the scalar: weight [1, D]
+    head = common.causal_lm(model).score  # the scalar head: its weight is [1, D]
     with common.autocast(model):
-        chosen, rejected = sequence_rewards(model, batch, head).chunk(2)  # [P] each
-    m = torch.tensor([pair["margin"] for pair in pairs], device=chosen.device)  # [P]
-    return torch.stack([reward_loss(chosen, rejected, m, args.centering), chosen, rejected])
+        rewards = sequence_rewards(model, batch, head)  # [2P]
+    chosen, rejected = rewards.chunk(2)  # [P] each
+    margins = torch.tensor([pair["margin"] for pair in pairs], device=chosen.device)  # [P]
+    losses = reward_loss(chosen, rejected, margins, args.centering)  # [P]
+    correct = (chosen > rejected) + 0.5 * (chosen == rejected)  # [P]: a tie is half correct
+    return losses, {"loss": losses, "accuracy": correct, "margin": chosen - rejected,
+                    "reward": (chosen + rejected) / 2,
+                    "squared_reward": (chosen.double() ** 2 + rejected.double() ** 2) / 2}
 
 
-def describe(scores):
-    """What is logged of the scores [3, P] of some pairs."""
-    losses, chosen, rejected = scores
-    right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half right
-    rewards = torch.cat([chosen, rejected])
-    return {"loss": losses.mean().item(), "accuracy": right.mean().item(),
-            "margin": (chosen - rejected).mean().item(), "reward": rewards.mean().item(),
-            "reward_spread": rewards.std(correction=0).item()}
+def describe(sums, count):
+    """The figures of some pairs, from the sums of their FIGURES."""
+    means = {name: total / count for name, total in sums.items()}
+    variance = means.pop("squared_reward") - means["reward"] ** 2
+    return means | {"reward_spread": math.sqrt(max(0.0, variance))}
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, pairs, args, pad_id):
-    """The scores [3, P] of held-out pairs, which the processes share between them."""
+    """The figures of held-out pairs, and by how much each chosen answer leads, [P]."""
     model.eval()
-    scores = torch.zeros(3, len(pairs), dtype=torch.float64, device=model.device)
+    leads = torch.zeros(len(pairs), dtype=torch.float64, device=model.device)  # [P]
+    # Process number RANK of WORLD takes every WORLD-th pair. A single process (0 of 1) takes all.
     mine = list(range(len(pairs)))[common.RANK::common.WORLD]
+    sums = {}
     for i in range(0, len(mine), args.micro_batch_size):
-        rows = mine[i:i + args.micro_batch_size]
-        scores[:, rows] = score_comparisons(model, [pairs[k] for k in rows], args, pad_id).double()
-    sum_over_processes([scores])
+        places = mine[i:i + args.micro_batch_size]
+        rows = [pairs[place] for place in places]
+        _, figures = comparison_losses(model, rows, args, pad_id)
+        add_up(sums, figures)
+        leads[places] = figures["margin"].double()
+    totals = over_processes(sums, FIGURES, model.device)
+    sum_over_processes([leads])
     model.train()
-    return scores
+    return describe(totals, len(pairs)), leads
 
 
-def show_worst(tokenizer, pairs, scores):
-    """The pair in which the worse answer leads by most: often it is the label that is wrong."""
-    margins = scores[1] - scores[2]  # [P]
-    worst = margins.argmin().item()
-    if margins[worst] < 0:
-        print(f"\nmost confidently wrong, by {-margins[worst]:.3f}:")
+def show_worst(tokenizer, pairs, leads):
+    """Prints the pair with the most confident mistake; often its label is what is wrong."""
+    worst = leads.argmin().item()
+    if leads[worst] < 0:
+        print(f"\nthe most confident mistake: the rejected answer leads by {-leads[worst]:.3f}")
         for side in "chosen", "rejected":
             ids = pairs[worst][side]["input_ids"]
-            text = common.visible(tokenizer.decode(ids, skip_special_tokens=True))
-            print(f"{side:>9}: {' '.join(text.split())}")
+            print(f"{side:>9}: {common.visible(' '.join(tokenizer.decode(ids).split()))}")
 
 
 def pad_apart(tokenizer):
-    """Sets a pad token that ends no answer: transformers reads rewards right before the pads."""
+    """Sets a pad token that ends no answer.
+
+    Other libraries read a reward at the token before the pads, which they find by the id of the pad
+    token; here lengths are known.
+    """
     ends = {tokenizer.eos_token_id, common.end_of_turn_id(tokenizer)}
-    others = [str(x) for i, x in sorted(tokenizer.added_tokens_decoder.items()) if i not in ends]
-    if tokenizer.pad_token_id in ends and others:
-        tokenizer.pad_token = next((name for name in others if "pad" in name), others[0])
+    if tokenizer.pad_token_id not in ends:
+        return
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    candidates = [str(token) for i, token in added if i not in ends]
+    named_pad = [token for token in candidates if "pad" in token]
+    if candidates:
+        tokenizer.pad_token = (named_pad + candidates)[0]
 
 
 def train(args):
-    # 1. Data first: what is wrong with it shows before the model is loaded.
+    # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     pairs, held_out = common.load_examples(
         args, encode_comparison, tokenizer, limit=args.max_steps * args.batch_size)
-    for side in "chosen", "rejected":  # the reward is read at the last token
+    for side in "chosen", "rejected":
         ids = pairs[0][side]["input_ids"]
-        common.show(tokenizer, ids, [0] * (len(ids) - 1) + [1])
+        is_read = [0] * (len(ids) - 1) + [1]
+        heading = f"the {side} answer of a pair (its reward is read at the token in green):"
+        common.show(tokenizer, ids, is_read, heading)
 
-    # 2. A frozen base, with LoRA matrices and a scalar head: they alone are trained.
+    # 2. Load the model: a frozen base, with LoRA matrices and a scalar head that are trained.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing, task="SEQ_CLS")
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
-    # 3. Where the run stands: at its start, or where it was interrupted.
+    # 3. Start a new run, or resume an interrupted one. A new run is evaluated before training.
     open_run(args, [pairs, held_out])
     parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
     state = restore(args, parts)
     if "before" not in state:
-        state["before"] = describe(evaluate(model, held_out, args, pad_id))
+        state["before"], _ = evaluate(model, held_out, args, pad_id)
 
-    # the order follows from the seed, so that a run that goes on sees the same batches
+    # 4. Shuffle the data once per epoch. The order depends on the seed alone, so a resumed run
+    #    sees the same batches.
     generator = torch.Generator().manual_seed(args.seed)
     order = [torch.randperm(len(pairs), generator=generator) for epoch in range(args.epochs)]
     batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
     progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
-        # 4. The gradients of micro-batches and processes add up to that of the batch, because each
-        #    pair counts 1 / len(batch), wherever it is computed. Similar lengths share a pass.
         began = time.time()
-        batch = sorted([pairs[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
-        scores = torch.zeros(3, len(batch), dtype=torch.float64, device=model.device)
-        mine = list(range(len(batch)))[common.RANK::common.WORLD]
+
+        # 5. Accumulate gradients over micro-batches. Each pair counts 1 / len(batch), wherever it
+        #    is computed, so the gradients add up to the gradient of the batch, also over
+        #    processes. Sorting puts pairs of similar length together, which saves padding.
+        batch = [pairs[i] for i in batches[step - 1]]
+        batch.sort(key=operator.itemgetter("length"))
+        mine = batch[common.RANK::common.WORLD]
+        sums = {}
         for i in range(0, len(mine), args.micro_batch_size):
             rows = mine[i:i + args.micro_batch_size]
-            scored = score_comparisons(model, [batch[k] for k in rows], args, pad_id)  # [3, P]
-            scaler.scale(scored[0].sum() / len(batch)).backward()
-            scores[:, rows] = scored.detach().double()
+            losses, figures = comparison_losses(model, rows, args, pad_id)
+            scaler.scale(losses.sum() / len(batch)).backward()
+            add_up(sums, figures)
 
-        # 5. One step down the gradient, which is summed over processes and clipped.
-        rate = learning_rate(step, len(batches), args.learning_rate)
-        updated = update(optimizer, scaler, rate)
+        # 6. Take one optimizer step with the gradient, summed over processes and clipped.
+        lr = learning_rate(step, len(batches), args.learning_rate)
+        updated = update(optimizer, scaler, lr)
 
-        # 6. Log, and save what is needed to go on.
-        sum_over_processes([scores])
-        metrics = {"step": step, **describe(scores), **updated, "seconds": time.time() - began}
+        # 7. Log the step, evaluate from time to time, and save a checkpoint.
+        totals = over_processes(sums, FIGURES, model.device)
+        metrics = {"step": step, **describe(totals, len(batch)), **updated}
+        metrics["seconds"] = time.time() - began
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
         progress.set_postfix(shown, refresh=False)
         if args.eval_every and step % args.eval_every == 0:
-            held = describe(evaluate(model, held_out, args, pad_id))
+            held, _ = evaluate(model, held_out, args, pad_id)
             metrics |= {f"eval_{name}": value for name, value in held.items()}
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, parts)
 
-    # 7. The same held-out pairs once more, and where the model is most wrong.
-    scores = evaluate(model, held_out, args, pad_id)
-    pad_apart(tokenizer)  # for those who load the model elsewhere: here lengths are known
-    finish(args, state, model, tokenizer, describe(scores))
-    show_worst(tokenizer, held_out, scores)
+    # 8. Evaluate again on the same held-out pairs, and show where the model is most wrong.
+    after, leads = evaluate(model, held_out, args, pad_id)
+    pad_apart(tokenizer)
+    finish(args, state, model, tokenizer, after)
+    show_worst(tokenizer, held_out, leads)
 
 
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
@@ -262,6 +321,21 @@ def learning_rate(step, steps, highest):
 def sum_over_processes(tensors):
     for tensor in tensors if dist.is_initialized() else []:
         dist.all_reduce(tensor)
+
+
+def add_up(sums, figures):
+    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    for name, values in figures.items():
+        sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
+
+
+def over_processes(sums, names, device):
+    """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
+    totals = {}
+    for name in names:
+        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    sum_over_processes(list(totals.values()))
+    return {name: total.item() for name, total in totals.items()}
 
 
 def update(optimizer, scaler, rate):
@@ -377,4 +451,4 @@ def finish(args, state, model, tokenizer, after):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-length"):
-        train(common.parse(flags, TINY))
+        train(common.parse(make_flags(), TINY))

@@ -1,29 +1,72 @@
 """SFT: supervised fine-tuning, which turns a model that continues text into one that answers.
 
-It is next-token prediction on written answers, the first stage of InstructGPT (Ouyang et al. 2022,
-arXiv:2203.02155). Of a conversation y, the model learns only what it should say: the turns of the
-assistant, each with the token that ends it. The rest is read, not learned:
+The data are conversations. The model learns to write the assistant's turns, each with the token
+that ends it; everything else is context, which it reads but is not trained on.
 
-    loss = −1/N Σ_t log π(y_t | y_<t)     π: the model; t: the N trained tokens of an optimizer step
+Why it works. A pretrained model already knows how to continue any text, including a question: with
+an answer, but just as well with another question. SFT shows it a few thousand conversations and
+raises the probability of exactly one kind of continuation, the answer. It teaches little that is
+new. It selects a behavior that the model is capable of, which is why so little data is enough.
 
-Kept from pretraining: everything. Added: the loss mask. The mean is over the whole step, not over
-each conversation or micro-batch: the size of a micro-batch changes only speed and memory.
+The objective is that of pretraining, the negative log-likelihood of the next token, restricted to
+the assistant's tokens by a loss mask m_t (1: trained, 0: context). It is the first stage of
+InstructGPT (Ouyang et al. 2022, arXiv:2203.02155):
+
+    loss = −1/N Σ_t m_t log π(y_t | y_<t)          N = Σ_t m_t, over all tokens of an optimizer step
+
+π is the model, y a conversation and y_<t its tokens before t. log π(y_t | y_<t) has as its gradient
+in the logits the one-hot vector of y_t minus the softmax, so each step moves probability to y_t
+from all other tokens, by as much as y_t is still short of 1.
+
+Kept from pretraining: the objective and the model. New: the loss mask, and the chat template that
+turns messages into one string. N counts the trained tokens of the whole step and not those of a
+conversation or micro-batch. So every token has the same weight, and the micro-batch size changes
+speed and memory but not the result.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685) trains few weights. A weight matrix W stays frozen, and the
+layer uses W + (α/r) B A instead; only A [r, D] and B [D, r] are trained, with a small rank r. B
+starts at 0, so training starts exactly at the base model, and without the adapter the model *is*
+the base model. Later methods use this to get their reference model for free. "4-bit" (QLoRA,
+Dettmers et al. 2023, arXiv:2305.14314) stores the frozen W in 4 bits per weight to save memory.
+
+The loss mask and the shift, for the question "Hi" and the answer "Hello". A model predicts the
+*next* token, so the log-prob in column t belongs to the token in column t + 1:
+
+    column        0       1     2      3        4              5
+    token       <user>   Hi   <end>  <asst>   Hello          <end>
+    loss_mask     0       0     0      0        1              1           [T]
+    logps         0       0     0   log p(Hello)  log p(<end>)             [T−1]
+
+A worked example. Let p(Hello) = 0.5 and p(<end>) = 0.8, and let a second conversation of the step
+have four trained tokens of probability 0.25, 0.5, 0.5 and 0.8:
+
+    −Σ log p = 0.693 + 0.223 = 0.916 for the first, 1.386 + 0.693 + 0.693 + 0.223 = 2.996
+    loss = (0.916 + 2.996) / 6 = 0.652, perplexity = e^0.652 = 1.919
+
+The mean of the two means would be 0.604, because it gives each token of the short answer twice the
+weight. The perplexity is the number of equally likely tokens that would be as hard to predict.
 
     python sft.py                                          # the embedded tiny model, on a laptop
     python sft.py --model Qwen/Qwen2.5-0.5B                # 4-bit LoRA on a 16 GB T4
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset chats.jsonl --neftune-alpha 5
-    python sft.py --model Qwen/Qwen2.5-0.5B --lora-rank 0  # all weights, in fp32
+    python sft.py --model Qwen/Qwen2.5-0.5B --lora-rank 0  # full fine-tuning, in fp32
 
-A dataset has the column `messages` (and `tools`) or ShareGPT's `conversations`, or a prompt and an
+A row has the column `messages` (and `tools`) or ShareGPT's `conversations`, or a prompt and an
 answer (`prompt` and `completion`, `instruction` and `output`, `question` and `answer`, ...; strings
 or messages), or `text`. docs/your_data.md lists all forms.
 
-What to watch: the loss falls steeply for a few dozen steps, while the model learns the form, then
-slowly. Where the held-out loss (--eval-every) rises again, it learns the rows by heart. `stopped`,
-the share of sampled answers that end by themselves, gets near 1.
+What to watch. The loss falls steeply for a few dozen steps while the model learns the format, then
+slowly. If the held-out loss (--eval-every) rises again while the training loss keeps falling, the
+model is memorizing its data (overfitting): train for fewer epochs. `stopped`, the share of sampled
+answers that end by themselves, approaches 1.
 
-Shapes: B conversations of T tokens, of which N are trained; D is the width of the model, V the size
-of its vocabulary.
+Try to set every entry of the mask to 1 in `with_mask`. On the tiny model the held-out loss then
+ends at 1.55 instead of 0.15, because it also counts the words of the questions, which nobody can
+predict, and samples make up questions. Or train on all of an answer except the token that ends it:
+samples then run on into what the base model has read in pretraining, as in "12 + 9 = 21? Yes."
+
+Shapes: B conversations of T tokens (of which L ≤ T columns are padding in no row); N trained
+tokens, C of them at a time; D is the width of the model, V the size of its vocabulary, r the rank.
 """
 import argparse
 import functools
@@ -45,67 +88,91 @@ from tqdm import tqdm
 
 import common
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
-add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a file")
-add("--split", default="train", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
-add("--eval-size", type=common.count, default=100, help="held-out rows")
-add("--neftune-alpha", type=common.weight, default=0.0, help="noise that regularises; 5 is usual")
-add("--max-length", type=common.number(int, 4), default=1024, help="of a conversation, in tokens")
-add("--batch-size", type=common.count, default=32, help="conversations per optimizer step")
-add("--micro-batch-size", type=common.count, default=4, help="conversations per forward pass")
-add("--learning-rate", type=common.positive, default=2e-4, help="the highest: it rises, then falls")
-add("--epochs", type=common.count, default=1, help="passes over the conversations")
-add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", type=common.natural, default=16,
-    help="rank of new LoRA matrices, on all linear layers, with an alpha of twice the rank.\n"
-    "0: full fine-tuning; the default --learning-rate is then ten times lower")
-add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
-add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
-add("--max-new-tokens", type=common.count, default=128, help="longest of 32 sampled answers")
-add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
-add("--save-every", type=common.count, default=50, help="steps between savings")
-add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and samples")
-add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
-add("--output-dir", default="runs/sft", help="the same command again goes on where it stopped")
 TINY = dict(dataset="tiny/data/sft_train.jsonl", eval_dataset="tiny/data/sft_heldout.jsonl",
             learning_rate=3e-3, epochs=2, micro_batch_size=32)
+
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
+    add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a local file")
+    add("--split", default="train", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="columns under other names: prompt=query answer=reply")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
+    add("--eval-dataset", help="held-out rows (without it, a part of --dataset is held out)")
+    add("--eval-size", type=common.count, default=100, help="number of held-out rows")
+    add("--neftune-alpha", type=common.weight, default=0.0,
+        help="scale of NEFTune's noise on the embeddings, a regularizer; 5 is typical, 0 is off")
+    add("--max-length", type=common.number(int, 4), default=1024, help="tokens before truncation")
+    add("--batch-size", type=common.count, default=32, help="conversations per optimizer step")
+    add("--micro-batch-size", type=common.count, default=4, help="conversations per forward pass")
+    add("--learning-rate", type=common.positive, default=2e-4,
+        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--epochs", type=common.count, default=1, help="passes over the dataset")
+    add("--max-steps", type=common.count, default=500, help="upper limit of optimizer steps")
+    add("--lora-rank", type=common.natural, default=16,
+        help="rank of the LoRA matrices on all linear layers; their alpha is twice the rank.\n"
+        "0 is full fine-tuning, with a default --learning-rate that is ten times lower")
+    add("--load-in-4bit", **common.ON_GPU, help="quantization of the frozen base, to save memory")
+    add("--gradient-checkpointing", **common.ON_GPU,
+        help="recomputation of activations in the backward pass, to save memory")
+    add("--max-new-tokens", type=common.count, default=128, help="length limit of sampled answers")
+    add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
+    add("--save-every", type=common.count, default=50, help="steps between checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
+    add("--track", choices=["wandb", "trackio"], help="tracker that gets the metrics, too")
+    add("--output-dir", default="runs/sft", help="folder; the same command resumes a stopped run")
+    return parser
 
 
 # ---- data: token ids, and a mask on what is trained ----------------------------------------------
 
 def encode_conversation(row, tokenizer, max_length):
-    """The examples of a row: one, or one per answer if the template drops old thoughts (Qwen3)."""
+    """Turns a row into examples: one, or one per answer if the template drops old thoughts (Qwen3).
+
+    common.encode returns the row as pieces, (ids, is_answer): first the head of the prompt (BOS,
+    system message), then the rest of the prompt and the answer, then perhaps further turns, as in
+
+        [([], False), ([<user>, Hi, <end>, <asst>], False), ([Hello, <end>], True)]
+    """
+    prompt, answer = prompt_and_answer(row, tokenizer)
+    conversations = common.encode(tokenizer, prompt, answer, row.get("tools"))
+    # Chats that begin alike differ in what comes before their last answer, so that is the key by
+    # which training and held-out examples are kept apart.
+    before_last_answer = conversations[-1][:-1]
+    key = [token for ids, _ in before_last_answer for token in ids]
     examples = []
-    given, answer = prompt_and_answer(row, tokenizer)
-    encoded = common.encode(tokenizer, given, answer, row.get("tools"))
-    for pieces in encoded:  # of (ids, is_answer): the head, the rest of the prompt, the answer, ...
+    for pieces in conversations:
         tokens = with_mask(pieces)
-        tokens["loss_mask"][0] = 0  # there is nothing to predict the first token from
-        head, whole = len(pieces[0][0]), len(tokens["input_ids"])
-        tokens = shorten(tokens, whole, head, tokens["loss_mask"].index(1), max_length)
-        # samples start from what precedes the first answer, of plain text from its first quarter
-        start, length = tokens["loss_mask"].index(1), len(tokens["input_ids"])
-        shown = start if start > 1 else length // 4 + 1
-        examples.append({"tokens": tokens, "prompt": tokens["input_ids"][:shown],
-                         "length": length, "truncated": whole > max_length})
-    # chats that begin alike differ by what comes before their last answer
-    key = [token for ids, _ in encoded[-1][:-1] for token in ids]
-    return [example | {"key": key or example["prompt"]} for example in examples]
+        # The first token has no context from which it could be predicted.
+        tokens["loss_mask"][0] = 0
+        head_length = len(pieces[0][0])
+        whole_length = len(tokens["input_ids"])
+        first_trained = tokens["loss_mask"].index(1)
+        tokens = shorten(tokens, whole_length, head_length, first_trained, max_length)
+        length = len(tokens["input_ids"])
+        # Samples continue the prompt of the first answer, or the first quarter of a plain text.
+        prompt_length = tokens["loss_mask"].index(1)
+        is_plain_text = prompt_length == 1
+        if is_plain_text:
+            prompt_length = length // 4 + 1
+        prompt_ids = tokens["input_ids"][:prompt_length]
+        examples.append({"tokens": tokens, "prompt": prompt_ids, "key": key or prompt_ids,
+                         "length": length, "truncated": whole_length > max_length})
+    return examples
 
 
 def prompt_and_answer(row, tokenizer):
-    """Both are strings or lists of messages, of which the assistant's turns are learned."""
+    """Returns prompt and answer, strings or lists of messages; assistant messages are trained."""
     messages = row.get("messages") or row.get("conversations")
     if messages:
         return [], common.with_system(messages, row)
     answer = common.answer_of(row)
-    if answer is not None and row.keys() & set(common.QUESTIONS):
+    has_question = any(name in row for name in common.QUESTIONS)
+    if answer is not None and has_question:
         return common.prompt_of(row, tokenizer), answer
     if row.get("text"):
         return "", row["text"]
@@ -170,52 +237,63 @@ def chunk_logps(hidden, targets, causal, temperature):
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
-def sft_loss(logps, loss_mask, trained_tokens):
-    """−Σ log p / N, from logps [B, T-1] and loss_mask [B, T].
+FIGURES = ("loss",)
 
-    N counts the trained tokens of the whole step, so that the gradients of micro-batches add up. A
-    mean over each would weigh tokens more where answers are short.
+
+def sft_loss(logps, loss_mask, trained_tokens):
+    """−Σ_t m_t log π(y_t | y_<t) / N, a scalar, from logps [B, T-1] and loss_mask [B, T].
+
+    N, `trained_tokens`, counts the trained tokens of the whole step, so that the losses of its
+    micro-batches add up to its loss, and so do their gradients.
     """
     return -(logps * loss_mask[:, 1:]).sum() / trained_tokens  # []
 
 
-def add_noise(alpha, base, inputs, kwargs):
-    """A hook: embeddings with noise within ±α/√(L·D) (NEFTune, Jain et al. 2023, 2310.05914)."""
-    if not base.training:
-        return inputs, kwargs
-    embeddings = base.get_input_embeddings()(kwargs["input_ids"])  # [B, L, D]
-    lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1]: L of each row, unpadded
-    bound = alpha / (lengths * embeddings.shape[-1]).sqrt()
-    noise = bound * (2 * torch.rand_like(embeddings) - 1)
-    return inputs, kwargs | {"input_ids": None, "inputs_embeds": embeddings + noise}
-
-
-def score_rows(model, examples, pad_id):
-    """Log-probs and mask of some examples."""
-    batch = collate([x["tokens"] for x in examples], pad_id, model.device)
+def batch_loss(model, examples, trained_tokens, pad_id):
+    """What B conversations contribute to the loss of a step with N trained tokens, a scalar."""
+    batch = collate([example["tokens"] for example in examples], pad_id, model.device)
     with common.autocast(model):
-        return token_logps(model, batch), batch["loss_mask"]
+        logps = token_logps(model, batch)  # [B, T-1]
+    return sft_loss(logps, batch["loss_mask"], trained_tokens)  # []
 
 
 def count_trained(examples):
-    return sum(sum(x["tokens"]["loss_mask"]) for x in examples)
+    """N: the number of tokens on which some conversations are trained."""
+    return sum(sum(example["tokens"]["loss_mask"]) for example in examples)
+
+
+def add_noise(alpha, base, inputs, kwargs):
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): embeddings with noise, uniform in ±α/√(L·D).
+
+    This is a hook that runs before the model. It looks up the embeddings of the tokens itself, adds
+    the noise, and passes the sum on. The noise makes it harder to memorize the exact wording of
+    the data. It is off in evaluation.
+    """
+    if not base.training:
+        return inputs, kwargs
+    embeddings = base.get_input_embeddings()(kwargs["input_ids"])  # [B, L, D]
+    lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1]: without padding
+    bound = alpha / (lengths * embeddings.shape[-1]).sqrt()  # [B, 1, 1]
+    noise = bound * (2 * torch.rand_like(embeddings) - 1)  # [B, L, D]
+    return inputs, kwargs | {"input_ids": None, "inputs_embeds": embeddings + noise}
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, examples, args, pad_id):
-    """The mean loss per trained token of held-out rows, which the processes share between them."""
+    """The mean loss per trained token on held-out rows, and its exponential, the perplexity."""
     model.eval()
-    mine = examples[common.RANK::common.WORLD]
     trained_tokens = count_trained(examples)
-    loss = torch.zeros((), dtype=torch.float64, device=model.device)
+    # Process number RANK of WORLD takes every WORLD-th row. A single process (0 of 1) takes all.
+    mine = examples[common.RANK::common.WORLD]
+    sums = {}
     for i in range(0, len(mine), args.micro_batch_size):
         rows = mine[i:i + args.micro_batch_size]
-        loss += sft_loss(*score_rows(model, rows, pad_id), trained_tokens)
-    sum_over_processes([loss])
+        add_up(sums, {"loss": batch_loss(model, rows, trained_tokens, pad_id)})
+    loss = over_processes(sums, FIGURES, model.device)["loss"]
     model.train()
-    return {"loss": loss.item(), "perplexity": math.exp(min(loss.item(), 99))}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 99))}
 
 
 @torch.no_grad()
@@ -245,20 +323,33 @@ def sample_answers(model, tokenizer, prompts, length, seed):
     return torch.cat(answers, 1).tolist()
 
 
-def share_stopped(model, tokenizer, answers):
-    stop_ids = set(common.stop_token_ids(tokenizer, model.generation_config))
-    return sum(not stop_ids.isdisjoint(ids) for ids in answers) / len(answers)
+def until_stop(answer, stop_ids):
+    """The ids of an answer up to its first stop token, without the pads behind it."""
+    for place, token in enumerate(answer):
+        if token in stop_ids:
+            return answer[:place + 1]
+    return answer
+
+
+def share_stopped(answers, stop_ids):
+    """The share of answers that end by themselves, with a stop token."""
+    stopped = [until_stop(answer, stop_ids)[-1] in stop_ids for answer in answers]
+    return sum(stopped) / len(stopped)
 
 
 def train(args):
-    # 1. Data first: what is wrong with it shows before the model is loaded.
+    # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     examples, held_out = common.load_examples(
         args, encode_conversation, tokenizer, limit=args.max_steps * args.batch_size)
-    common.show(tokenizer, examples[0]["tokens"]["input_ids"], examples[0]["tokens"]["loss_mask"])
+    heading = "a training example as the model sees it (trained tokens in green"
+    if args.dataset == TINY["dataset"]:
+        heading += "; 43% of the answers in this file are wrong on purpose"
+    tokens = examples[0]["tokens"]
+    common.show(tokenizer, tokens["input_ids"], tokens["loss_mask"], heading + "):")
 
-    # 2. A frozen base with LoRA matrices, which alone are trained, or all weights.
+    # 2. Load the model: a frozen base with trainable LoRA matrices, or all weights.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing,
@@ -269,49 +360,54 @@ def train(args):
     if args.neftune_alpha:
         noise = functools.partial(add_noise, args.neftune_alpha)
         common.causal_lm(model).base_model.register_forward_pre_hook(noise, with_kwargs=True)
-    print(common.settings(model))
+    common.print_settings(model)
 
-    # 3. Where the run stands: at its start, or where it was interrupted.
+    # 3. Start a new run, or resume an interrupted one. A new run is evaluated before training.
     open_run(args, [examples, held_out])
     parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
     state = restore(args, parts)
-    prompts = [x["prompt"] for x in held_out[:32]]
+    prompts = [example["prompt"] for example in held_out[:32]]
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     if "before" not in state:
         state["before"] = evaluate(model, held_out, args, pad_id)
         answers = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.seed)
-        state["before"]["stopped"] = share_stopped(model, tokenizer, answers)
+        state["before"]["stopped"] = share_stopped(answers, stop_ids)
         state["answers"] = answers[:3]
 
-    # the order follows from the seed, so that a run that goes on sees the same batches
+    # 4. Shuffle the data once per epoch. The order depends on the seed alone, so a resumed run
+    #    sees the same batches.
     generator = torch.Generator().manual_seed(args.seed)
     order = [torch.randperm(len(examples), generator=generator) for epoch in range(args.epochs)]
     batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
     progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
-        # 4. The gradients of micro-batches and processes add up to that of the batch, because all
-        #    divide by the trained tokens of the whole batch. Rows of similar length share a pass.
         began = time.time()
-        torch.manual_seed(args.seed + step * common.WORLD + common.RANK)  # of NEFTune's noise
-        batch = sorted([examples[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
+        # NEFTune's noise differs between steps and between processes.
+        torch.manual_seed(args.seed + step * common.WORLD + common.RANK)
+
+        # 5. Accumulate gradients over micro-batches. All of them divide by the trained tokens of
+        #    the whole batch, so their gradients add up to the gradient of the batch, also over
+        #    processes. Sorting puts rows of similar length together, which saves padding.
+        batch = [examples[i] for i in batches[step - 1]]
+        batch.sort(key=operator.itemgetter("length"))
         trained_tokens = count_trained(batch)
         mine = batch[common.RANK::common.WORLD]
-        loss = torch.zeros((), dtype=torch.float64, device=model.device)
+        sums = {}
         for i in range(0, len(mine), args.micro_batch_size):
             rows = mine[i:i + args.micro_batch_size]
-            micro_loss = sft_loss(*score_rows(model, rows, pad_id), trained_tokens)
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            loss = batch_loss(model, rows, trained_tokens, pad_id)
+            scaler.scale(loss).backward()
+            add_up(sums, {"loss": loss})
 
-        # 5. One step down the gradient, which is summed over processes and clipped.
-        rate = learning_rate(step, len(batches), args.learning_rate)
-        updated = update(optimizer, scaler, rate)
+        # 6. Take one optimizer step with the gradient, summed over processes and clipped.
+        lr = learning_rate(step, len(batches), args.learning_rate)
+        updated = update(optimizer, scaler, lr)
 
-        # 6. Log, and save what is needed to go on.
-        sum_over_processes([loss])
-        metrics = {"step": step, "loss": loss.item(), "trained_tokens": trained_tokens}
-        metrics |= {**updated, "seconds": time.time() - began}
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        # 7. Log the step, evaluate from time to time, and save a checkpoint.
+        metrics = {"step": step, **over_processes(sums, FIGURES, model.device)}
+        metrics |= {"trained_tokens": trained_tokens, **updated, "seconds": time.time() - began}
+        progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         if args.eval_every and step % args.eval_every == 0:
             held = evaluate(model, held_out, args, pad_id)
             metrics |= {f"eval_{name}": value for name, value in held.items()}
@@ -319,17 +415,19 @@ def train(args):
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, parts)
 
-    # 7. The same held-out rows and prompts once more.
+    # 8. Evaluate again on the same held-out rows and prompts, and show some answers.
     after = evaluate(model, held_out, args, pad_id)
     answers = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.seed)
-    after["stopped"] = share_stopped(model, tokenizer, answers)
-    for row in zip(prompts[:3], state["answers"], answers[:3], strict=True):
-        texts = tokenizer.batch_decode(row, skip_special_tokens=True)
-        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
+    after["stopped"] = share_stopped(answers, stop_ids)
+    for prompt, old, new in zip(prompts[:3], state["answers"], answers[:3], strict=True):
+        state["samples"].append({
+            "prompt": tokenizer.decode(prompt),
+            "before": tokenizer.decode(until_stop(old, stop_ids)),
+            "after": tokenizer.decode(until_stop(new, stop_ids))})
     finish(args, state, model, tokenizer, after)
     for sample in state["samples"]:
-        for name, text in sample.items():
-            print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
+        for name, said in sample.items():
+            print(f"{name:>8}: {common.visible(' '.join(said.split()))}")
 
 
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
@@ -343,6 +441,21 @@ def learning_rate(step, steps, highest):
 def sum_over_processes(tensors):
     for tensor in tensors if dist.is_initialized() else []:
         dist.all_reduce(tensor)
+
+
+def add_up(sums, figures):
+    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    for name, values in figures.items():
+        sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
+
+
+def over_processes(sums, names, device):
+    """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
+    totals = {}
+    for name in names:
+        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    sum_over_processes(list(totals.values()))
+    return {name: total.item() for name, total in totals.items()}
 
 
 def update(optimizer, scaler, rate):
@@ -458,4 +571,4 @@ def finish(args, state, model, tokenizer, after):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-length"):
-        train(common.parse(flags, TINY))
+        train(common.parse(make_flags(), TINY))

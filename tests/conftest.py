@@ -24,6 +24,11 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
+def flags_of(module):
+    """The argument parser of a script."""
+    return module.make_flags() if hasattr(module, "make_flags") else module.flags
+
+
 def run_args(module, **overrides):
     """The flags of a script as its command line gives them, with some of them set."""
     argv = [module.__name__ + ".py"]
@@ -32,7 +37,7 @@ def run_args(module, **overrides):
         argv.append("--" + name.replace("_", "-"))
         argv += map(str, value) if isinstance(value, list | tuple) else [str(value)]
     with mock.patch.object(sys, "argv", argv):
-        return common.parse(module.flags, module.TINY, getattr(module, "BY_LOSS", None))
+        return common.parse(flags_of(module), module.TINY, getattr(module, "BY_LOSS", None))
 
 
 @pytest.fixture(autouse=True)

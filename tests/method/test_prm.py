@@ -222,8 +222,8 @@ def test_only_the_last_tokens_of_trained_steps_get_a_gradient(outcome):
             "input_ids": [1] * 6, "attention_mask": [1] * 6, "step_ends": places,
             "labels": [i % 2 for i in range(row, row + len(places))], "step_mask": ones,
             "loss_mask": [0] * (len(places) - 1) + [1] if outcome else ones}})
-    loss, _ = prm.score_solutions(model, examples, 0)
-    loss.backward()
+    losses, _ = prm.solution_losses(model, examples, 0)
+    losses.sum().backward()
     truth = torch.zeros(3, 6, 4)
     for row, places in enumerate(ends):
         for step, place in enumerate(places):
@@ -296,7 +296,10 @@ def batch_of(solutions):
 
 
 def figures_of(*batches):
-    return prm.step_figures(sum(prm.count_steps(*batch_of(solutions)) for solutions in batches))
+    sums = {}
+    for solutions in batches:
+        prm.add_up(sums, prm.count_steps(*batch_of(solutions)))
+    return prm.step_figures(prm.over_processes(sums, prm.FIGURES, "cpu"))
 
 
 def brute_force(solutions):
@@ -383,7 +386,8 @@ def test_held_out_figures_are_those_of_all_steps(outcome, tokenizer):
     longest = max(len(x["solution"]["input_ids"]) for x in examples)
     torch.manual_seed(0)
     model = Fixed(torch.randn(3, longest, 8))
-    loss, counts = prm.score_solutions(model, examples, tokenizer.pad_token_id)
+    losses, counts = prm.solution_losses(model, examples, tokenizer.pad_token_id)
+    loss, counts = losses.sum(), {name: x.sum().item() for name, x in counts.items()}
     solutions, last = [], 0.0
     for i, (row, example) in enumerate(zip(rows, examples, strict=True)):
         at_ends = model.hidden[i, example["solution"]["step_ends"]]
@@ -484,13 +488,13 @@ def test_outcome_is_a_flag_of_the_command_line(tmp_path, write_jsonl, monkeypatc
     assert args.outcome is False
     assert run_args(prm, outcome=[]).outcome is True
     args.outcome, masks = True, []
-    score = prm.score_solutions
+    score = prm.solution_losses
 
     def seen(model, examples, pad_id):
         masks.extend(example["solution"]["loss_mask"] for example in examples)
         return score(model, examples, pad_id)
 
-    monkeypatch.setattr(prm, "score_solutions", seen)
+    monkeypatch.setattr(prm, "solution_losses", seen)
     prm.train(args)
     assert masks and all(mask == [0] * (len(mask) - 1) + [1] for mask in masks)
     assert json.loads((tmp_path / "run/summary.json").read_text())["outcome"] is True
@@ -515,6 +519,6 @@ def test_a_run_shows_where_steps_are_read_and_what_they_get(tmp_path, write_json
             with torch.no_grad():  # transformers reads the last token
                 ids = torch.tensor([solution["input_ids"][:end + 1]])
                 p = model(input_ids=ids).logits[0, 0].sigmoid().item()
-            assert f"{p:5.2f}  {'right' if label else 'wrong'}  {step}" in lines
+            assert f"{p:5.2f}  {'correct' if label else 'wrong  '}  {step}" in lines
     steps = list(itertools.chain(*(row["completions"] for row in rows[8:])))
     assert sum(line.endswith(tuple(steps)) for line in lines) == len(steps)

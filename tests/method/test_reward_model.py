@@ -98,13 +98,6 @@ def test_a_margin_asks_for_more_distance():
     assert chosen.grad.item() == pytest.approx(-1 / (1 + math.exp(-2)))
 
 
-def test_a_tie_is_half_right_and_figures_are_those_of_all_rewards():
-    """Two of four pairs are right, one is a tie; mean and spread are over all eight rewards."""
-    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 2.0, 5.0], [1.0, 1.0, 0.0, 2.0]])
-    assert reward_model.describe(scores) == pytest.approx(
-        {"loss": 2.5, "accuracy": 0.625, "margin": 1.0, "reward": 1.5, "reward_spread": 1.5})
-
-
 # ---- where the reward is read --------------------------------------------------------------------
 
 @pytest.mark.parametrize("pad", [0, 7, 40])
@@ -303,19 +296,3 @@ def test_saved_scores_agree_with_plain_transformers_and_peft(base, tmp_path, wri
     assert scores["chosen"].std() > 1e-3
     margin = (scores["chosen"] - scores["rejected"]).mean().item()
     assert margin == pytest.approx(after["margin"], abs=1e-5)
-
-
-def test_the_pair_shown_is_the_most_wrong_one(tokenizer, capsys):
-    """And none if all are in order."""
-    pairs = []
-    for i in range(3):
-        row = PAIR | {"chosen": say(f"right {i}"), "rejected": say(f"wrong {i}")}
-        pairs.append(reward_model.encode_comparison(row, tokenizer, 512))
-    losses = [0.0, 0.0, 0.0]
-    reward_model.show_worst(
-        tokenizer, pairs, torch.tensor([losses, [1.0, 0.0, 5.0], [2.0, 3.5, 0.0]]))
-    out = capsys.readouterr().out
-    assert "right 1" in out and "wrong 1" in out and "by 3.500" in out and "right 0" not in out
-    reward_model.show_worst(
-        tokenizer, pairs, torch.tensor([losses, [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
-    assert capsys.readouterr().out == ""

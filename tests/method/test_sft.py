@@ -457,7 +457,7 @@ def test_an_answer_that_ends_at_the_limit_by_itself_has_stopped(chat):
     model, tokenizer = chat
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     answers = [[5, 6, end], [5, 6, 7], [end, pad, pad], [5, 6, 7]]
-    assert sft.share_stopped(model, tokenizer, answers) == 0.5
+    assert sft.share_stopped(answers, [end]) == 0.5
 
 
 def test_the_held_out_loss_falls_on_real_stories(tmp_path, shared, write_jsonl):

@@ -21,7 +21,7 @@ import sft
 
 SCRIPTS = pytest.mark.parametrize("script", [sft, reward_model, prm], ids=lambda x: x.__name__)
 LOSS = {sft: "sft_loss", reward_model: "reward_loss", prm: "step_losses"}
-SCORE = {sft: "score_rows", reward_model: "score_comparisons", prm: "score_solutions"}
+SCORE = {sft: "batch_loss", reward_model: "comparison_losses", prm: "solution_losses"}
 TASK = {sft: "CAUSAL_LM", reward_model: "SEQ_CLS", prm: "SEQ_CLS"}
 
 

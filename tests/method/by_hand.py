@@ -1,0 +1,286 @@
+"""A training run beside the same run by hand: the one harness of all tests in this folder.
+
+The last tests of a method train for two or three steps on a handful of rows, and compute the same
+steps plainly: one sequence at a time, without padding, from all logits, with Adam as in its paper.
+What the script logged, and the weights that it ended with, must be these numbers:
+
+    run = by_hand.Run(dpo, tmp_path, ROWS, HELD_OUT, watch=["pair_losses"], beta=0.7)
+    hand = by_hand.Training(run)                      # the weights before the first step
+    for batch in run.batches("pair_losses"):          # the pairs of each optimizer step
+        loss, figures = figures_by_hand(hand.model, hand.reference, batch)
+        hand.log(figures | hand.update(loss))         # gradient, clipping, learning rate, Adam
+    hand.check(run)                                   # each logged figure, each trained weight
+    by_hand.close(run.summary["after"], figures_of_held_out, "held out")
+
+The script computes in float64 too, so that both ways to a number agree to a millionth and no
+mistake can hide behind rounding. (Other number formats: tests/system/test_loop.py.) Nothing of a
+script may be used in the computation by hand.
+"""
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import filelock
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import metrics_of, run_args
+from safetensors.torch import load_file
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+import common
+
+# ---- rows, tokens and answers --------------------------------------------------------------------
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+def say(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@functools.cache
+def tokenizer():
+    """The tiny model's. Its chat template is ChatML: <|im_start|>role\\n ... <|im_end|>\\n."""
+    return common.load_tokenizer("tiny/chat")
+
+
+def prompt_ids(messages):
+    """What the chat template makes of a prompt, up to the header of the answer."""
+    return tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def answer_ids(text):
+    """An answer and the token that ends it."""
+    return tokenizer()(text + "<|im_end|>").input_ids
+
+
+def answer_to(prompt, number=0):
+    """A made-up sample that follows from the prompt and its number; 2, 5, 8, ... do not stop."""
+    draw = random.Random(f"{prompt} {number}")
+    text = f"{draw.randrange(100)} + {draw.randrange(10)} = {draw.randrange(1000)}"
+    ids = tokenizer()(text[draw.randrange(6):]).input_ids
+    return ids + [tokenizer().eos_token_id] * (number % 3 < 2)
+
+
+def fixed_sample(model, _, prompts, copies, *rest):
+    """What `replace={"sample": by_hand.fixed_sample}` puts in place of `sample`."""
+    return [answer_to(prompt, number) for prompt in prompts for number in range(copies)]
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+def logps(model, prompt, answer, temperature=1.0):
+    """[N]: log π of each token of an answer, from all logits of one sequence without padding."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+    return (logits / temperature).log_softmax(-1)[range(len(answer)), answer]
+
+
+def hidden_states(model, ids):
+    """[T, D]: what the head of a reward model or of a critic reads."""
+    return common.causal_lm(model).base_model(input_ids=torch.tensor([ids]))[0][0]
+
+
+def move(model, seed=0, std=0.02):
+    """Moves the policy away from its reference. (The B matrices of a new adapter are 0.)"""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_B.default" in name:
+            weight.data += std * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+
+
+def save_adapter(folder, **moved):
+    """An adapter on tiny/chat that is far from doing nothing: the --model of a run."""
+    model = common.load_model("tiny/chat", lora_rank=4)
+    move(model, **moved)
+    common.save_model(model, tokenizer(), folder)
+    return str(folder)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def doubles():
+    """The scripts compute in float64."""
+    def norm(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(common, "choose_dtype", lambda device: torch.float64)
+        patch.setattr(Qwen2RMSNorm, "forward", norm)  # transformers' own is in fp32
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+class Run:
+    """A call of a script's `train`, and what was seen of it.
+
+    It left `metrics` (a dict per step), `summary` and `saved` (weights by name) in `folder`.
+    `updates` has the `gradients` of each optimizer step before clipping, the `weights` after it and
+    `is_training`, the mode of the model. `calls[name]` has the calls of a function that `watch`
+    names: `args`, `result`, `is_training` (with gradients) and `update` (how many optimizer steps
+    there had been). `replace` puts functions in place of others of the script or, by names such as
+    "common.autocast", of common.
+    """
+
+    def __init__(self, script, folder, rows=None, held_out=None, watch=(), replace=None,
+                 double=True, processes=1, **flags):
+        self.folder, self.updates, self.calls = Path(folder, "run"), [], {x: [] for x in watch}
+        given = {"output_dir": self.folder, "batch_size": 4, "learning_rate": 2e-3}
+        for flag, data in ("dataset", rows), ("eval_dataset", held_out):
+            if data:
+                given[flag] = Path(folder, flag + ".jsonl")
+                given[flag].parent.mkdir(exist_ok=True)
+                given[flag].write_text("".join(json.dumps(row) + "\n" for row in data))
+        self.args = run_args(script, **given | flags)
+        numbers = doubles() if double else contextlib.nullcontext()
+        with pytest.MonkeyPatch.context() as patch, numbers:
+            self.watch(patch, script, replace or {})
+            script.train(self.args) if processes == 1 else self.fork(script, processes)
+        self.metrics = metrics_of(self.folder)
+        self.summary = json.loads((self.folder / "summary.json").read_text())
+        self.saved = load_file(next(self.folder.glob("*model.safetensors")))
+
+    def watch(self, patch, script, replace):
+        # A process may train twice in the same folder. (The lock ends with the process.)
+        patch.setattr(filelock.FileLock, "acquire", lambda *args, **kwargs: None)
+        for name, function in replace.items():
+            owner = common if name.startswith("common.") else script
+            patch.setattr(owner, name.removeprefix("common."), function)
+        for name in self.calls:
+            patch.setattr(script, name, functools.partial(self.call, name, getattr(script, name)))
+        load_model, update = common.load_model, script.update
+
+        def load_and_keep(*args, **kwargs):
+            self.model = load_model(*args, **kwargs)
+            return self.model
+
+        def update_and_keep(optimizer, *rest):
+            weights = optimizer.param_groups[0]["params"]
+            if not self.updates:  # one copy of both: the weights stay those of the model
+                self.start = copy.deepcopy((self.model, weights))
+            gradients = [None if w.grad is None else w.grad.clone() for w in weights]
+            logged = update(optimizer, *rest)
+            after = [w.detach().clone() for w in weights]
+            self.updates.append(SimpleNamespace(
+                gradients=gradients, weights=after, is_training=self.model.training))
+            return logged
+
+        patch.setattr(common, "load_model", load_and_keep)
+        patch.setattr(script, "update", update_and_keep)
+
+    def call(self, name, function, *args, **kwargs):
+        training = torch.is_grad_enabled()
+        call = SimpleNamespace(args=args, update=len(self.updates), is_training=training)
+        call.result = function(*args, **kwargs)
+        self.calls[name].append(call)
+        return call.result
+
+    def batches(self, name, position=1):
+        """The examples of each optimizer step: an argument of a watched function."""
+        batches = [[] for _ in self.updates]
+        for call in self.calls[name]:
+            if call.is_training:
+                batches[call.update] += call.args[position]
+        return batches
+
+    def fork(self, script, count):
+        """Trains in several processes. Of what they saw, only `updates` comes back."""
+        def work(rank):
+            common.RANK, common.WORLD = rank, count
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{self.folder}.store", rank=rank, world_size=count)
+            torch.manual_seed(rank)  # nothing may follow from the random state of a process
+            script.train(self.args)
+            if rank == 0:
+                torch.save([vars(x) for x in self.updates], f"{self.folder}.updates")
+            os._exit(0)  # without the end of pytest
+
+        torch.multiprocessing.start_processes(work, nprocs=count, start_method="fork")
+        self.updates = [SimpleNamespace(**x) for x in torch.load(f"{self.folder}.updates")]
+
+
+# ---- the same by hand ----------------------------------------------------------------------------
+
+class Training:
+    """The weights before the first step of a run, and optimizer steps from there.
+
+    `model` is the policy, `reference` a frozen copy. A critic's head is `weights[-1]`.
+    """
+
+    def __init__(self, run):
+        self.model, self.weights = copy.deepcopy(run.start)
+        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        self.start = [w.detach().clone() for w in self.weights]
+        self.first, self.second = ([torch.zeros_like(w) for w in self.weights] for _ in range(2))
+        self.peak, self.steps = run.args.learning_rate, len(run.metrics)
+        self.logged, self.count = [], 0
+
+    def update(self, loss):
+        """A gradient, clipped to norm 1, and a step of Adam (Kingma and Ba 2015, algorithm 1)."""
+        gradients = torch.autograd.grad(loss, self.weights)
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        assert self.steps < 6  # or there is a warm-up; without one, a cosine from the peak to 0
+        rate = self.peak * math.cos(math.pi * len(self.logged) / (2 * self.steps)) ** 2
+        self.count += 1
+        for weight, g, m, v in zip(self.weights, gradients, self.first, self.second, strict=True):
+            g = g / max(1.0, norm)
+            m.copy_(0.9 * m + 0.1 * g)
+            v.copy_(0.999 * v + 0.001 * g * g)
+            mean, square = m / (1 - 0.9**self.count), v / (1 - 0.999**self.count)
+            weight.data -= rate * mean / (square.sqrt() + 1e-8)
+        return {"loss": loss.item(), "grad_norm": norm, "learning_rate": rate}
+
+    def log(self, figures):
+        """Ends a logged step, which may have had several updates."""
+        self.logged.append(figures)
+
+    def check(self, run, rel=1e-6):
+        """Figures and weights of the run are those by hand."""
+        for line, figures in zip(run.metrics, self.logged, strict=True):
+            close(line, figures, f"step {line['step']}", rel)
+        ends = zip(self.weights, self.start, run.updates[-1].weights, strict=True)
+        for number, (weight, start, ours) in enumerate(ends):
+            moved, away = (weight - start).norm().item(), (ours - weight).norm().item()
+            assert away <= 10 * rel * moved + 1e-9, (
+                f"trained weight {number} of {len(self.weights)} moved by {moved:.3g} by hand, and "
+                f"ends {away:.3g} away in the run: does the gradient belong to the logged loss?")
+
+
+def close(ours, expected, where, rel=1e-6, absolute=1e-9):
+    """Numbers are equal, or those that a dict `expected` names."""
+    if isinstance(expected, dict):
+        for name, value in expected.items():
+            assert name in ours, f"{where}: there is no {name} in {sorted(ours)}"
+            close(ours[name], value, f"{where}, {name}", rel, absolute)
+        return
+    expected = float(expected)
+    if ours is None or not math.isclose(ours, expected, rel_tol=rel, abs_tol=absolute):
+        pytest.fail(f"{where}: expected {expected:.7g}, got {ours}{guess(ours, expected)}")
+
+
+def guess(ours, expected):
+    """The mistake that most often turns one number into the other."""
+    ratio = ours / expected if ours and expected else 0
+    if math.isclose(ratio, -1, rel_tol=1e-3):
+        return ": is a sign flipped?"
+    for n in range(2, 33):
+        if math.isclose(ratio, n, rel_tol=1e-3) or math.isclose(ratio, 1 / n, rel_tol=1e-3):
+            return f" (a factor of {n}): a sum in place of a mean, or a mean over other things?"
+    return ""
+
+
+def same(ours, expected, words, atol=1e-12):
+    """Tensors are equal; `words` name the quantity and the likely mistake."""
+    torch.testing.assert_close(ours, expected, atol=atol, rtol=0, msg=lambda x: f"{words}\n{x}")
