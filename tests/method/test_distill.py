@@ -1,12 +1,15 @@
 """distill.py: the divergences, the policy gradient that estimates one of them, the two models."""
+import copy
 import itertools
 import math
 from types import SimpleNamespace
 
+import by_hand
 import pytest
 import record_trl
 import torch
 from conftest import run_args
+from test_trl import TRL
 
 import common
 import distill
@@ -74,18 +77,18 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(name):
     assert gradient(losses.sum(), student).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("beta, weight, name", [(1e-6, 1e-6, "forward"), (1 - 1e-6, 1e-6, "reverse")])
-def test_the_limits_of_the_jensen_shannon_divergence_are_the_two_kls(beta, weight, name):
+@pytest.mark.parametrize("beta, name", [(1e-6, "forward"), (1 - 1e-6, "reverse")])
+def test_the_limits_of_the_jensen_shannon_divergence_are_the_two_kls(beta, name):
     student = logits(0, 4, 5).log_softmax(-1)
     teacher = logits(1, 4, 5).log_softmax(-1)
-    found = distill.divergences(student, teacher, "jsd", beta) / weight
+    found = distill.divergences(student, teacher, "jsd", beta) / 1e-6
     expected = distill.divergences(student, teacher, name, beta)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", record_trl.DIVERGENCES)
 def test_the_divergences_are_those_of_trl(name):
-    theirs = __import__("test_trl").TRL["distillation"][name]
+    theirs = TRL["distillation"][name]
     student, teacher = record_trl.student_and_teacher()
     losses = distill.divergences((student / 0.7).log_softmax(-1), (teacher / 0.7).log_softmax(-1),
                                  name.split()[0], record_trl.DIVERGENCES[name])
@@ -251,3 +254,71 @@ def test_a_teacher_with_another_vocabulary_is_refused(pair, shared, refused):
 def test_the_sampled_estimator_needs_the_students_own_tokens_and_the_reverse_kl(flags, refused):
     line = refused(distill.train, settings(estimator="sampled", **flags))
     assert "--divergence reverse and --on-policy 1" in line
+
+
+# ---- one run by hand -----------------------------------------------------------------------------
+
+ROWS = [{"prompt": by_hand.ask(f"What is {a} + {b}?"), "answer": str(a + b),
+         "completion": f"{a} + {b} = {a + b}"} for a, b in [(1, 2), (30, 4), (5, 60), (7, 8)]]
+
+
+def distributions(model, prompt, answer, temperature):
+    """log π [N, V] at each token of an answer."""
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def figures_by_hand(hand, teacher, pairs, args):
+    """The loss of a step, and its figures, of (prompt, answer)s read one at a time."""
+    tokens = sum(len(answer) for _, answer in pairs)
+    figures = dict.fromkeys(("divergence", "agreement", "teacher_entropy", "kl", "length"), 0.0)
+    loss = 0.0
+    for prompt, answer in pairs:
+        student = distributions(hand.model, prompt, answer, args.temperature)
+        theirs = distributions(teacher, prompt, answer, args.temperature).detach()
+        start = distributions(hand.reference, prompt, answer, args.temperature)
+        spoken = range(len(answer)), answer
+        reverse = (student.exp() * (student - theirs)).sum()
+        if args.estimator == "sampled":
+            advantages = (theirs[spoken] - student[spoken]).detach()
+            loss = loss - (advantages * student[spoken]).sum() / tokens
+        else:
+            loss = loss + reverse / tokens
+        figures["divergence"] += reverse.item() / tokens
+        same = student.argmax(-1) == theirs.argmax(-1)
+        figures["agreement"] += same.sum().item() / tokens
+        figures["teacher_entropy"] -= (theirs.exp() * theirs).sum().item() / tokens
+        figures["kl"] += (student[spoken] - start[spoken]).sum().item() / len(pairs)
+        figures["length"] += len(answer) / len(pairs)
+    return loss, figures
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"estimator": "sampled"}, {"on_policy": 0},
+    {"micro_batch_size": 1, "sample_batch_size": 3, "gradient_checkpointing": "on"}], ids=str)
+def test_two_steps_by_hand(flags, tmp_path):
+    """Each token counts the same, whichever answer, micro-batch or chunk it is in."""
+    student = by_hand.save_adapter(tmp_path / "student", seed=1)
+    teacher = by_hand.save_adapter(tmp_path / "teacher", seed=2, std=0.05)
+    run = by_hand.Run(
+        distill, tmp_path, ROWS, ROWS[:2], watch=["join_answers"], model=student, teacher=teacher,
+        replace={"sample": by_hand.fixed_sample}, max_steps=2, temperature=0.8, **flags)
+    hand = by_hand.Training(run)
+    teacher = copy.deepcopy(hand.reference)
+    teacher.set_adapter("teacher")
+    steps = [call.args[:2] for call in run.calls["join_answers"] if call.is_training]
+    for prompts, answers in steps:
+        pairs = list(zip(prompts, answers, strict=True))
+        if flags.get("on_policy") == 0:
+            texts = [by_hand.tokenizer().decode(answer) for answer in answers]
+            assert set(texts) <= {row["completion"] + "<|im_end|>" for row in ROWS}
+        else:
+            assert answers == [by_hand.answer_to(prompt) for prompt in prompts]
+        loss, figures = figures_by_hand(hand, teacher, pairs, run.args)
+        hand.log(figures | hand.update(loss))
+    assert len(steps) == 2
+    hand.check(run)
+    prompts = [by_hand.prompt_ids(row["prompt"]) for row in ROWS[:2]]
+    pairs = [(prompt, by_hand.answer_to(prompt)) for prompt in prompts]
+    _, figures = figures_by_hand(hand, teacher, pairs, run.args)
+    by_hand.close(run.summary["after"], figures, "held out")
