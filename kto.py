@@ -312,15 +312,15 @@ def train(args):
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the rate
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # `update` sets the learning rate.
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
     print(common.settings(model))
 
     # 3. Where the run stands: at its start, or where it was interrupted.
     open_run(args, [examples, held_out])
-    parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
-    state = restore(args, parts)
+    state = restore(args, weights, optimizer, scaler)
     prompts = [x["prompt"][-args.max_length:] for x in held_out if x["label"]][:3]
     if "before" not in state:
         state["before"] = evaluate(model, held_out, args, tokenizer)
@@ -349,7 +349,7 @@ def train(args):
             metrics |= {f"eval_{name}": value for name, value in held.items()}
         log_step(args, state, metrics)
         if step % args.save_every == 0 or step == len(batches):
-            save(args, state, parts)
+            save(args, state, weights, optimizer, scaler)
 
     # 8. The same held-out answers and prompts once more.
     after = evaluate(model, held_out, args, tokenizer)
@@ -363,36 +363,59 @@ def train(args):
             print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
 
 
-# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+# ---- the optimizer step --------------------------------------------------------------------------
 
-def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
-    falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
-    return highest * min(step / (round(0.1 * steps) + 1), falling)
-
-
-def sum_over_processes(tensors):
-    for tensor in tensors if dist.is_initialized() else []:
-        dist.all_reduce(tensor)
+def learning_rate(step, steps, peak):
+    """Linear warm-up to `peak` over 10% of the steps, then cosine decay; never exactly 0."""
+    warm_up = step / (round(0.1 * steps) + 1)
+    decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+    return peak * min(warm_up, decay)
 
 
-def update(optimizer, scaler, rate):
-    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
+def update(optimizer, scaler, lr):
+    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
     weights = optimizer.param_groups[0]["params"]
-    for weight in weights:  # a process without a share of the batch has no gradient
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    # A process without a share of the batch has no gradients, but takes part in the sum.
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
+    # Clipping limits the length of the whole gradient, all weights taken as one vector, to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1
+    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
-    optimizer.param_groups[0]["lr"] = rate
+    optimizer.param_groups[0]["lr"] = lr
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
+    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": lr,
             "loss_scale": scaler.get_scale()}
+
+
+# ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
+
+def sum_over_processes(tensors):
+    """Replaces each tensor by its sum over all processes; with a single process nothing changes."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def add_up(sums, figures):
+    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    for name, values in figures.items():
+        sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
+
+
+def over_processes(sums, names, device):
+    """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
+    totals = {}
+    for name in names:
+        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    sum_over_processes(list(totals.values()))
+    return {name: total.item() for name, total in totals.items()}
 
 
 def open_run(args, examples):
@@ -432,28 +455,50 @@ def write(file, text):
     file.with_suffix(".new").replace(file)
 
 
-def restore(args, parts):
-    """The state of the run, at its start or where it was interrupted; `parts` are put back."""
-    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
-    names = state.keys()
+def restore(args, weights, optimizer, scaler):
+    """The state of a run: a new one, or that of an interrupted run, as `save` left it.
+
+    The weights, {name: parameter}, are those that are trained. Other processes get those of the
+    first, because each has drawn LoRA matrices of its own.
+    """
+    state = {"step": 0, "metrics": [], "samples": []}
+    file = Path(args.output_dir, "resume.pt")
     if file.exists():
         with common.phase(f"reading {file}"):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state.pop(name))
-            finite = all(weight.isfinite().all() for weight in parts["weights"])
-            if not finite or not names <= state.keys():
-                raise ValueError("it lacks a part, or its weights are not finite numbers")
-    for weight in parts["weights"] if dist.is_initialized() else []:
-        dist.broadcast(weight.data, 0)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            missing = {*state, "weights", "optimizer", "scaler"} - saved.keys()
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            load_weights(weights, saved.pop("weights"))
+            optimizer.load_state_dict(saved.pop("optimizer"))
+            scaler.load_state_dict(saved.pop("scaler"))
+            state = saved
+    if dist.is_initialized():
+        for weight in weights.values():
+            dist.broadcast(weight.data, 0)
     return state
 
 
-def save(args, state, parts):
-    """What the same command needs to go on."""
+def load_weights(weights, saved):
+    """Copies saved weights into the parameters of the same names."""
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    saved_shapes = {name: value.shape for name, value in saved.items()}
+    differing = shapes.items() ^ saved_shapes.items()
+    if differing:
+        name = min(differing)[0]
+        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
+    for name, value in saved.items():
+        if not value.isfinite().all():
+            raise ValueError(f"its weight {name} has values that are not finite numbers")
+        weights[name].data.copy_(value)
+
+
+def save(args, state, weights, optimizer, scaler):
+    """Writes a checkpoint, resume.pt: all that the same command needs to resume this run."""
     if common.RANK == 0:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state | states, Path(args.output_dir, "resume.new"))
+        saved = {"weights": {name: weight.data for name, weight in weights.items()},
+                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        torch.save(state | saved, Path(args.output_dir, "resume.new"))
         Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
 
 

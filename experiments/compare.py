@@ -207,15 +207,12 @@ def write_checkpoints(folder, states):
         raise ValueError(f"{folder} ended while nobody watched: delete it to run it again")
     tokenizer = common.load_tokenizer(str(folder))
     model = common.load_model(str(folder))
-    head = []
-    if summary["method"] == "ppo":  # whose states hold its critic, too
-        head = [common.add_role(model, summary["reward"], "critic", trainable=True).weight]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    final = {name: p.clone() for name, p in trained.items() if ".default." in name}
-    weights = torch.nn.ParameterList([*trained.values(), *head])  # in the order of the scripts
+    final = {name: p.clone() for name, p in trained.items()}
     folders = []
     for step, state in states.items():
-        weights.load_state_dict(state["weights"])
+        for name, weight in trained.items():  # PPO's states also hold its critic
+            weight.data.copy_(state["weights"][name])
         # a copy without LoRA layers answers the same, in half the time
         merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default"])
         folders.append(str(folder / "steps" / str(step)))

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from conftest import metrics_of, run_args
 from safetensors.torch import load_file
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 import common
 
@@ -106,16 +106,28 @@ def save_adapter(folder, **moved):
 
 # ---- the run -------------------------------------------------------------------------------------
 
+def exact_norm(self, x):
+    """transformers' own computes in fp32, whatever the dtype of x."""
+    normed = F.rms_norm(x.double(), self.weight.shape, eps=self.variance_epsilon)
+    return (self.weight * normed).to(x.dtype)
+
+
+def exact_rotary(self, x, position_ids):
+    """As above."""
+    angles = position_ids[..., None].double() * self.inv_freq.double()  # [B, L, D/2]
+    angles = torch.cat([angles, angles], dim=-1)
+    return tuple(part.to(x.dtype) for part in (angles.cos(), angles.sin()))
+
+
+Qwen2RMSNorm.forward, Qwen2RotaryEmbedding.forward = exact_norm, exact_rotary
+
+
 @contextlib.contextmanager
 def doubles():
     """The scripts compute in float64."""
-    def norm(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         patch.setattr(common, "choose_dtype", lambda device: torch.float64)
-        patch.setattr(Qwen2RMSNorm, "forward", norm)  # transformers' own is in fp32
         torch.set_default_dtype(torch.float64)
         try:
             yield

@@ -268,7 +268,7 @@ def test_the_ratio_is_1_in_the_first_update_and_not_after(updates, run, reward_f
 
 def test_with_a_learning_rate_of_0_nothing_moves(run, reward_file, monkeypatch):
     """Neither weights nor figures; the same prompts and random numbers give the same answers."""
-    monkeypatch.setattr(grpo, "learning_rate", lambda step, steps, highest: 0.0)
+    monkeypatch.setattr(grpo, "learning_rate", lambda step, steps, peak: 0.0)
     folder = run(reward=f"{reward_file}:varied", updates=2)
     saved = load_file(folder / "adapter_model.safetensors")
     assert not any(weight.any() for name, weight in saved.items() if "lora_B" in name)
@@ -487,7 +487,7 @@ def test_a_second_reward_model_is_refused(run, refused, monkeypatch):
 def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(run, reward_file, capsys,
                                                                 monkeypatch):
     monkeypatch.setattr(grpo, "sample", fixed_answers)
-    monkeypatch.setattr(grpo, "learning_rate", lambda step, steps, highest: math.inf)
+    monkeypatch.setattr(grpo, "learning_rate", lambda step, steps, peak: math.inf)
     with pytest.raises(SystemExit) as exit_info:
         run(reward=f"{reward_file}:varied")
     line = capsys.readouterr().err.splitlines()[-1]

@@ -390,7 +390,7 @@ def assert_same_run(finished, folder, summary):
 def test_evaluation_changes_nothing(finished, data, tmp_path, monkeypatch):
     """A run that never looked at its held-out prompts before it trained is the same run."""
     state = {"step": 0, "metrics": [], "samples": [], "before": finished.summary["before"]}
-    monkeypatch.setattr(ppo, "restore", lambda args, parts: state)
+    monkeypatch.setattr(ppo, "restore", lambda *args: state)
     _, summary = run(tmp_path / "run", **data | SHORT)
     assert_same_run(finished, tmp_path / "run", summary)
 
@@ -398,7 +398,7 @@ def test_evaluation_changes_nothing(finished, data, tmp_path, monkeypatch):
 def test_learning_rate_0_moves_nothing(data, tmp_path, monkeypatch):
     """All that moves a weight is scaled by the rate."""
     seen = watch(monkeypatch)
-    monkeypatch.setattr(ppo, "learning_rate", lambda step, steps, highest: 0.0)
+    monkeypatch.setattr(ppo, "learning_rate", lambda step, steps, peak: 0.0)
     _, summary = run(tmp_path / "run", **data | SHORT | {"max_steps": 1})
     assert summary["before"] == summary["after"] and not any(x.moved for x in seen.steps)
     assert all(x.logged["grad_norm"] > 0 for x in seen.steps) and len(seen.steps) == 2

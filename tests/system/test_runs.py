@@ -278,14 +278,18 @@ def test_a_saved_state_that_cannot_be_read_is_named_and_kept(name, data, started
     folder = started(name)
     file = folder / "resume.pt"
     state = torch.load(file, weights_only=True)
-    state["weights"] = {"0": torch.zeros(3)}
+    weight_name, weight = state["weights"].popitem()
+    torch.save(state, folder / "missing.pt")
+    state["weights"][weight_name] = weight[:1]
     torch.save(state, folder / "other.pt")
-    broken = [file.read_bytes()[:2000], b"", b"not torch", (folder / "other.pt").read_bytes()]
-    for content in broken:
+    broken = [file.read_bytes()[:2000], b"", b"not torch"]
+    others = [(folder / other).read_bytes() for other in ("missing.pt", "other.pt")]
+    for content in [*broken, *others]:
         file.write_bytes(content)
         args = small_args(name, data, folder, max_steps=2, save_every=1)
-        assert f"reading {file}" in refused(command, name, args)
-        assert file.read_bytes() == content
+        line = refused(command, name, args)
+        assert f"reading {file}" in line and file.read_bytes() == content
+        assert content in broken or f"another model: {weight_name}" in line
 
 
 # ---- what is left --------------------------------------------------------------------------------
