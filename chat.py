@@ -1,24 +1,26 @@
-"""A talk with checkpoints, side by side: each gets the same prompts and keeps its own history.
+"""Chat with one or more checkpoints side by side: all get your prompts, each keeps its own history.
 
     python chat.py                               # tiny/chat
-    python chat.py runs/sft runs/dpo             # one answer after the other
+    python chat.py runs/sft runs/dpo             # both answer each prompt
     python chat.py runs/dpo --base --tokens      # what DPO has changed, token by token
 
-A checkpoint is a saved run, a local folder or a Hub name. A line is a prompt, or a command:
+Figures say how much a model has changed, but not how: read its answers. A checkpoint is a saved
+run, a local folder or a Hub name. What you type is a prompt, or one of these commands:
 
-    /reset          a new conversation, below the same system message
-    /system TEXT    a new conversation below the system message TEXT, or below none
+    /reset          new conversation with the same system message
+    /system TEXT    new conversation with the system message TEXT; without TEXT, with none
     /quit           the end, as is Ctrl-D; Ctrl-C only stops an answer
 
-A model without a chat template goes on with the text: all lines and its answers so far.
+A model without a chat template continues the text: all prompts and its answers so far.
 
---tokens colours every sampled token y_t by its log-ratio to the first checkpoint, in nats:
+--tokens colors every sampled token y_t by its log-ratio to the first checkpoint, in nats:
 
     log π(y_t | x, y_<t) − log π_first(y_t | x, y_<t)
 
-Both read the same x, the history of π, at the same temperature. Blue is what tuning made likelier,
-orange what it made rarer; tokens that only together spell a character share the colour of their
-sum. At the end of an answer stands the sum over it: its mean over samples is KL(π ‖ π_first).
+Both models read the same x, the history of π, at the same temperature. Blue tokens became likelier,
+orange ones less likely: +0.7 means twice as likely, since log 2 = 0.69. Tokens that spell a
+character only together share the color of their sum. After an answer its sum is printed, an
+estimate from one sample of KL(π ‖ π_first); its mean over many answers is what evaluate.py reports.
 """
 import argparse
 import contextlib
@@ -31,45 +33,62 @@ import torch
 
 import common
 
-with contextlib.suppress(ImportError):  # Windows has none
+with contextlib.suppress(ImportError):  # Windows has no readline
     import readline  # noqa: F401  gives input() the arrow keys
 
-COMMANDS = "/reset, /system TEXT, /quit; Ctrl-C stops an answer, Ctrl-D is /quit"
-LEVELS = (0.1, 0.5, 2.0)  # nats from which on a colour is pale, middling, strong
-BLUE, ORANGE = (153, 111, 69), (223, 215, 208)  # of a terminal's 256, and not red and green
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("checkpoints", nargs="*", default=["tiny/chat"], help="without any: tiny/chat")
-add("--base", action="store_true", help="begin with the first checkpoint without its adapter")
-add("--tokens", action="store_true", help="colour tokens by their log-ratio to the first one")
-add("--temperature", type=common.positive, default=1.0, help="of sampling; 1e-6 is greedy")
-add("--max-new-tokens", type=common.count, default=512, help="longest answer")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--load-in-4bit", **common.ON_GPU, help="quantise the base")
-add("--seed", type=common.natural, default=0, help="of the samples")
+COMMANDS = ("commands: /reset, /system TEXT, /quit; Ctrl-C stops an answer, "
+            "Ctrl-D is the same as /quit")
+TINY_HINT = ("The tiny models only know sums of numbers up to 99: try  What is 12 + 7?  "
+             "or  Take 8 from 30.")
+LEVELS = (0.1, 0.5, 2.0)  # log-ratios, in nats, from which on a color is pale, medium, strong
+# Colors of a terminal's 256; not red and green, which many people cannot tell apart.
+BLUE = (153, 111, 69)
+ORANGE = (223, 215, 208)
+
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("checkpoints", nargs="*", default=["tiny/chat"], help="saved runs, folders or Hub names")
+    add("--base", action="store_true",
+        help="put the first checkpoint without its adapter in front of the others")
+    add("--tokens", action="store_true",
+        help="color tokens by their log-ratio to the first checkpoint")
+    add("--temperature", type=common.positive, default=1.0,
+        help="sampling temperature; 1e-6 is greedy")
+    add("--max-new-tokens", type=common.count, default=512, help="longest answer, in tokens")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
+    add("--load-in-4bit", **common.ON_GPU, help="quantize the models to 4 bits (NF4)")
+    add("--seed", type=common.natural, default=0, help="seed of the samples")
+    return parser
 
 
 def load_checkpoints(args):
-    """A dict each, with a model of its own: two runs on one base take its memory twice."""
+    """One dict per checkpoint, with a model of its own: two runs on one base need it twice."""
     runs = args.checkpoints
     checkpoints = [{"name": run, "run": run, "weights": run} for run in runs]
-    if args.base:  # with the tokenizer of the run, so that both read the same
+    if args.base:
         with common.phase(f"--base of {runs[0]}"):
             base = common.base_of(runs[0])
+        # with the tokenizer of the run, so that both read the same tokens
         checkpoints.insert(0, {"name": f"base of {runs[0]}", "run": runs[0], "weights": base})
     if args.tokens and len(checkpoints) == 1:
         common.fail("--tokens compares with the first checkpoint: name a second one, or add --base")
-    for checkpoint in checkpoints:  # what is wrong shows before the first model is loaded
-        tokenizer = checkpoint["tokenizer"] = common.load_tokenizer(
+    # Load all tokenizers first, so that errors show before a model is loaded.
+    for checkpoint in checkpoints:
+        tokenizer = common.load_tokenizer(
             checkpoint["run"], args.chat_template, args.template_arguments)
+        checkpoint["tokenizer"] = tokenizer
         if args.tokens and tokenizer.get_vocab() != checkpoints[0]["tokenizer"].get_vocab():
             common.fail(f"--tokens: {checkpoint['name']} has other tokens than {runs[0]}")
     if args.base and not common.adapter_config(runs[0]):
         common.fail(f"--base: {runs[0]} has no adapter to leave out")
     for checkpoint in checkpoints:
-        model = checkpoint["model"] = common.load_model(
+        model = common.load_model(
             checkpoint["weights"], args.load_in_4bit, 0, "off", trainable=False)
+        checkpoint["model"] = model
         checkpoint["stops"] = common.stop_token_ids(
             checkpoint["tokenizer"], model.generation_config)
         checkpoint["history"] = []
@@ -83,32 +102,41 @@ def encode_history(tokenizer, history):
     if tokenizer.chat_template:
         return common.encode_prompt(tokenizer, history)
     text = ""
-    for message in history:  # what the user says begins a line
-        text += "\n" + message["content"] if message["role"] == "user" else message["content"]
+    for message in history:
+        if message["role"] == "user":
+            text += "\n"  # a prompt begins a new line
+        text += message["content"]
     return common.encode_prompt(tokenizer, text.removeprefix("\n"))
 
 
-@torch.no_grad()
-def answer(model, compared, ids, length, stops, temperature, seed):
-    """Appends up to `length` sampled tokens to `ids`, and yields after each its log-ratio.
+def read_logps(model, unread, mask, cache, temperature):
+    """Log-probs [V] of the next token, and the KV cache; `unread` are the tokens not in it yet."""
+    with common.autocast(model):
+        logits, cache = common.read(common.causal_lm(model), unread, mask, cache)  # [1, V]
+    return (logits[0].float() / temperature).log_softmax(-1), cache
 
-    From exactly softmax(logits / temperature): no top-k, no top-p, no penalties. The log-ratio is
-    to the model `compared`, or 0 without one.
+
+@torch.no_grad()
+def sample_tokens(model, first, ids, length, stops, temperature, seed):
+    """Appends up to `length` sampled tokens to `ids` and yields, after each, its log-ratio.
+
+    Samples come from exactly softmax(logits / temperature): no top-k, no top-p, no penalties. The
+    log-ratio is to the model `first`, or 0 if that is None.
     """
-    models = [model, compared] if compared else [model]
-    caches = [None for _ in models]
     generator = torch.Generator(model.device).manual_seed(seed)
-    unread = torch.tensor([ids], device=model.device)  # [1, T], later [1, 1]
+    unread = torch.tensor([ids], device=model.device)  # [1, T], then [1, 1]
+    cache = None
+    first_cache = None
     for _ in range(length):
-        logps = []
         mask = torch.ones(1, len(ids), dtype=torch.long, device=model.device)
-        for i, m in enumerate(models):
-            with common.autocast(m):
-                logits, caches[i] = common.read(common.causal_lm(m), unread, mask, caches[i])
-            logps.append((logits[0].float() / temperature).log_softmax(-1))  # [V]
-        token = torch.multinomial(logps[0].exp(), 1, generator=generator)  # [1]
+        logps, cache = read_logps(model, unread, mask, cache, temperature)  # [V]
+        token = torch.multinomial(logps.exp(), 1, generator=generator)  # [1]
+        log_ratio = 0.0
+        if first:
+            first_logps, first_cache = read_logps(first, unread, mask, first_cache, temperature)
+            log_ratio = (logps[token] - first_logps[token]).item()
         ids.append(token.item())
-        yield (logps[0][token] - logps[-1][token]).item()
+        yield log_ratio
         if ids[-1] in stops:
             return
         unread = token[None]
@@ -116,11 +144,11 @@ def answer(model, compared, ids, length, stops, temperature, seed):
 
 # ---- from tokens to the screen -------------------------------------------------------------------
 
-def said(tokenizer, ids, start, skip_special_tokens=False):
-    """What the tokens from `start` on say.
+def text_from(tokenizer, ids, start, skip_special_tokens=False):
+    """The text of the tokens from `start` on.
 
-    Some tokenizers drop the space that a text begins with. An answer of a chat has none; to find
-    that of a continued text, all of the text is decoded.
+    Some tokenizers drop the space that a text begins with. The answer in a chat has none; where a
+    model continues a text, that text is decoded too, so that the space remains.
     """
     options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     begin = start if tokenizer.chat_template else 0
@@ -128,98 +156,132 @@ def said(tokenizer, ids, start, skip_special_tokens=False):
     return tokenizer.decode(ids[begin:], **options)[len(before):]
 
 
-def spell(tokenizer, ids, ratios, hidden):
-    """Yields what is new in the text of `ids`, and its log-ratio, as `ratios` makes them longer.
+def stream_text(tokenizer, ids, log_ratios, hidden):
+    """Yields the new text and its log-ratio for each token; `ids` grows as `log_ratios` is read.
 
-    Part of a character decodes to �: then both wait for the rest. A last token in `hidden` is mute.
+    Part of a character decodes to �; then text and log-ratio wait for the rest of it. A token in
+    `hidden` has no text: stop tokens are not shown.
     """
-    start, done, text, waiting = len(ids), 0, "", 0.0
-    for ratio in ratios:
-        waiting += ratio
+    start = len(ids)
+    text = ""
+    shown = 0  # characters of it that were yielded
+    waiting = 0.0  # the log-ratio of the tokens since then
+    for log_ratio in log_ratios:
+        waiting += log_ratio
         if ids[-1] not in hidden:
-            text = said(tokenizer, ids, start)
+            text = text_from(tokenizer, ids, start)
         if not text.endswith("\ufffd"):
-            yield text[done:], waiting
-            done, waiting = len(text), 0.0
-    yield text[done:], waiting  # what never became a character
+            yield text[shown:], waiting
+            shown = len(text)
+            waiting = 0.0
+    yield text[shown:], waiting  # bytes that never became a character
 
 
 def printable(text):
-    """common.visible, but tabs, spaces of all scripts and joiners of letters and emoji stay."""
-    return "".join(c if c in "\t\u200c\u200d" or unicodedata.category(c) == "Zs"
-                   else common.visible(c) for c in text)
+    """common.visible, except that tabs, the spaces of all scripts and joiners remain."""
+    shown = ""
+    for character in text:
+        remains = character in "\t\u200c\u200d" or unicodedata.category(character) == "Zs"
+        shown += character if remains else common.visible(character)
+    return shown
 
 
-def paint(text, ratio, colours):
-    """A token in the colour of its log-ratio, or followed by it where there are no colours."""
-    strength = sum(abs(ratio) >= step for step in LEVELS)
+def paint(text, log_ratio, colors):
+    """A token in the color of its log-ratio, or without colors with the number behind it."""
+    strength = sum(abs(log_ratio) >= level for level in LEVELS)
     if not strength or not text:
         return text
-    if not colours:
-        return f"{text}[{ratio:+.1f}]"
-    on = f"\033[30;48;5;{(BLUE if ratio > 0 else ORANGE)[strength - 1]}m"
-    return on + text.replace("\n", f"↵\033[0m\n{on}") + "\033[0m"  # or it would fill the next line
+    if not colors:
+        return f"{text}[{log_ratio:+.1f}]"
+    shades = BLUE if log_ratio > 0 else ORANGE
+    on = f"\033[30;48;5;{shades[strength - 1]}m"
+    off = "\033[0m"
+    # The color stops at the end of a line, or it would fill the whole next one.
+    return on + text.replace("\n", f"↵{off}\n{on}") + off
 
 
-def legend(name, colours):
+def legend(name, colors):
     """The scale of the log-ratios, in one line."""
-    if not colours:
+    if not colors:
         return f"[+0.0] after a token: its log-ratio to {name} in nats, if beyond ±{LEVELS[0]}"
-    steps = [-step for step in reversed(LEVELS)] + [0.0, *LEVELS]
-    return f"log-ratio to {name} in nats: {' '.join(paint(f' {x:+g} ', x, True) for x in steps)}"
+    steps = [-level for level in reversed(LEVELS)] + [0.0, *LEVELS]
+    scale = " ".join(paint(f" {step:+g} ", step, True) for step in steps)
+    return f"log-ratio to {name} in nats: {scale}"
 
 
-def speak(checkpoint, prompt, first, args, seed, colours):
-    """Prints the answer to a prompt while it is sampled; if it has a token, both join the history.
+def respond(checkpoint, prompt, first, args, seed, colors):
+    """Samples the answer to a prompt, prints it meanwhile, and adds both to the history.
 
-    The whole history is read anew for each answer: a cache does not outlive one.
+    The history is read anew for each answer, because a KV cache is kept for one answer only.
     """
-    tokenizer, stops = checkpoint["tokenizer"], checkpoint["stops"]
+    tokenizer = checkpoint["tokenizer"]
+    stops = checkpoint["stops"]
     asked = checkpoint["history"] + [{"role": "user", "content": prompt}]
-    full = f"the context of {tokenizer.model_max_length} tokens is full: /reset begins a new talk"
+    full = (f"the context of {tokenizer.model_max_length} tokens is full: "
+            "/reset begins a new conversation")
     try:
         ids = encode_history(tokenizer, asked)
-        start, room = len(ids), tokenizer.model_max_length - len(ids)
+        start = len(ids)
+        room = tokenizer.model_max_length - start
         if room < 1:
             raise ValueError(full)
-    except Exception as error:  # templates raise types of their own
+    except Exception as error:  # templates raise exceptions of their own types
         print(f"[not asked: {printable(str(error))}]")
         return
     compared = first["model"] if args.tokens and first is not checkpoint else None
-    ratios = answer(checkpoint["model"], compared, ids, min(args.max_new_tokens, room), stops,
-                    args.temperature, seed)
-    total, note = 0.0, ""
+    log_ratios = sample_tokens(checkpoint["model"], compared, ids, min(args.max_new_tokens, room),
+                               stops, args.temperature, seed)
+    hidden = () if args.tokens else stops
+    total = 0.0
+    note = ""
     try:
-        for text, ratio in spell(tokenizer, ids, ratios, () if args.tokens else stops):
-            print(paint(printable(text), ratio, colours), end="", flush=True)
-            total += ratio
+        for text, log_ratio in stream_text(tokenizer, ids, log_ratios, hidden):
+            print(paint(printable(text), log_ratio, colors), end="", flush=True)
+            total += log_ratio
         if ids[-1] not in stops:
             note = full if len(ids) == start + room else "cut off by --max-new-tokens"
     except KeyboardInterrupt:
         note = "stopped"
     if len(ids) > start:
-        end = len(ids) - (ids[-1] in stops)
-        text = said(tokenizer, ids[:end], start, skip_special_tokens=True)
+        end = len(ids) - 1 if ids[-1] in stops else len(ids)
+        text = text_from(tokenizer, ids[:end], start, skip_special_tokens=True)
         checkpoint["history"] = asked + [{"role": "assistant", "content": text}]
-    notes = [f"{total:+.2f} nats" if compared else "", note]
-    print("".join(f"  [{text}]" for text in notes if text))
+    if compared:
+        print(f"  [{total:+.2f} nats]", end="")
+    print(f"  [{note}]" if note else "")
 
 
-# ---- the talk ------------------------------------------------------------------------------------
+# ---- the conversation ----------------------------------------------------------------------------
+
+def read_line():
+    """The next line of input; where no terminal shows it as it is typed, it is printed."""
+    line = input("> ")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print(printable(line))
+    return line
+
+
+def ask_all(checkpoints, prompt, args, seed, colors):
+    """All answers to a prompt. The random numbers are the same: what differs is the training."""
+    width = max(len(printable(checkpoint["name"])) for checkpoint in checkpoints)
+    for checkpoint in checkpoints:
+        name = f"{printable(checkpoint['name']):<{width}}"
+        print(f"\033[1m{name}\033[0m" if colors else name, end="  ", flush=True)
+        respond(checkpoint, prompt, checkpoints[0], args, seed, colors)
+
 
 def main(args):
     checkpoints = load_checkpoints(args)
-    width = max(len(printable(checkpoint["name"])) for checkpoint in checkpoints)
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if any(common.is_tiny(name) for name in args.checkpoints):
+        print(TINY_HINT)
     print(COMMANDS)
     if args.tokens:
-        print(legend(printable(checkpoints[0]["name"]), colours))
+        print(legend(printable(checkpoints[0]["name"]), colors))
     system = []
     for turn in itertools.count():
         try:
-            line = input("> ")
-            if not (sys.stdin.isatty() and sys.stdout.isatty()):  # a terminal shows it
-                print(printable(line))
+            line = read_line()
             command, _, text = line.partition(" ")
             if command == "/quit":
                 return
@@ -231,11 +293,7 @@ def main(args):
             elif line.startswith("/"):
                 print(COMMANDS)
             elif line.strip():
-                for checkpoint in checkpoints:
-                    name = f"{printable(checkpoint['name']):<{width}}"
-                    print(f"\033[1m{name}\033[0m" if colours else name, end="  ", flush=True)
-                    # the same random numbers for all: what differs is the tuning
-                    speak(checkpoint, line, checkpoints[0], args, args.seed + turn, colours)
+                ask_all(checkpoints, line, args, args.seed + turn, colors)
         except KeyboardInterrupt:
             print(f"\n{COMMANDS}")
         except EOFError:
@@ -246,5 +304,6 @@ def main(args):
 if __name__ == "__main__":
     with common.running("the number of checkpoints, then --max-new-tokens", resumes=""):
         sys.stdin.reconfigure(errors="replace")
-        flags.error = common.fail
-        main(flags.parse_args())
+        parser = make_flags()
+        parser.error = common.fail
+        main(parser.parse_args())

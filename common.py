@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import inspect
@@ -558,6 +559,7 @@ def reward_config(name: str, policy: str) -> peft.PeftConfig:
     return config
 
 
+@functools.cache
 def load_function(name: str):
     """A user's FILE.py:function, which may import what lies beside its file."""
     file, _, function = name.rpartition(":")
@@ -631,9 +633,9 @@ def write_card(folder, summary: dict):
     """
     base = base_of(summary["model"])
     card = Path(base, "README.md")
-    if not card.exists():
-        card = huggingface_hub.try_to_load_from_cache(base, "README.md")
-    license_of_base = huggingface_hub.ModelCard.load(card).data.license if card else None
+    if not Path(base).exists():
+        card = Path(str(huggingface_hub.try_to_load_from_cache(base, "README.md")))
+    license_of_base = huggingface_hub.ModelCard.load(card).data.license if card.exists() else None
     data = huggingface_hub.ModelCardData(
         base_model=base, library_name="peft", license=license_of_base, tags=[summary["method"]])
     versions = [f"{x.__name__} {x.__version__}" for x in (torch, transformers, peft)]
@@ -647,6 +649,33 @@ def write_card(folder, summary: dict):
     for name, value in summary["after"].items():
         lines.append(f"| {name} | {summary['before'][name]:.4g} | {value:.4g} |")
     Path(folder, "README.md").write_text(visible("\n".join(lines)) + "\n", encoding="utf-8")
+
+
+def copy_weights(saved: dict, weights: dict):
+    """Copies saved weights, {name: tensor}, into the parameters of the same names."""
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    differing = shapes.items() ^ {name: value.shape for name, value in saved.items()}.items()
+    if differing:
+        name = min(differing)[0]
+        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
+    for name, value in saved.items():
+        if not value.isfinite().all():
+            raise ValueError(f"its weight {name} holds numbers that are not finite")
+        weights[name].data.copy_(value)
+
+
+def peak_memory() -> float | None:
+    """The most memory that the process has held, in GiB: GPU memory, or main memory without a GPU.
+
+    None on Windows without a GPU.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return None
+    import resource  # Windows has no such module
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ---- tokens --------------------------------------------------------------------------------------

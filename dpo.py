@@ -1,36 +1,68 @@
 """DPO: Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-The data are pairs: a prompt x, a better answer y_w, a worse one y_l. RLHF, reinforcement learning
-from human feedback, fits a reward model r to them, then looks for the policy π, a language model,
-that earns most with its answers y and stays near π_ref, the model that it was at the start:
+The data are pairs: a prompt x, a better answer y_w and a worse answer y_l. DPO trains the policy π,
+a language model, to prefer the better answers while it stays close to π_ref, the model that it
+started from. It needs no reward model and no sampling.
+
+RLHF, reinforcement learning from human feedback, fits a reward model r to the pairs. Then it looks
+for the policy whose answers earn the most reward without leaving π_ref:
 
     max_π  E r(x, y) − β KL(π ‖ π_ref)                                                      (eq. 3)
 
-DPO needs no reward model and no sampling. The best policy has a closed form, and solved for r it
-says for which reward a given policy is the best:
+The best policy has a closed form. Solved for r, it says for which reward a given policy is best:
 
     π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                    (eq. 4)
-    r(x, y) = β log[π(y|x) / π_ref(y|x)] + a term in x alone                               (eq. 5)
+    r(x, y) = β log[π(y|x) / π_ref(y|x)] + a term in x alone                                (eq. 5)
 
-Bradley and Terry (1952) model a preference as P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). Put
-eq. 5 in: the term in x cancels, and minus the log of P is a loss for the policy itself:
+So every policy contains a reward model, its implicit reward: how much likelier an answer has become
+than it was at the start. Bradley and Terry (1952) model a preference as
+P(y_w beats y_l) = σ(r(x, y_w) − r(x, y_l)). Insert eq. 5: the term in x cancels, and −log P is a
+loss for the policy itself:
 
     loss = −log σ( β log[π(y_w|x) / π_ref(y_w|x)] − β log[π(y_l|x) / π_ref(y_l|x)] )        (eq. 7)
 
-where log π(y|x) sums the log-probs of the tokens of y. --loss names a relative: ipo (a target for
-the margin, not a push without end), hinge (no push once it is 1), simpo (mean log-probs and no
-reference), orpo and cpo (no reference, and SFT on the chosen answer).
+where log π(y|x) is the sum of the log-probs of the tokens of y. Compared with reward_model.py, the
+loss stays and the scalar head goes: β log(π / π_ref) takes its place.
+
+A worked example. With β = 0.1, let the summed log-probs of the two answers be
+
+                  log π    log π_ref    implicit reward
+    y_w (chosen)   −12        −13       0.1 · (−12 + 13) =  0.1
+    y_l (rejected) −20        −18       0.1 · (−20 + 18) = −0.2
+
+The margin is 0.1 + 0.2 = 0.3 and the loss −log σ(0.3) = 0.554. Its gradient is −β σ(−0.3) = −0.0426
+on log π(y_w|x) and +0.0426 on log π(y_l|x): a step raises the first and lowers the second, less and
+less as the margin grows.
+
+--loss selects a variant, which differs in a line or two of `preference_loss`:
+
+    ipo     pulls the margin to a target instead of pushing it up forever
+    hinge   has no gradient once the margin exceeds 1
+    simpo   compares mean log-probs, without a reference
+    orpo    compares odds without a reference, and adds SFT on the chosen answer
+    cpo     compares log-probs without a reference, and adds SFT on the chosen answer
 
     python dpo.py                                         # the embedded tiny model, on a laptop
-    python dpo.py --model Qwen/Qwen2.5-0.5B               # 4-bit LoRA on a 16 GB T4
+    python dpo.py --model Qwen/Qwen2.5-0.5B               # 4-bit LoRA, sized for a 16 GB T4
     python dpo.py --model runs/sft --dataset pairs.jsonl  # an SFT adapter: it is also the reference
 
-What to watch: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5, the margin
-grows. Often the log-prob of the chosen answer falls, too: the loss asks only for the difference.
+What to watch: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5 and the
+margin grows. `chosen_logp` often falls as well, because the loss asks only for the difference.
 
-Shapes: P pairs are B = 2P rows of T tokens, chosen first; N answer tokens, width D, vocabulary V.
+Change one thing: with `--beta 0.1` the tiny model still orders 0.98 of the held-out pairs
+correctly, but its samples turn into garbage: 0.15 of them are correct instead of 0.94, and
+`chosen_logp` falls from −0.5 to −5.8. So weak a KL penalty lets π make both answers of a pair
+unlikely, as long as the gap between them grows.
+
+The default learning rate, 2e-5, is four times the 5e-6 that TRL suggests for DPO with LoRA. If the
+chosen log-prob collapses on your data, try theirs first.
+
+Shapes: P pairs are B = 2P rows of T tokens, all chosen answers first. L ≤ T columns hold tokens
+(the rest are padding in every row), N positions predict a token of an answer, and C of these are
+read at a time. D is the width of the model and V the size of its vocabulary.
 """
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -49,61 +81,81 @@ from tqdm import tqdm
 
 import common
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
-add("--dataset", default="trl-lib/ultrafeedback_binarized", help="Hub name[:config], or a file")
-add("--split", default="train", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--eval-dataset", help="held-out pairs (without it, some are kept out of --dataset)")
-add("--eval-size", type=common.count, default=100, help="held-out pairs")
-add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo")
-add("--beta", type=common.positive, default=0.1, help="price of leaving the reference; without "
-    "one, factor of log π (simpo: 2; cpo: 0.1 is nearly SFT on chosen answers) or λ (orpo)")
-add("--gamma", type=common.weight, default=1.0, help="simpo: the margin that rewards must exceed")
-add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0,
-    help="dpo: share of mislabelled pairs")
-add("--max-length", type=common.number(int, 4), default=1024, help="of prompt + answer, in tokens")
-add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
-add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
-add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
-add("--epochs", type=common.count, default=1, help="passes over the pairs")
-add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", **common.LORA_RANK, type=common.count)
-add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
-add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
-add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
-add("--save-every", type=common.count, default=50, help="steps between savings")
-add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and samples")
-add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
-add("--output-dir", default="runs/dpo", help="the same command again goes on where it stopped")
-BY_LOSS = {"simpo": dict(beta=2.0)}  # other defaults, as in its paper
-# tiny answers differ in a digit or two: at β 0.1 the end token would become rare after wrong ones
+BY_LOSS = {"simpo": dict(beta=2.0)}  # another default, as in its paper
+# Tiny answers differ in a digit or two. At β = 0.1 the cheapest way to make a wrong answer less
+# likely is to stop ending it (see docs/tiny_world.md).
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3, epochs=2,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=32)
+REFERENCE_FREE = ("simpo", "orpo", "cpo")  # losses that never read π_ref
+
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+    add("--dataset", default="trl-lib/ultrafeedback_binarized", help="pairs: Hub name or a file")
+    add("--split", default="train", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="column names, such as prompt=query chosen=good")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--eval-dataset", help="held-out pairs; if not given, some pairs of --dataset are held out")
+    add("--eval-size", type=common.count, default=100, help="number of held-out pairs")
+    add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo",
+        help="loss function: DPO or one of its variants")
+    add("--beta", type=common.positive, default=0.1,
+        help="KL penalty strength; simpo, cpo: scale of log π (at 0.1, cpo is nearly SFT);\n"
+        "orpo: weight of the odds-ratio term")
+    add("--gamma", type=common.weight, default=1.0, help="margin that simpo's rewards must exceed")
+    add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0,
+        help="expected share of pairs with the wrong label, dpo only")
+    add("--max-length", type=common.number(int, 4), default=1024,
+        help="longest prompt + answer, in tokens; longer examples are truncated")
+    add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
+    add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
+    add("--learning-rate", type=common.positive, default=2e-5,
+        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--epochs", type=common.count, default=1, help="passes over the pairs")
+    add("--max-steps", type=common.count, default=500, help="upper limit on optimizer steps")
+    add("--lora-rank", **common.LORA_RANK, type=common.count)
+    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
+    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
+    add("--save-every", type=common.count, default=50, help="steps between checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
+    add("--track", choices=["wandb", "trackio"], help="service that also receives the metrics")
+    add("--output-dir", default="runs/dpo",
+        help="output folder; the same command resumes an interrupted run")
+    return parser
 
 
 # ---- data: pairs of token ids, and a mask on what is trained -------------------------------------
 
 def encode_pair(row, tokenizer, max_length):
-    """{"chosen": example, "rejected": example, "prompt": ids}; the loss mask is 1 on the answer."""
-    sides = common.encode_preference(tokenizer, row)  # pieces: head, rest of the prompt, answer
-    head = len(sides[0][0][0])
+    """A row as {"chosen": example, "rejected": example, "prompt": ids, ...}.
+
+    The loss mask of an example is 1 on its answer and 0 on the prompt.
+    """
+    # Each side is a list of pieces: the head of the prompt, the rest of the prompt, the answer.
+    sides = common.encode_preference(tokenizer, row)
+    head_ids, _ = sides[0][0]
     chosen, rejected = [with_mask(pieces) for pieces in sides]
-    # where the first answer begins: a token that spans the border is part of one of them only
+    # A token that spans the border between prompt and answer can differ between the two sides.
+    # The prompt that both share ends where the first answer begins.
     start = min(chosen["loss_mask"].index(1), rejected["loss_mask"].index(1))
+    # Both sides lose the same tokens, so that they still answer the same prompt.
     longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
-    pair = shorten({"prompt": chosen["input_ids"][:start]}, longest, head, start, max_length)
-    for side, example in ("chosen", chosen), ("rejected", rejected):
-        pair[side] = shorten(example, longest, head, start, max_length)
-    return pair | {"length": min(longest, max_length), "truncated": longest > max_length}
+    cut = functools.partial(
+        shorten, length=longest, head=len(head_ids), start=start, max_length=max_length)
+    prompt = cut({"prompt": chosen["input_ids"][:start]})["prompt"]
+    return {"prompt": prompt, "chosen": cut(chosen), "rejected": cut(rejected),
+            "length": min(longest, max_length), "truncated": longest > max_length}
 
 
 def with_mask(pieces):
-    """Pieces (ids, is_answer) as one example, whose mask says what is learned: the answers."""
-    input_ids, loss_mask = [], []
+    """Joins pieces (ids, is_answer) to one example. Its loss mask is 1 on the answers."""
+    input_ids = []
+    loss_mask = []
     for ids, is_answer in pieces:
         input_ids += ids
         loss_mask += [int(is_answer)] * len(ids)
@@ -111,10 +163,12 @@ def with_mask(pieces):
 
 
 def shorten(example, length, head, start, max_length):
-    """Too long: the prompt loses its middle, down to half of max_length, the answer its end.
+    """Truncates an example: first the middle of its prompt, then the end of its answer.
 
-    The prompt ends at `start`. Its head (BOS, system message) stays, and its end, a quarter of
-    max_length or more. `length` is that of the example, or of the longer one of a pair.
+    The prompt ends at `start`. Its first `head` tokens, BOS and the system message, stay, and so
+    does its end: at least max_length / 4 tokens of it, and max_length / 2 tokens in all. `length`
+    is the length of the example. In a pair it is the length of the longer example, so that both
+    keep the same prompt.
     """
     room = max(max_length // 2, head + max_length // 4)
     cut = max(0, min(length - max_length, start - room))
@@ -125,7 +179,7 @@ def shorten(example, length, head, start, max_length):
 
 
 def collate(examples, pad_id, device):
-    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
+    """B examples as tensors [B, T], padded on the right. Masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -137,129 +191,190 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def token_logps(model, batch, temperature=1.0):
-    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
+
+    The same as these two lines, which would hold the logits of all positions in memory at once:
+
+        logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
+        return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
+
+    Here logits are computed only where the mask is 1, for C positions at a time, and `checkpoint`
+    computes them once more in the backward pass instead of storing them.
+    """
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
-    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
-    targets = batch["input_ids"][:, 1:][scored]  # [N]
+    # The hidden state at position t predicts token t+1, so targets start at the second token.
+    is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
+    targets = batch["input_ids"][:, 1:][is_target]  # [N]
+    hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
+    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    chunk = max(1, 2**24 // vocabulary)
     logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
-    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+    for piece, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logps.append(checkpoint(
+            chunk_logps, piece, target, causal, temperature, use_reentrant=False))  # [C]
+    zeros = torch.zeros(is_target.shape, device=hidden.device)  # [B, T-1]
+    return zeros.masked_scatter(is_target, torch.cat(logps))
 
 
 def chunk_logps(hidden, targets, causal, temperature):
-    # 16 bits would be too coarse
+    """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
+    # The softmax is computed in fp32, because 16 bits would be too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
-def preference_loss(logps, ref_logps, lengths, loss="dpo", beta=0.1, label_smoothing=0, gamma=1):
-    """Losses [P], rewards [2P]; the sums log π(y|x), log π_ref(y|x) (or 0) and |y|: [2P] each."""
-    if loss in ("simpo", "orpo"):  # means over the tokens, so that length earns nothing
-        logps = logps / lengths  # [2P]
-    rewards = beta * (logps - ref_logps)  # [2P], eq. 5: what the policy implicitly rewards
-    chosen, rejected = rewards.chunk(2)  # [P] each
-    margin = chosen - rejected
-    chosen_logps, rejected_logps = logps.chunk(2)
-    if loss == "dpo":  # eq. 7; ε: the share of wrong labels (ericmitchell.ai/cdpo.pdf, eq. 3)
-        ε = label_smoothing
-        losses = -(1 - ε) * F.logsigmoid(margin) - ε * F.logsigmoid(-margin)  # [P]
-    elif loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17: log-ratios 1/(2β) apart
-        losses = (margin / beta - 1 / (2 * beta)) ** 2
-    elif loss == "hinge":  # SLiC's (2305.10425) on DPO's margin: Liu et al. 2023, 2309.06657
-        losses = F.relu(1 - margin)
-    elif loss == "simpo":  # Meng et al. 2024, arXiv:2405.14734, eq. 6
-        losses = -F.logsigmoid(margin - gamma)
-    elif loss == "cpo":  # Xu et al. 2024, arXiv:2401.08417: a uniform reference, and the NLL
-        losses = -F.logsigmoid(margin) - chosen_logps
-    elif loss == "orpo":  # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7; their λ is β
-        log_p = logps.clamp(max=-1e-6)  # [2P], as a certain answer has infinite odds
-        chosen_odds, rejected_odds = (log_p - torch.log1p(-log_p.exp())).chunk(2)  # log(p/(1−p))
-        losses = -chosen_logps - beta * F.logsigmoid(chosen_odds - rejected_odds)
-    return losses, rewards.detach()
+def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps,
+                    ref_rejected_logps, chosen_lengths=None, rejected_lengths=None, loss="dpo",
+                    beta=0.1, label_smoothing=0.0, gamma=1.0):
+    """Losses, implicit rewards of the chosen and of the rejected answers, [P] each.
+
+    The four log-probs are sums over the tokens of an answer, [P] each. Losses without a reference
+    get zeros for the last two. The lengths, [P] each, are only needed by simpo and orpo.
+    """
+    if loss in ("simpo", "orpo"):
+        # The mean over the tokens, so that an answer gains nothing by its length.
+        policy_chosen_logps = policy_chosen_logps / chosen_lengths  # [P]
+        policy_rejected_logps = policy_rejected_logps / rejected_lengths  # [P]
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)  # [P], eq. 5
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)  # [P], eq. 5
+    margins = chosen_rewards - rejected_rewards  # [P]
+    if loss == "dpo":
+        # Eq. 7, if no label is wrong. With label smoothing, conservative DPO: the expectation over
+        # correct and wrong labels (ericmitchell.ai/cdpo.pdf, eq. 3).
+        wrong = label_smoothing
+        losses = -(1 - wrong) * F.logsigmoid(margins) - wrong * F.logsigmoid(-margins)  # [P]
+    elif loss == "ipo":
+        # Azar et al. 2023, arXiv:2310.12036, eq. 17: the log-ratios should be 1/(2β) apart.
+        losses = (margins / beta - 1 / (2 * beta)) ** 2  # [P]
+    elif loss == "hinge":
+        # The loss of SLiC (arXiv:2305.10425) on DPO's margin: Liu et al. 2023, arXiv:2309.06657.
+        losses = F.relu(1 - margins)  # [P]
+    elif loss == "simpo":
+        # Meng et al. 2024, arXiv:2405.14734, eq. 6.
+        losses = -F.logsigmoid(margins - gamma)  # [P]
+    elif loss == "cpo":
+        # Xu et al. 2024, arXiv:2401.08417: DPO with a uniform reference, plus SFT.
+        losses = -F.logsigmoid(margins) - policy_chosen_logps  # [P]
+    elif loss == "orpo":
+        # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7: SFT, plus a ratio of odds. Their λ is β.
+        log_odds = log_odds_of(policy_chosen_logps) - log_odds_of(policy_rejected_logps)  # [P]
+        losses = -policy_chosen_logps - beta * F.logsigmoid(log_odds)  # [P]
+    return losses, chosen_rewards, rejected_rewards
+
+
+def log_odds_of(logps):
+    """log(p / (1 − p)) for log-probs [P]."""
+    logps = logps.clamp(max=-1e-6)  # the odds of a certain answer would be infinite
+    return logps - torch.log1p(-logps.exp())  # [P]
 
 
 FIGURES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp",
            "rejected_logp")
 
 
-def score_pairs(model, pairs, args, pad_id):
-    """Policy and reference read the same P pairs: losses [P], and sums over them of the FIGURES."""
+def pair_losses(model, pairs, args, pad_id):
+    """The losses, [P], and the FIGURES to log, {name: [P]}."""
+    # One forward pass reads both answers of every pair.
     examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    batch = collate(examples, pad_id, model.device)
+    batch = collate(examples, pad_id, model.device)  # [2P, T] each
     with common.autocast(model):
-        logps = token_logps(model, batch).sum(-1)  # [2P]
-        ref_logps = torch.zeros_like(logps)  # [2P]
-        if args.loss not in ("simpo", "orpo", "cpo"):  # which do without it
-            with torch.no_grad(), common.reference(model):  # what training started from
-                ref_logps = token_logps(model, batch).sum(-1)
+        policy_logps = token_logps(model, batch).sum(-1)  # [2P], log π(y|x)
+        ref_logps = torch.zeros_like(policy_logps)  # [2P]
+        if args.loss not in REFERENCE_FREE:
+            # The reference is the model that this run started from.
+            with torch.no_grad(), common.reference(model):
+                ref_logps = token_logps(model, batch).sum(-1)  # [2P], log π_ref(y|x)
     lengths = batch["loss_mask"][:, 1:].sum(-1)  # [2P], |y|
-    losses, rewards = preference_loss(
-        logps, ref_logps, lengths, args.loss, args.beta, args.label_smoothing, args.gamma)
-    chosen, rejected = rewards.chunk(2)
-    right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half right
-    figures = [losses, right, chosen - rejected, chosen, rejected, *logps.chunk(2)]  # as FIGURES
-    return losses, torch.stack(figures).detach().double().sum(-1)
+
+    # Take the chosen answers and the rejected ones apart again: [P] each.
+    chosen_logps, rejected_logps = policy_logps.chunk(2)
+    ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths,
+        rejected_lengths, args.loss, args.beta, args.label_smoothing, args.gamma)  # [P] each
+    margins = chosen_rewards - rejected_rewards
+    accuracy = (margins > 0) + 0.5 * (margins == 0)  # [P], a tie counts half
+    return losses, {
+        "loss": losses, "accuracy": accuracy, "margin": margins, "chosen_reward": chosen_rewards,
+        "rejected_reward": rejected_rewards, "chosen_logp": chosen_logps,
+        "rejected_logp": rejected_logps}
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, pairs, args, pad_id):
-    """The mean figures of held-out pairs, which the processes share between them."""
+    """The means of the FIGURES over held-out pairs, which the processes split between them."""
     model.eval()
     mine = pairs[common.RANK::common.WORLD]
-    sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
+    sums = {}
     for i in range(0, len(mine), args.micro_batch_size):
-        sums += score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)[1]
-    sum_over_processes([sums])
+        _, figures = pair_losses(model, mine[i:i + args.micro_batch_size], args, pad_id)
+        add_up(sums, figures)
     model.train()
-    return dict(zip(FIGURES, (sums / len(pairs)).tolist(), strict=True))
+    totals = over_processes(sums, FIGURES, model.device)
+    return {name: total / len(pairs) for name, total in totals.items()}
 
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
-    """An answer of up to `length` tokens to each prompt, sampled at temperature 1.
+    """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Token by token from softmax(logits), because `generate` would also do what the model's own
-    generation config asks for: beams, penalties, suppressed tokens. Pads follow a stop token.
+    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    are drawn from softmax(logits), because `generate` would also apply the generation config of
+    the model: beams, penalties, suppressed tokens.
     """
+    model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache
+    torch.manual_seed(seed)
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    # Left padding: all prompts end in the last column, where the first token is predicted.
     prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # room for the answer
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
-    stops = torch.tensor(stop_ids, device=model.device)
-    torch.manual_seed(seed)
-    model.eval()  # in train mode, gradient checkpointing would silently drop the cache
-    token, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    ended, answers, cache = torch.zeros_like(mask[:, :1], dtype=torch.bool), [], None
-    while len(answers) < length and not ended.all():
+    token = batch["input_ids"].to(model.device)  # [B, T], and [B, 1] after the first pass
+    mask = batch["attention_mask"].to(model.device)  # [B, T], one column more with every token
+    cache = None
+    answers = [[] for _ in prompts]
+    for _ in range(length):
         with common.autocast(model):
             logits, cache = common.read(common.causal_lm(model), token, mask, cache)  # [B, V]
         token = torch.multinomial(logits.float().softmax(-1), 1)  # [B, 1]
-        token[ended] = tokenizer.pad_token_id
-        answers.append(token)
-        ended |= torch.isin(token, stops)
+        for answer, new in zip(answers, token[:, 0].tolist(), strict=True):
+            if not answer or answer[-1] not in stop_ids:
+                answer.append(new)
+        if all(answer[-1] in stop_ids for answer in answers):
+            break
         mask = F.pad(mask, (0, 1), value=1)
     model.train()
-    return torch.cat(answers, 1).tolist()
+    return answers
+
+
+def show_samples(samples):
+    """Prints prompts, each with an answer from before and an answer from after training."""
+    print("\nsamples: held-out prompts, with an answer before and an answer after training")
+    for sample in samples:
+        print()
+        for name, text in sample.items():
+            print(f"{name:>8}: {' '.join(text.split())}")
 
 
 def train(args):
-    # 1. Data first: what is wrong with it shows before the model is loaded.
+    # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     pad_id = tokenizer.pad_token_id
     pairs, held_out = common.load_examples(
         args, encode_pair, tokenizer, limit=args.max_steps * args.batch_size)
     for side in "chosen", "rejected":
-        common.show(tokenizer, pairs[0][side]["input_ids"], pairs[0][side]["loss_mask"])
+        example = pairs[0][side]
+        common.show(tokenizer, example["input_ids"], example["loss_mask"],
+                    f"a {side} answer as the model sees it (scored tokens in green):")
 
-    # 2. A frozen base, with LoRA matrices: they alone are trained.
+    # 2. Load the model: a frozen base with LoRA matrices, which alone are trained.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
@@ -267,9 +382,9 @@ def train(args):
     # `update` sets the learning rate.
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
-    # 3. Where the run stands: at its start, or where it was interrupted.
+    # 3. Start a new run, or resume an interrupted one.
     open_run(args, [pairs, held_out])
     state = restore(args, weights, optimizer, scaler)
     prompts = [pair["prompt"] for pair in held_out[:3]]
@@ -277,49 +392,54 @@ def train(args):
         state["before"] = evaluate(model, held_out, args, pad_id)
         state["answers"] = sample_answers(model, tokenizer, prompts, 64, args.seed)
 
-    # the order follows from the seed, so that a run that goes on sees the same batches
+    # The order follows from the seed, so that a resumed run sees the same batches.
     generator = torch.Generator().manual_seed(args.seed)
     order = [torch.randperm(len(pairs), generator=generator) for epoch in range(args.epochs)]
     batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
     progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
-        # 4. The gradients of micro-batches and processes add up to that of the batch, because each
-        #    pair counts 1 / len(batch), wherever it is computed. Similar lengths share a pass.
+        # 4. Take this process's share of the batch (with one process, all of it). Pairs of similar
+        #    length share a forward pass, so that there is less padding.
         began = time.time()
         batch = sorted([pairs[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
         mine = batch[common.RANK::common.WORLD]
-        sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=model.device)
-        for i in range(0, len(mine), args.micro_batch_size):
-            losses, figures = score_pairs(model, mine[i:i + args.micro_batch_size], args, pad_id)
-            scaler.scale(losses.sum() / len(batch)).backward()
-            sums += figures
 
-        # 5. One step down the gradient, which is summed over processes and clipped.
+        # 5. Accumulate the gradients of the micro-batches. Each pair counts 1 / len(batch), so that
+        #    the sum over micro-batches and processes is the gradient of the mean over the batch.
+        sums = {}
+        for i in range(0, len(mine), args.micro_batch_size):
+            losses, figures = pair_losses(model, mine[i:i + args.micro_batch_size], args, pad_id)
+            scaler.scale(losses.sum() / len(batch)).backward()
+            add_up(sums, figures)
+
+        # 6. Take one optimizer step with the gradients of all processes, summed and clipped.
         lr = learning_rate(step, len(batches), args.learning_rate)
         updated = update(optimizer, scaler, lr)
 
-        # 6. Log, and save what is needed to go on.
-        sum_over_processes([sums])
-        metrics = {"step": step} | dict(zip(FIGURES, (sums / len(batch)).tolist(), strict=True))
-        metrics |= {**updated, "seconds": time.time() - began}
-        progress.set_postfix({name: f"{metrics[name]:.3f}" for name in FIGURES[:3]}, refresh=False)
+        # 7. Log the step, and save a checkpoint from time to time.
+        totals = over_processes(sums, FIGURES, model.device)
+        metrics = {"step": step} | {name: total / len(batch) for name, total in totals.items()}
+        metrics |= updated | {"seconds": time.time() - began}
         if args.eval_every and step % args.eval_every == 0:
             held = evaluate(model, held_out, args, pad_id)
             metrics |= {f"eval_{name}": value for name, value in held.items()}
-        log_step(args, state, metrics)
+        tokens = sum(len(pair["chosen"]["input_ids"]) + len(pair["rejected"]["input_ids"])
+                     for pair in batch)
+        log_step(args, state, metrics, tokens, progress, ("loss", "accuracy", "margin"))
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, weights, optimizer, scaler)
 
-    # 7. The same held-out pairs and prompts once more.
+    # 8. Evaluate and sample again on the same held-out pairs, and save the adapter.
+    after = evaluate(model, held_out, args, pad_id)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
-    for row in zip(prompts, state["answers"], answers, strict=True):
-        texts = tokenizer.batch_decode(row, skip_special_tokens=True)
-        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
-    finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
-    for sample in state["samples"]:
-        for name, text in sample.items():
-            print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
+    for prompt, old, new in zip(prompts, state["answers"], answers, strict=True):
+        state["samples"].append({"prompt": common.shown_text(tokenizer, prompt),
+                                 "before": common.shown_text(tokenizer, old),
+                                 "after": common.shown_text(tokenizer, new)})
+    finish(args, state, model, tokenizer, after)
+    show_samples(state["samples"])
+    show_next(args)
 
 
 # ---- the optimizer step --------------------------------------------------------------------------
@@ -332,14 +452,14 @@ def learning_rate(step, steps, peak):
 
 
 def update(optimizer, scaler, lr):
-    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
     weights = optimizer.param_groups[0]["params"]
     # A process without a share of the batch has no gradients, but takes part in the sum.
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the length of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
     # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
@@ -356,7 +476,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes; with a single process nothing changes."""
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -370,15 +490,18 @@ def add_up(sums, figures):
 
 def over_processes(sums, names, device):
     """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
-    totals = {}
-    for name in names:
-        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    totals = {name: torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+              for name in names}
     sum_over_processes(list(totals.values()))
     return {name: total.item() for name, total in totals.items()}
 
 
 def open_run(args, examples):
-    """--output-dir: a new folder, or that of an interrupted run with the same flags and inputs."""
+    """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
+
+    The flags, a hash of the examples and a hash of the files of models and rewards stand in
+    args.json. A run is resumed only if all of them are the same.
+    """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
@@ -393,77 +516,68 @@ def open_run(args, examples):
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # the lock ends with the process, however that ends; its file may stay
+        # The lock ends with the process, however the process ends. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")
         names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
         is_new = not names
-        if names == {file.name}:  # a start that failed before its first step has nothing to lose
+        # A run that failed before its first checkpoint has nothing to lose, so it starts anew.
+        if names == {file.name}:
             is_new = '"output_dir"' in file.read_text()
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
+                             "rewards, or other files: name another folder")
 
 
 def write(file, text):
-    """Whole or not at all, whenever the run is killed."""
+    """Writes atomically: a killed run leaves either the old file or the new one."""
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").replace(file)
 
 
 def restore(args, weights, optimizer, scaler):
-    """The state of a run: a new one, or that of an interrupted run, as `save` left it.
+    """The state of a new run, or of an interrupted one from its checkpoint, resume.pt.
 
-    The weights, {name: parameter}, are those that are trained. Other processes get those of the
-    first, because each has drawn LoRA matrices of its own.
+    A checkpoint also holds the trained weights, {name: parameter}, and the states of optimizer
+    and scaler, which are loaded here.
     """
     state = {"step": 0, "metrics": [], "samples": []}
     file = Path(args.output_dir, "resume.pt")
     if file.exists():
         with common.phase(f"reading {file}"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {*state, "weights", "optimizer", "scaler"} - saved.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            load_weights(weights, saved.pop("weights"))
+            common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
+            if not state.keys() <= saved.keys():
+                raise ValueError("a part of it is missing")
             state = saved
+    # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
     return state
 
 
-def load_weights(weights, saved):
-    """Copies saved weights into the parameters of the same names."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    saved_shapes = {name: value.shape for name, value in saved.items()}
-    differing = shapes.items() ^ saved_shapes.items()
-    if differing:
-        name = min(differing)[0]
-        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
-    for name, value in saved.items():
-        if not value.isfinite().all():
-            raise ValueError(f"its weight {name} has values that are not finite numbers")
-        weights[name].data.copy_(value)
-
-
 def save(args, state, weights, optimizer, scaler):
-    """Writes a checkpoint, resume.pt: all that the same command needs to resume this run."""
+    """Writes a checkpoint, from which the same command resumes the run."""
     if common.RANK == 0:
-        saved = {"weights": {name: weight.data for name, weight in weights.items()},
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        torch.save(state | saved, Path(args.output_dir, "resume.new"))
+        parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        parts["weights"] = {name: weight.data for name, weight in weights.items()}
+        torch.save(state | parts, Path(args.output_dir, "resume.new"))
         Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
 
 
-def log_step(args, state, metrics):
-    if torch.cuda.is_available():
-        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+def log_step(args, state, metrics, tokens, progress, shown):
+    """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:
@@ -474,12 +588,13 @@ def log_step(args, state, metrics):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
+        common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:
@@ -487,10 +602,17 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    where = f"results: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
-    print(f"\n{common.visible(where)}")
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
+    print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
+                         f"\ntry it:  python {use} {args.output_dir}"))
 
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-length"):
-        train(common.parse(flags, TINY, BY_LOSS))
+        train(common.parse(make_flags(), TINY, BY_LOSS))

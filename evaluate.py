@@ -1,27 +1,60 @@
-"""The yardstick for all methods: any number of checkpoints answer the same prompts, one table.
+"""Compares checkpoints: all of them answer the same prompts, and one table shows the results.
+
+A loss or a training reward does not tell whether a model has improved, because each method logs a
+different one. This script measures all methods in the same way: how often answers to held-out
+prompts are correct, and how far the model has moved from the first checkpoint. A checkpoint is a
+saved run, a local folder or a Hub name. A row of the dataset needs a `prompt` and an `answer`,
+which is a number.
+
+    sampled   accuracy of answers sampled at --temperature, with a 95% interval
+    greedy    accuracy of answers that take the likeliest token each time, with the same interval
+    pass@k    probability that at least one of k samples is correct
+    reward    mean score of the sampled answers by --reward (of a run of prm.py: p of the worst
+              line, or with --outcome of the last)
+    kl        KL(π ‖ π_first), where π_first is the first checkpoint, in nats per answer
+    length    tokens per sampled answer
+    stopped   share of the sampled answers that end before --max-new-tokens
+
+The figures are estimated from n samples y_1 … y_n ~ π(·|x) per prompt, of which c are correct:
+
+    pass@k   = 1 − C(n − c, k) / C(n, k)      (Chen et al. 2021, arXiv:2107.03374, eq. 1)
+    kl       = mean of log π(y|x) − log π_first(y|x)
+    interval = (p + z²/2P ± z √(p (1 − p) / P + z²/4P²)) / (1 + z²/P),  z = 1.96   (Wilson 1927)
+
+C(n − c, k) / C(n, k) is the probability that k samples drawn from the n are all wrong; that makes
+the estimate unbiased, which 1 − (1 − c/n)^k is not. The mean of the log-ratios is an unbiased
+estimate of the KL because the samples come from π, but a single log-ratio may well be negative. The
+interval counts the P prompts and not the samples, because samples of one prompt are alike.
+
+With --best-of N the table also shows the accuracy when one of N samples is picked:
+
+    first      the first sample
+    majority   a sample with the most frequent number (self-consistency, Wang et al. 2022,
+               arXiv:2203.11171)
+    best       the sample with the highest score by --reward (Cobbe et al. 2021, arXiv:2110.14168)
+    oracle     a correct sample wherever there is one: an upper bound for every way of picking
+
+A worked example: one prompt with the answer 7, and four samples that end in 8, 7, 8 and no number.
+
+    c = 1 of n = 4    pass@1 = 1 − 3/4 = 0.25    pass@2 = 1 − 3/6 = 0.5    pass@4 = 1
+    scores by --reward 0.2, 0.9, 0.4, 0.1: first, majority (8) wrong; best (7), oracle correct
+    log π −2.0, −3.0, log π_first −4.0, −3.5 of two answers: kl = (2.0 + 0.5) / 2 = 1.25
+    180 of 300 prompts: accuracy 0.600, interval 0.544 to 0.654
 
     python evaluate.py                            # the tiny model and every run on it in runs/
     python evaluate.py Qwen/Qwen2.5-0.5B runs/dpo --dataset openai/gsm8k:main --max-new-tokens 512
     python evaluate.py tiny/chat --best-of 8 --reward tiny/reward
 
-A checkpoint is a saved run, a local folder or a Hub name. A dataset has `prompt` and `answer`.
+What to watch. If `sampled` rises while pass@k falls, the policy has become more certain but not
+more capable: it samples fewer different answers. If `reward` rises while `sampled` falls, the
+policy exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with
+the smaller `kl`: it has changed the model less. Differences within the intervals mean nothing.
 
-    sampled   share of right answers at --temperature, with a 95% interval
-    greedy    share of right answers where each token is the likeliest, with the same interval
-    pass@k    chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)
-    reward    mean score of the sampled answers by --reward; prm.py's: p of the worst line, or with
-              --outcome of the last
-    kl        KL(π ‖ first checkpoint), in nats per sampled answer: mean of the log-ratio's sum
-    length    tokens of a sampled answer
-    stopped   share of the sampled answers that end by themselves, before --max-new-tokens
-
-With --best-of N, shares of right answers when one of N samples is picked: the first; one with the
-number that most of them end in (majority: self-consistency, Wang et al. 2022, arXiv:2203.11171);
-the best by --reward (Cobbe et al. 2021, arXiv:2110.14168); and, as if one knew, a right one
-(oracle).
+Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T columns hold tokens; N
+tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
 """
 import argparse
-import contextlib
+import collections
 import functools
 import json
 import math
@@ -37,31 +70,43 @@ from tqdm import tqdm
 
 import common
 
-SHARES, OTHERS = ("sampled", "greedy"), ("pass@k", "reward", "kl", "length", "stopped")
-PICKS = ("first", "majority", "best", "oracle")
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("checkpoints", nargs="*", help="without any: tiny/chat and the runs on it in runs/")
-add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config], or a file")
-add("--split", default="test", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--size", type=common.count, default=300, help="prompts at most")
-add("--samples-per-prompt", type=common.count, default=4, help="sampled answers to each prompt")
-add("--k", type=common.count, help="k of pass@k (default: 4, or --samples-per-prompt if less)")
-add("--best-of", type=common.natural, default=0, help="also pick one of so many samples")
-add("--reward", default="correct_answer", help="or FILE.py:function, or a run of reward_model, prm")
-add("--temperature", type=common.positive, default=1.0, help="of sampling")
-add("--max-new-tokens", type=common.count, default=64, help="longest answer; GSM8K needs 512")
-add("--micro-batch-size", type=common.count, default=128, help="answers at a time")
-add("--load-in-4bit", **common.ON_GPU, help="quantise the base")
-add("--seed", type=common.natural, default=0, help="of the samples")
-add("--output", help="a new .json file for the table")
+SHARES = ("sampled", "greedy")  # columns with an interval
+OTHERS = ("pass@k", "reward", "kl", "length", "stopped")
+PICKS = ("first", "majority", "best", "oracle")  # columns of --best-of
 
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("checkpoints", nargs="*",
+        help="saved runs, folders or Hub names; without any: tiny/chat and the runs on it in runs/")
+    add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config] or file")
+    add("--split", default="test", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="other names of columns, such as prompt=query")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
+    add("--size", type=common.count, default=300, help="largest number of prompts")
+    add("--samples-per-prompt", type=common.count, default=4,
+        help="sampled answers per prompt, n; at least --best-of")
+    add("--k", type=common.count, help="k of pass@k; without it 4, or --samples-per-prompt if less")
+    add("--best-of", type=common.natural, default=0, help="also pick one of N samples; 0: do not")
+    add("--reward", default="correct_answer",
+        help="correct_answer, FILE.py:function, or a run of reward_model.py or prm.py")
+    add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
+    add("--max-new-tokens", type=common.count, default=64,
+        help="longest answer, in tokens; GSM8K needs 512")
+    add("--micro-batch-size", type=common.count, default=128, help="answers sampled at a time")
+    add("--load-in-4bit", **common.ON_GPU, help="quantize the models to 4 bits (NF4)")
+    add("--seed", type=common.natural, default=0, help="seed of the samples")
+    add("--output", help="new .json file for the table")
+    return parser
+
+
+# ---- data ----------------------------------------------------------------------------------------
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
-    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
+    """The row and the token ids of its prompt. A row that cannot be used raises ValueError."""
     prompt = common.prompt_of(row, tokenizer)
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
@@ -72,12 +117,13 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
 
 
 def join_answers(prompts, answers, tokenizer, model):
-    """Prompts and answers as [B, T] tensors, padded on the right; the loss mask is 1 on answers."""
+    """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    # The mask follows from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
-    batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)
+    batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     batch["stopped"] = torch.tensor([ids[-1] in stop_ids for ids in answers])  # [B]
     return {name: value.to(model.device) for name, value in batch.items()}
@@ -86,24 +132,39 @@ def join_answers(prompts, answers, tokenizer, model):
 # ---- the method ----------------------------------------------------------------------------------
 
 def token_logps(model, batch, temperature=1.0):
-    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
+
+    The same as these two lines, which would hold the logits of all positions in memory at once:
+
+        logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
+        return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
+
+    Here logits are computed only where the mask is 1, for C positions at a time, and `checkpoint`
+    computes them once more in the backward pass instead of storing them.
+    """
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
-    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
-    targets = batch["input_ids"][:, 1:][scored]  # [N]
+    # The hidden state at position t predicts token t+1, so targets start at the second token.
+    is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
+    targets = batch["input_ids"][:, 1:][is_target]  # [N]
+    hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
+    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    chunk = max(1, 2**24 // vocabulary)
     logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
-    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+    for piece, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logps.append(checkpoint(
+            chunk_logps, piece, target, causal, temperature, use_reentrant=False))  # [C]
+    zeros = torch.zeros(is_target.shape, device=hidden.device)  # [B, T-1]
+    return zeros.masked_scatter(is_target, torch.cat(logps))
 
 
 def chunk_logps(hidden, targets, causal, temperature):
-    # 16 bits would be too coarse
+    """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
+    # The softmax is computed in fp32, because 16 bits would be too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -112,21 +173,22 @@ def chunk_logps(hidden, targets, causal, temperature):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, copies, args, seed):
-    """`copies` answers to each of P prompts, grouped by prompt, as lists of ids.
+    """Samples `copies` answers to each of P prompts; returns lists of ids, grouped by prompt.
 
-    From exactly softmax(logits / temperature): no top-k, no top-p, no penalties. Each answer ends
-    with its stop token, unless it ran into --max-new-tokens.
+    Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no penalties.
+    An answer ends with its stop token, unless it reached --max-new-tokens.
     """
     was_training = model.training
-    model.eval()  # in train mode gradient checkpointing would silently drop the cache
+    model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache
     causal = common.causal_lm(model)
     generator = torch.Generator(causal.device).manual_seed(seed)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     stops = torch.tensor(stop_ids, device=causal.device)
+    # Left padding: all prompts end in the last column, where the first token is predicted.
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     mask = batch["attention_mask"].to(causal.device)  # [P, T]
     logits, cache = common.read(causal, batch["input_ids"].to(causal.device), mask)  # [P, V]
-    # each prompt was read once, for all of its answers: from here on B = P × copies
+    # Each prompt is read once. Its KV cache is then repeated, so that B = P × copies rows follow.
     rows = torch.arange(len(mask), device=causal.device).repeat_interleave(copies)  # [B]
     cache.reorder_cache(rows)
     logits, mask = logits[rows], mask[rows]  # [B, V], [B, T]
@@ -137,10 +199,11 @@ def sample(model, tokenizer, prompts, copies, args, seed):
         token = torch.multinomial(probs, 1, generator=generator)  # [alive, 1]
         for i, new in zip(alive.tolist(), token[:, 0].tolist(), strict=True):
             answers[i].append(new)
-        going = ~torch.isin(token[:, 0], stops)
+        going = ~torch.isin(token[:, 0], stops)  # [alive]
         if length == args.max_new_tokens or not going.any():
             break
-        if not going.all():  # answers that have ended leave the batch
+        # Answers that have ended leave the batch, and their rows leave the KV cache.
+        if not going.all():
             alive, token, mask = alive[going], token[going], mask[going]
             cache.reorder_cache(going.nonzero()[:, 0])
         mask = F.pad(mask, (0, 1), value=1)
@@ -152,10 +215,12 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 # ---- what scores an answer -----------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is the row's column `answer`, else 0."""
-    said = [last_number(text) for text in completions]
-    truth = [plain_number(text) for text in answer]
-    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
+    """1 where the last number of the completion equals the row's column `answer`, else 0."""
+    scores = []
+    for completion, truth in zip(completions, answer, strict=True):
+        number = plain_number(truth)
+        scores.append(float(number is not None and last_number(completion) == number))
+    return scores
 
 
 # 1,000 is a number, 1,2345 are two, .5 is a half.
@@ -163,33 +228,38 @@ NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
 def last_number(text):
-    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    """The last number in a string, or None. "7-3" holds 7 and 3; "-$3" is a negative number."""
     found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
-    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
+    if not found:
+        return None
+    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-"))
 
 
 def plain_number(text):
-    r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
+    r"""The answer of a row, alone or after its last ####, as a number. None for \frac{3}{4}."""
     alone = str(text).rpartition("####")[2].strip().removesuffix(".")
     is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
     return last_number(alone) if is_plain else None
 
 
-def call_reward(name, reward, examples, texts):
-    """A score for each text, or None where the reward does not apply: a function of columns."""
+def call_reward(name, function, examples, texts):
+    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+
+    None means that the reward does not apply to an answer.
+    """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
     columns |= {"prompts": columns.pop("prompt"), "completions": texts}
     with common.phase(f"the reward {name} (completions are strings), on {str(rows[0]):.100}"):
-        scores = [None if score is None else float(score) for score in reward(**columns)]
-        # NaN fails this comparison, and so does what fp32 would turn into infinity.
+        scores = [None if score is None else float(score) for score in function(**columns)]
+        # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
             raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
     return scores
 
 
 def load_scorer(name, args):
-    """What --reward names, as a function: a user's own, or one that asks a trained head."""
+    """The reward as a function of columns: the user's own, or one that asks a trained model."""
     if name == "correct_answer":
         return correct_answer
     if name.rpartition(":")[0].endswith(".py"):
@@ -198,7 +268,9 @@ def load_scorer(name, args):
         config = common.adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
             raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
-        summary = Path(common.find(name), "summary.json")  # tiny/reward has none
+        # summary.json says which script trained it. Without one, as in tiny/reward, or if it has
+        # another form, it is a reward model.
+        summary = Path(common.find(name), "summary.json")
         run = json.loads(summary.read_text()) if summary.exists() else {}
         run = run if isinstance(run, dict) else {}
     tokenizer = common.load_tokenizer(name)
@@ -210,20 +282,28 @@ def load_scorer(name, args):
 @torch.no_grad()
 def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, tools=None,
                  **columns):
-    """r(x, y) of answers; by steps min p_k over lines, or p of the last; encoded as in training."""
+    """Scores of answers by a reward model, r(x, y), or by steps: min p_k over the steps of y.
+
+    With `outcome`, the model of the steps was trained on the last step alone: then p of that one.
+    """
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
-        steps = [line.strip() for line in text.split("\n") if by_steps and line.strip()]
-        text = "\n".join(steps) if by_steps else text  # as in prm.py, without empty lines
-        if by_steps and isinstance(prompt, str):  # a chat, or lines below the prompt
-            chat = [{"role": "user", "content": prompt}]
-            prompt = chat if tokenizer.chat_template else prompt + "\n"
-        said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        asked, answer = common.encode_prompt(tokenizer, prompt, tool), [tokenizer.eos_token_id]
-        if text.strip():  # an empty answer is the token that ends it
+        steps = []
+        # Each line is a step. Prompt and steps are joined as prm.py joins them in training.
+        if by_steps:
+            steps = [line.strip() for line in text.split("\n") if line.strip()]
+            text = "\n".join(steps)
+            if isinstance(prompt, str):
+                chat = [{"role": "user", "content": prompt}]
+                prompt = chat if tokenizer.chat_template else prompt + "\n"
+        if text.strip():
+            said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             (head, _), (rest, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
             asked = head + rest
+        else:  # an empty answer is the token that ends it
+            asked = common.encode_prompt(tokenizer, prompt, tool)
+            answer = [tokenizer.eos_token_id]
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
         batch = tokenizer.pad({"input_ids": [asked + answer]}, return_tensors="pt")
         batch["step_ends"] = torch.tensor([ends]) + len(asked)  # [1, S]
@@ -234,183 +314,245 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
 
 
 def step_ends(tokenizer, ids, steps):
-    """Where each step ends: the index in `ids`, an answer, of the token with its last character.
+    """The index in `ids`, an answer, of the token that completes each step of its text.
 
-    Tokens may hold parts of characters, so it is decoded prefixes that tell what has been said. A
-    binary search over them finds the first that says all of a step.
+    A token may hold a part of a character, so the text is known for prefixes of the ids only.
     """
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
-    ends, low, done = [], 0, 0
+    ends = []
+    end = 0  # the token that is looked at
+    done = 0  # how many characters of the text it has to complete
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
-        done, high = start + len(step), len(ids) - 1
-        while low < high:
-            last = middle = (low + high) // 2
-            # a prefix that ends within a character is spelled wrong: then a shorter one counts
-            while not text.startswith(said := tokenizer.decode(ids[:last + 1], **plain)):
-                last -= 1
-            if len(said) >= done:
-                high = last
-            else:
-                low = middle + 1
-        ends.append(low)
+        done = start + len(step)
+        said = tokenizer.decode(ids[:end + 1], **plain)
+        # A prefix that ends inside a character is spelled wrong: then the next token is needed.
+        while len(said) < done or not text.startswith(said):
+            end += 1
+            said = tokenizer.decode(ids[:end + 1], **plain)
+        ends.append(end)
     return ends
 
 
 def step_logits(model, batch, head):
-    """The logit of each step, [B, S], read at its last token; rows with fewer steps are padded."""
+    """The logit of each step [B, S], read at its last token. Rows with fewer steps are padded."""
     causal = common.causal_lm(model)
     hidden = causal.base_model(input_ids=batch["input_ids"], use_cache=False,
                                attention_mask=batch["attention_mask"])[0]  # [B, T, D]
     hidden = hidden[torch.arange(len(hidden))[:, None], batch["step_ends"]]  # [B, S, D]
-    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    # `@` would run in 16 bits under autocast, which is too coarse to compare two rewards.
     return (hidden.float() * head.weight.float()).sum(-1)  # [B, S]
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- the figures ---------------------------------------------------------------------------------
 
-def pass_at_k(hits, count, k):
-    """One minus the chance of drawing k wrong ones, where `hits` of `count` samples were right."""
-    return 1 - math.comb(count - hits, k) / math.comb(count, k)
+def pass_at_k(correct, count, k):
+    """The probability that k of `count` samples, `correct` of them correct, are not all wrong."""
+    return 1 - math.comb(count - correct, k) / math.comb(count, k)
 
 
 def wilson(share, count, z=1.96):
-    """The 95% interval of a share, as if all samples of a prompt were alike (Wilson 1927)."""
-    center = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return tuple(min(1, max(0, (center + x) / (1 + z * z / count))) for x in (-spread, spread))
+    """The 95% interval of a share of `count` prompts (Wilson 1927)."""
+    center = share + z**2 / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    low = (center - spread) / (1 + z**2 / count)
+    high = (center + spread) / (1 + z**2 / count)
+    return max(0.0, low), min(1.0, high)
 
 
-def pick(count, texts, scores, right):
-    """Whether what is picked of the first samples of a prompt is right, in each way of PICKS."""
-    numbers, scores, right = list(map(last_number, texts))[:count], scores[:count], right[:count]
-    said = [number for number in numbers if number is not None] or [None]
-    voted = numbers.index(max(said, key=said.count))  # of equals the one that was said first
-    picked = (right[0], right[voted], right[scores.index(max(scores))], max(right))
-    return dict(zip(PICKS, picked, strict=True))
+def pick(count, texts, scores, correct):
+    """1 or 0 for each way of PICKS: is the answer correct that it picks of the first `count`?"""
+    scores = scores[:count]
+    correct = correct[:count]
+    numbers = [last_number(text) for text in texts[:count]]
+    # Answers without a number have no vote; of equal votes, the number that came first wins.
+    votes = collections.Counter(number for number in numbers if number is not None)
+    elected = max(votes, key=votes.get) if votes else None
+    return {"first": correct[0], "majority": correct[numbers.index(elected)],
+            "best": correct[scores.index(max(scores))], "oracle": max(correct)}
+
+
+def answer_log_ratios(model, first, batch, temperature):
+    """log π(y|x) − log π_first(y|x) of each answer, [B]; its mean estimates KL(π ‖ π_first).
+
+    Where `first` is `model` itself, π_first is the model without its adapter.
+    """
+    logps = token_logps(model, batch, temperature)  # [B, T-1]
+    if first is model:
+        with common.using(model, None):
+            first_logps = token_logps(model, batch, temperature)  # [B, T-1]
+    else:
+        first_logps = token_logps(first, batch, temperature)  # [B, T-1]
+    return (logps - first_logps).sum(1)
 
 
 @torch.no_grad()
-def measure(name, first, tokenizer, examples, reward, args):
-    """The line of a checkpoint; its KL is from the checkpoint `first`, if that is not None."""
-    model = common.load_model(name, args.load_in_4bit, 0, "off", trainable=False)
-    on_first = first and common.adapter_config(name) and common.base_of(name) == common.find(first)
-    other = model if on_first else None  # with its adapter off it is the first checkpoint
-    if first and not on_first:
-        other = common.load_model(first, args.load_in_4bit, 0, "off", trainable=False)
-    greedy = argparse.Namespace(**vars(args) | {"temperature": 1e-6})  # of equals, one by chance
-    figures = {column: [] for column in SHARES + OTHERS + (PICKS if args.best_of else ())}
+def measure(name, model, first, tokenizer, examples, reward, args):
+    """The line of one checkpoint; `first` is what answer_log_ratios takes, or None: no KL."""
+    # Nearly 0: the likeliest token is drawn, and ties are broken at random.
+    greedy_args = argparse.Namespace(**vars(args) | {"temperature": 1e-6})
+    picks = PICKS if args.best_of else ()
+    figures = {column: [] for column in SHARES + OTHERS + picks}
     samples = args.samples_per_prompt
     size = max(1, args.micro_batch_size // samples)
     for i in tqdm(range(0, len(examples), size), desc=common.visible(name), leave=False):
+        # Sample one greedy answer and n others to each of a few prompts.
         part = examples[i:i + size]
         prompts = [example["prompt"] for example in part]
         with common.autocast(model):
-            likeliest = sample(model, tokenizer, prompts, 1, greedy, args.seed)
+            greedy = sample(model, tokenizer, prompts, 1, greedy_args, args.seed)
             answers = sample(model, tokenizer, prompts, samples, args, args.seed + i)
-        texts = tokenizer.batch_decode(likeliest, skip_special_tokens=True)
+
+        # Which of them are correct?
+        texts = tokenizer.batch_decode(greedy, skip_special_tokens=True)
         figures["greedy"] += call_reward("correct_answer", correct_answer, part, texts)
-        part = [example for example in part for _ in range(samples)]
+        part = [example for example in part for _ in range(samples)]  # one per answer
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        right = call_reward("correct_answer", correct_answer, part, texts)
-        figures["sampled"] += right
+        correct = call_reward("correct_answer", correct_answer, part, texts)
+        figures["sampled"] += correct
+
+        # The figures of each prompt's n samples.
         for j in range(0, len(texts), samples):
-            group = slice(j, j + samples)  # the answers to one prompt
+            group = slice(j, j + samples)
             scores = call_reward(args.reward, reward, part[group], texts[group])
             figures["reward"] += [score for score in scores if score is not None]
-            figures["pass@k"].append(pass_at_k(round(sum(right[group])), samples, args.k))
+            hits = round(sum(correct[group]))
+            figures["pass@k"].append(pass_at_k(hits, samples, args.k))
             if args.best_of:
                 if None in scores:
                     common.fail(f"--best-of picks by {args.reward}, which must not return None")
-                for way, share in pick(args.best_of, texts[group], scores, right[group]).items():
-                    figures[way].append(share)
-        batch = join_answers([example["prompt"] for example in part], answers, tokenizer, model)
+                picked = pick(args.best_of, texts[group], scores, correct[group])
+                for way, is_correct in picked.items():
+                    figures[way].append(is_correct)
+
+        # Length, and the distance from the first checkpoint.
+        prompts = [example["prompt"] for example in part]
+        batch = join_answers(prompts, answers, tokenizer, model)
         figures["length"] += [len(answer) for answer in answers]
         figures["stopped"] += batch["stopped"].tolist()
-        if other:
+        if first:
             with common.autocast(model):
-                logps = token_logps(model, batch, args.temperature)  # [B, T-1]
-                with common.using(model, None) if on_first else contextlib.nullcontext():
-                    first_logps = token_logps(other, batch, args.temperature)  # [B, T-1]
-            figures["kl"] += (logps - first_logps).sum(1).tolist()
+                ratios = answer_log_ratios(model, first, batch, args.temperature)  # [B]
+            figures["kl"] += ratios.tolist()
     line = {"checkpoint": name}
-    line |= {column: sum(x) / len(x) if x else None for column, x in figures.items()}
-    for column in SHARES + (PICKS if args.best_of else ()):
+    for column, values in figures.items():
+        line[column] = sum(values) / len(values) if values else None
+    for column in SHARES + picks:
         line[f"{column}_interval"] = wilson(line[column], len(examples))
     return line
 
 
+# ---- the program ---------------------------------------------------------------------------------
+
 def tiny_runs():
-    """The runs in runs/ that trained the tiny model to answer."""
+    """The finished runs in runs/ that trained the tiny model to answer."""
     names = []
     for file in sorted(Path("runs").glob("*/summary.json")):
         with common.phase(f"reading {file}"):
             method = json.loads(file.read_text())["method"]
-        if method not in ("reward_model", "prm") and common.is_tiny(str(file.parent)):
+        answers = method not in ("reward_model", "prm")
+        if answers and common.is_tiny(str(file.parent)):
             names.append(str(file.parent))
     return names
 
 
+def is_adapter_on(name, base):
+    """Whether the checkpoint `name` is an adapter on the checkpoint `base`."""
+    return bool(common.adapter_config(name)) and common.base_of(name) == common.find(base)
+
+
+def questions_of(examples):
+    """The last message of each prompt, which has the same text whatever the tokenizer."""
+    questions = []
+    for example in examples:
+        prompt = example["row"]["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        questions.append(text.strip())
+    return questions
+
+
 def show_table(lines, shares, others, args):
+    """Prints one line per checkpoint: shares with their intervals, then the other columns."""
     width = max(len(common.visible(line["checkpoint"])) for line in lines)
-    titles = "".join(f"{name.replace('@k', f'@{args.k}'):>9}" for name in others)
-    print(f"\n{'':<{width}}" + "".join(f"{name:>21}" for name in shares) + titles)
+    head = " " * width
+    for column in shares:
+        head += f"{column:>21}"
+    for column in others:
+        head += f"{column.replace('@k', f'@{args.k}'):>9}"
+    print(f"\n{head}")
     for line in lines:
         row = f"{common.visible(line['checkpoint']):<{width}}"
         for column in shares:
             low, high = line[f"{column}_interval"]
             row += f"  {line[column]:.3f} ({low:.3f}–{high:.3f})"
-        print(row, *("       -" if line[x] is None else f"{line[x]:8.3f}" for x in others))
+        for column in others:
+            row += f"{'-':>9}" if line[column] is None else f"{line[column]:9.3f}"
+        print(row)
 
 
 def main(args):
+    # 1. Check the flags and load all the data, so that errors show before anything is measured.
     args.samples_per_prompt = max(args.samples_per_prompt, args.best_of)
     args.k = args.k or min(4, args.samples_per_prompt)
     if args.k > args.samples_per_prompt:
         common.fail(f"--k {args.k} needs at least as many --samples-per-prompt")
     if args.output is not None:
         output = Path(args.output)
-        with common.phase(f"--output {output}, which must be a new file in a folder that is there"):
+        with common.phase(f"--output {output}, which must be a new file in an existing folder"):
             output.open("x").close()
             output.unlink()
     names = args.checkpoints or ["tiny/chat", *tiny_runs()]
+    first_name = names[0]
     reward = load_scorer(args.reward, args)
     rows = common.load_rows(args.dataset, args.split, args.size, args.seed, args.columns)
-    rows = rows[:args.size]
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens, needs_answer=True)
-    tokenizers, examples, used = {}, {}, {}
-    for name in names:  # what is wrong with one of them shows before the first is measured
+    tokenizers = {}
+    examples = {}
+    for name in names:
         tokenizers[name] = common.load_tokenizer(
             name, args.chat_template, args.template_arguments)
-        examples[name] = common.encode_rows(args.dataset, rows, encode, tokenizers[name], 10**9)
-        prompts = [example["row"]["prompt"] for example in examples[name]]
-        # a prompt made of a question has the form that fits the tokenizer
-        used[name] = [prompt.strip() if isinstance(prompt, str) else prompt[-1]["content"].strip()
-                      for prompt in prompts]
-        if used[name] != used[names[0]]:
-            common.fail(f"{name} can use other rows of {args.dataset} than {names[0]}")
-    lines = []
-    for name in names:
-        tokenizer = tokenizers[name]
-        same_tokens = tokenizer.get_vocab() == tokenizers[names[0]].get_vocab()
-        first = names[0] if lines and same_tokens else None
-        lines.append(measure(name, first, tokenizer, examples[name], reward, args))
+        examples[name] = common.encode_rows(
+            args.dataset, rows[:args.size], encode, tokenizers[name], 10**9)
+        if questions_of(examples[name]) != questions_of(examples[first_name]):
+            common.fail(f"{name} can use other rows of {args.dataset} than {first_name}")
+
+    # 2. Measure the first checkpoint, which stays in memory if others are compared with it.
+    options = (args.load_in_4bit, 0, "off", False)
+    first_model = common.load_model(first_name, *options)
+    lines = [measure(first_name, first_model, None, tokenizers[first_name], examples[first_name],
+                     reward, args)]
+    if all(is_adapter_on(name, first_name) for name in names[1:]):
+        first_model = None  # each of the others is the first checkpoint once its adapter is off
+
+    # 3. Measure the others.
+    for name in names[1:]:
+        model = common.load_model(name, *options)
+        first = model if is_adapter_on(name, first_name) else first_model
+        if tokenizers[name].get_vocab() != tokenizers[first_name].get_vocab():
+            first = None  # log-probs of other tokens cannot be compared
+        lines.append(measure(name, model, first, tokenizers[name], examples[name], reward, args))
+        del model, first  # free the memory before the next one is loaded
+
+    # 4. Save the table, all of it or nothing, and print it.
     if args.output is not None:
         with common.phase(f"writing {output}"):
             with tempfile.TemporaryDirectory(dir=output.parent) as folder:
                 Path(folder, "table").write_text(json.dumps(lines, indent=2))
                 Path(folder, "table").replace(output)
-    print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}")
+    print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}; "
+          "95% intervals in brackets")
     show_table(lines, SHARES, OTHERS, args)
     if args.best_of:
-        print(f"\none of {args.best_of} samples, the best by {common.visible(args.reward)}")
+        reward_name = common.visible(args.reward)
+        print(f"\naccuracy of one of {args.best_of} samples; best: the highest {reward_name}")
         show_table(lines, PICKS, [], args)
 
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
-        flags.error = common.fail
-        main(flags.parse_args())
+        parser = make_flags()
+        parser.error = common.fail
+        main(parser.parse_args())

@@ -1,32 +1,55 @@
 """KTO: Kahneman-Tversky Optimization (Ethayarajh et al. 2024, arXiv:2402.01306).
 
-The data are single answers: a prompt x, an answer y, a thumb up or down. As in DPO, the policy π
-implicitly rewards what became likelier than it was for π_ref, the model that π was at the start:
+The data are single answers with binary feedback: a prompt x, an answer y, and a label that says
+whether y is desirable. KTO makes desirable answers likelier and undesirable ones less likely. As
+in dpo.py, the policy π contains an implicit reward: how much likelier an answer has become than
+under π_ref, the model that training started from:
 
-    r(x, y) = β log[π(y|x) / π_ref(y|x)]                        eq. 5 of DPO, but for a term in x
+    r(x, y) = β log[π(y|x) / π_ref(y|x)]                    (eq. 5 of DPO, without the term in x)
 
-DPO compares the two answers of a pair. KTO compares each answer with a reference point z, as people
-do: they feel gains and losses against what they are used to, and each further bit of either less
-(Kahneman and Tversky 1979). The value of y is λ times a sigmoid around z, the loss what it lacks:
+DPO compares the two answers of a pair. Here nothing says which two answers to compare, so KTO asks
+what people do with a single outcome. They judge it against what they are used to, the reference
+point z: above z it is a gain, below z a loss, and each further bit of either matters less (Kahneman
+and Tversky 1979). So the value of a desirable answer is λ_D times a sigmoid of its gain, between 0
+and λ_D, and the loss is λ_D minus that value. For an undesirable answer, gain and loss are swapped:
 
-    loss = λ_D (1 − σ(r(x, y) − β z))                           if y is desirable
-    loss = λ_U (1 − σ(β z − r(x, y)))                           if y is undesirable
-    z    = max(0, mean of log[π(y'|x) / π_ref(y'|x)])           where y' answers another prompt
+    loss = λ_D (1 − σ(r(x, y) − β z))                       if y is desirable       (section 4.1)
+    loss = λ_U (1 − σ(β z − r(x, y)))                       if y is undesirable
+    z    = max(0, mean of log[π(y'|x) / π_ref(y'|x)])       where y' answers another prompt
 
-λ_D and λ_U are weights. z, a mean over the step, stands for KL(π ‖ π_ref), how far π has moved as a
-whole, without sampling; it has no gradient. Kept from DPO: reference and masks. Dropped: the pairs.
-An answer far on the wrong side of z, perhaps mislabelled, has no pull any more: there σ is flat.
+λ_D and λ_U are weights. z stands for KL(π ‖ π_ref), how far π has moved as a whole. A true KL needs
+samples from π, which are slow. The answer to another prompt is a cheap, biased stand-in: nothing
+trains π to prefer it after this prompt, so its log-ratio shows only the overall drift. z gets no
+gradient; it decides where σ is steep, and so which answers have the largest gradient.
+
+Compared with DPO, the implicit reward, the reference and the masks stay. The pairs go, and with
+them the loss that grows without bound: σ is flat far from z, so an answer far on the wrong side,
+perhaps because its label is wrong, no longer has a gradient.
+
+A worked example. With β = 0.1, both λ = 1 and z = 1, let an answer have the log-ratio 3. Its gain
+over the reference point is 0.1 · (3 − 1) = 0.2 and σ(0.2) = 0.550. If the answer is desirable, its
+loss is 1 − 0.550 = 0.450; if not, 1 − σ(−0.2) = 0.550. Both gradients have the size
+β σ(0.2) σ(−0.2) = 0.0248: it is −0.0248 on log π(y|x) if y is desirable and +0.0248 if not.
 
     python kto.py                                           # the embedded tiny model, on a laptop
-    python kto.py --model Qwen/Qwen2.5-0.5B                 # 4-bit LoRA on a 16 GB T4
-    python kto.py --model runs/sft --dataset thumbs.jsonl   # an SFT adapter: it is the reference
+    python kto.py --model Qwen/Qwen2.5-0.5B                 # 4-bit LoRA, sized for a 16 GB T4
+    python kto.py --model runs/sft --dataset labeled.jsonl   # an SFT adapter: it is the reference
 
-What to watch: the loss starts at 0.5 if both λ are 1; the margin, desirable minus undesirable mean
-reward, grows. z is 0 while answers behind wrong prompts only get less likely. Where grad_norm dies
-and the loss stays at the share of one label, all its answers were let go: raise its weight.
+What to watch: the loss starts at 0.5 if both λ are 1, and `margin`, the mean reward of desirable
+answers minus that of undesirable ones, grows. `z` stays 0 as long as mismatched answers only become
+less likely. If `grad_norm` vanishes and the loss settles at the share of one label, the model has
+given up on all answers with that label: raise the weight of that label.
 
-Shapes: B answers (of a micro-batch or a whole step) of T tokens; N answer tokens, width D,
-vocabulary V; L of the T columns hold tokens.
+Change one thing: with `--undesirable-weight 0.1` a line warns that one label outweighs the other 10
+to 1. The tiny model hardly notices: held-out `chosen_logp` ends at −0.02 and `rejected_logp` at −9,
+as with equal weights, because its labels are all correct and σ is flat once both are far from z.
+
+The default learning rate, 2e-5, is that of dpo.py, and four times the 5e-6 that TRL suggests for
+DPO with LoRA (it has no figure for KTO). If a run is unstable on your data, try theirs first.
+
+Shapes: B answers (of a micro-batch or of a step) are rows of T tokens. L ≤ T columns hold tokens
+(the rest are padding in every row), N positions predict a token of an answer, and C of these are
+read at a time. D is the width of the model and V the size of its vocabulary.
 """
 import argparse
 import hashlib
@@ -46,71 +69,89 @@ from tqdm import tqdm
 
 import common
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
-add("--dataset", default="trl-lib/kto-mix-14k", help="Hub name[:config], or a file")
-add("--split", default="train", help="of a Hub dataset")
-add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
-add("--chat-template", help="file with a chat template, in place of the model's own")
-add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-add("--eval-dataset", help="held-out rows (without it, some are kept out of --dataset)")
-add("--eval-size", type=common.count, default=100, help="held-out rows")
-add("--beta", type=common.positive, default=0.1, help="price of leaving the reference")
-add("--desirable-weight", type=common.positive, default=1.0, help="λ_D, of desirable answers")
-add("--undesirable-weight", type=common.positive, default=1.0, help="λ_U, of undesirable answers")
-add("--max-length", type=common.number(int, 4), default=1024, help="of prompt + answer, in tokens")
-add("--batch-size", type=common.number(int, 2), default=32, help="answers per optimizer step")
-add("--micro-batch-size", type=common.count, default=4, help="answers per forward pass")
-add("--learning-rate", type=common.positive, default=2e-5, help="the highest: it rises, then falls")
-add("--epochs", type=common.count, default=1, help="passes over the answers")
-add("--max-steps", type=common.count, default=500, help="optimizer steps at most")
-add("--lora-rank", **common.LORA_RANK, type=common.count)
-add("--load-in-4bit", **common.ON_GPU, help="quantise the frozen base")
-add("--gradient-checkpointing", **common.ON_GPU, help="compute activations twice, keep fewer")
-add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
-add("--save-every", type=common.count, default=50, help="steps between savings")
-add("--seed", type=common.natural, default=0, help="of data order, LoRA matrices and samples")
-add("--track", choices=["wandb", "trackio"], help="also send the metrics there")
-add("--output-dir", default="runs/kto", help="the same command again goes on where it stopped")
-# tiny answers differ in a digit or two, as in dpo.py: β is as high for the same reason
+# Tiny answers differ in a digit or two. β is as high as in dpo.py, for the same reason.
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=64)
 LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
+    add("--dataset", default="trl-lib/kto-mix-14k", help="labeled answers: Hub name or local file")
+    add("--split", default="train", help="split of a Hub dataset")
+    add("--columns", **common.COLUMNS, help="column names, such as prompt=query completion=reply")
+    add("--chat-template", help="file with a chat template that replaces the model's own")
+    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--eval-dataset", help="held-out rows; if not given, some rows of --dataset are held out")
+    add("--eval-size", type=common.count, default=100, help="number of held-out rows")
+    add("--beta", type=common.positive, default=0.1, help="KL penalty strength")
+    add("--desirable-weight", type=common.positive, default=1.0,
+        help="λ_D, weight of the loss of desirable answers")
+    add("--undesirable-weight", type=common.positive, default=1.0,
+        help="λ_U, weight of the loss of undesirable answers")
+    add("--max-length", type=common.number(int, 4), default=1024,
+        help="longest prompt + answer, in tokens; longer examples are truncated")
+    add("--batch-size", type=common.number(int, 2), default=32, help="answers per optimizer step")
+    add("--micro-batch-size", type=common.count, default=4, help="answers per forward pass")
+    add("--learning-rate", type=common.positive, default=2e-5,
+        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--epochs", type=common.count, default=1, help="passes over the answers")
+    add("--max-steps", type=common.count, default=500, help="upper limit on optimizer steps")
+    add("--lora-rank", **common.LORA_RANK, type=common.count)
+    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
+    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
+    add("--save-every", type=common.count, default=50, help="steps between checkpoints")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
+    add("--track", choices=["wandb", "trackio"], help="service that also receives the metrics")
+    add("--output-dir", default="runs/kto",
+        help="output folder; the same command resumes an interrupted run")
+    return parser
+
+
 # ---- data: prompts, answers to them, and labels --------------------------------------------------
 
 def encode_labelled(row, tokenizer, max_length):
-    """Examples of a prompt, an answer and a label, which says whether the answer is desirable."""
+    """A row as examples, each with a prompt, an answer and a label: is the answer desirable?
+
+    A pair becomes two examples. Prompt and answer stay apart, because the reference point z needs
+    each answer after another prompt as well.
+    """
     if "chosen" in row or "rejected" in row:
-        labelled = zip(common.encode_preference(tokenizer, row), (True, False), strict=True)
+        chosen, rejected = common.encode_preference(tokenizer, row)
+        labelled = [(chosen, True), (rejected, False)]
     else:
         prompt, answer = common.prompt_of(row, tokenizer), common.answer_of(row)
         label = LABELS.get(str(row.get("label")).lower())
         if not prompt or answer is None or label is None:
             raise ValueError("no prompt, completion and label (true or false, 1 or 0), and no pair")
-        answers = common.encode(tokenizer, prompt, answer, row.get("tools"))
-        labelled = [(pieces, label) for pieces in answers]
+        labelled = [(pieces, label) for pieces in
+                    common.encode(tokenizer, prompt, answer, row.get("tools"))]
     examples = []
-    for ((head, _), (rest, _), *answer), label in labelled:
-        length = len(head) + len(rest) + sum(len(ids) for ids, _ in answer)
+    for pieces, label in labelled:
+        # Pieces: the head of the prompt, the rest of the prompt, then the turns of the answer.
+        (head, _), (rest, _), *answer = pieces
+        length = sum(len(ids) for ids, _ in pieces)
         examples.append({"prompt": head + rest, "head": len(head), "answer": answer,
                          "label": label, "truncated": length > max_length})
     return examples
 
 
 def tokens_of(example, args, tokenizer):
-    """The answer behind the prompt, which need not be its own; the loss mask is 1 on the answer."""
+    """The answer appended to the prompt, truncated; the loss mask is 1 on the answer."""
     longest = min(args.max_length, tokenizer.model_max_length)
     tokens = with_mask([(example["prompt"], False), *example["answer"]])
-    length, start = len(tokens["input_ids"]), len(example["prompt"])
-    return shorten(tokens, length, example["head"], start, longest)
+    length = len(tokens["input_ids"])
+    return shorten(tokens, length, example["head"], len(example["prompt"]), longest)
 
 
 def with_mask(pieces):
-    """Pieces (ids, is_answer) as one example, whose mask says what is learned: the answers."""
-    input_ids, loss_mask = [], []
+    """Joins pieces (ids, is_answer) to one example. Its loss mask is 1 on the answers."""
+    input_ids = []
+    loss_mask = []
     for ids, is_answer in pieces:
         input_ids += ids
         loss_mask += [int(is_answer)] * len(ids)
@@ -118,10 +159,12 @@ def with_mask(pieces):
 
 
 def shorten(example, length, head, start, max_length):
-    """Too long: the prompt loses its middle, down to half of max_length, the answer its end.
+    """Truncates an example: first the middle of its prompt, then the end of its answer.
 
-    The prompt ends at `start`. Its head (BOS, system message) stays, and its end, a quarter of
-    max_length or more. `length` is that of the example, or of the longer one of a pair.
+    The prompt ends at `start`. Its first `head` tokens, BOS and the system message, stay, and so
+    does its end: at least max_length / 4 tokens of it, and max_length / 2 tokens in all. `length`
+    is the length of the example. In a pair it is the length of the longer example, so that both
+    keep the same prompt.
     """
     room = max(max_length // 2, head + max_length // 4)
     cut = max(0, min(length - max_length, start - room))
@@ -132,7 +175,7 @@ def shorten(example, length, head, start, max_length):
 
 
 def collate(examples, pad_id, device):
-    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
+    """B examples as tensors [B, T], padded on the right. Masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -144,171 +187,238 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def token_logps(model, batch, temperature=1.0):
-    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
+
+    The same as these two lines, which would hold the logits of all positions in memory at once:
+
+        logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
+        return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
+
+    Here logits are computed only where the mask is 1, for C positions at a time, and `checkpoint`
+    computes them once more in the backward pass instead of storing them.
+    """
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
-    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
-    targets = batch["input_ids"][:, 1:][scored]  # [N]
+    # The hidden state at position t predicts token t+1, so targets start at the second token.
+    is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
+    targets = batch["input_ids"][:, 1:][is_target]  # [N]
+    hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
+    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    chunk = max(1, 2**24 // vocabulary)
     logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
-    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+    for piece, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logps.append(checkpoint(
+            chunk_logps, piece, target, causal, temperature, use_reentrant=False))  # [C]
+    zeros = torch.zeros(is_target.shape, device=hidden.device)  # [B, T-1]
+    return zeros.masked_scatter(is_target, torch.cat(logps))
 
 
 def chunk_logps(hidden, targets, causal, temperature):
-    # 16 bits would be too coarse
+    """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
+    # The softmax is computed in fp32, because 16 bits would be too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
 def kto_loss(log_ratios, labels, z, beta, desirable_weight, undesirable_weight):
-    """The loss of each answer [B], from its log π/π_ref [B], whether it is desirable [B], and z."""
-    gains = beta * (log_ratios - z)  # [B]: r − βz
-    desirable = desirable_weight * (1 - torch.sigmoid(gains))  # [B]
-    undesirable = undesirable_weight * (1 - torch.sigmoid(-gains))  # [B]
-    return torch.where(labels, desirable, undesirable)
+    """The loss of each answer, [B], from its log π/π_ref, [B], and whether it is desirable, [B]."""
+    gains = beta * (log_ratios - z)  # [B], r(x, y) − βz
+    desirable_losses = desirable_weight * (1 - torch.sigmoid(gains))  # [B]
+    undesirable_losses = undesirable_weight * (1 - torch.sigmoid(-gains))  # [B]
+    return torch.where(labels, desirable_losses, undesirable_losses)  # [B]
 
 
-def score_labelled(model, examples, z, args, tokenizer):
-    """The loss, log π(y|x)/π_ref(y|x) and log π(y|x) of B answers: [3, B]."""
+FIGURES = ("loss", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp")
+
+
+def answer_logps(model, examples, args, tokenizer):
+    """log π(y|x) and log π_ref(y|x) of B answers, [B] each; only the first has a gradient."""
     rows = [tokens_of(example, args, tokenizer) for example in examples]
-    batch = collate(rows, tokenizer.pad_token_id, model.device)
+    batch = collate(rows, tokenizer.pad_token_id, model.device)  # [B, T] each
     with common.autocast(model):
-        logps = token_logps(model, batch).sum(-1)  # [B]
-        with torch.no_grad(), common.reference(model):  # what training started from
+        policy_logps = token_logps(model, batch).sum(-1)  # [B]
+        # The reference is the model that this run started from.
+        with torch.no_grad(), common.reference(model):
             ref_logps = token_logps(model, batch).sum(-1)  # [B]
-    log_ratios = logps - ref_logps  # [B]
-    labels = torch.tensor([example["label"] for example in examples], device=logps.device)  # [B]
-    losses = kto_loss(
-        log_ratios, labels, z, args.beta, args.desirable_weight, args.undesirable_weight)
-    return torch.stack([losses, log_ratios, logps])
+    return policy_logps, ref_logps
 
 
-def score_step(model, examples, z, args, tokenizer, scaler):
-    """score_labelled for all the answers, which the processes share between them: [3, B].
+def answer_losses(model, examples, z, args, tokenizer):
+    """The losses, [B], and the FIGURES to log, {name: [B]}.
 
-    With a scaler (in training), this is also the backward pass: gradients add up to that of the
-    mean loss, as each answer counts 1 / len(examples), whatever its micro-batch and process.
+    The names are those of dpo.py: chosen means desirable and rejected means undesirable. An answer
+    counts 0 in the figures of the other label.
     """
-    scores = torch.zeros(3, len(examples), dtype=torch.float64, device=model.device)
-    mine = list(range(len(examples)))[common.RANK::common.WORLD]
-    for i in range(0, len(mine), args.micro_batch_size):
-        rows = mine[i:i + args.micro_batch_size]
-        scored = score_labelled(model, [examples[row] for row in rows], z, args, tokenizer)
-        if scaler is not None:
-            scaler.scale(scored[0].sum() / len(examples)).backward()
-        scores[:, rows] = scored.detach().double()
-    sum_over_processes([scores])
-    return scores
+    policy_logps, ref_logps = answer_logps(model, examples, args, tokenizer)  # [B] each
+    log_ratios = policy_logps - ref_logps  # [B]
+    labels = torch.tensor([example["label"] for example in examples], device=model.device)  # [B]
+    losses = kto_loss(
+        log_ratios, labels, z, args.beta, args.desirable_weight, args.undesirable_weight)  # [B]
+    rewards = args.beta * log_ratios  # [B], r(x, y)
+    return losses, {
+        "loss": losses, "chosen_reward": rewards * labels, "rejected_reward": rewards * ~labels,
+        "chosen_logp": policy_logps * labels, "rejected_logp": policy_logps * ~labels}
+
+
+def mismatched(examples):
+    """Each answer appended to the next prompt that differs from its own; none if all are equal."""
+    pairs = []
+    for i, example in enumerate(examples):
+        for other in examples[i + 1:] + examples[:i]:
+            if differs(example["prompt"], other["prompt"]):
+                pairs.append(example | {"prompt": other["prompt"], "head": other["head"]})
+                break
+    return pairs
+
+
+def differs(prompt, other):
+    """Whether two prompts, as ids, differ in some token, and not in their length only.
+
+    If one is a prefix of the other, both may come from the same string: the token at its end can
+    belong to the answer instead.
+    """
+    return common.shared_length(prompt, other) < min(len(prompt), len(other))
 
 
 @torch.no_grad()
 def reference_point(model, examples, args, tokenizer):
-    """z: the mean log-ratio of the answers, each behind the next prompt that is another, or 0.
-
-    Where one prompt begins with the other, they may be one text, split elsewhere: not another.
-    """
-    mismatched = []
-    for i, example in enumerate(examples):
-        for other in examples[i + 1:] + examples[:i]:
-            prompts = example["prompt"], other["prompt"]
-            if common.shared_length(*prompts) < min(map(len, prompts)):
-                mismatched.append(example | {"prompt": other["prompt"], "head": other["head"]})
-                break
-    _, log_ratios, _ = score_step(model, mismatched, 0.0, args, tokenizer, None)  # losses unused
-    return (log_ratios.sum() / max(1, len(mismatched))).clamp(min=0)
-
-
-def describe(scores, examples, z, args):
-    """Means over all answers, and by label: as in dpo.py, chosen is desirable, rejected is not."""
-    labels = torch.tensor([example["label"] for example in examples], device=scores.device)
-    _, chosen_gain, chosen_logp = scores[:, labels].mean(1).tolist()
-    _, rejected_gain, rejected_logp = scores[:, ~labels].mean(1).tolist()
-    return {"loss": scores[0].mean().item(), "margin": args.beta * (chosen_gain - rejected_gain),
-            "chosen_reward": args.beta * chosen_gain, "rejected_reward": args.beta * rejected_gain,
-            "chosen_logp": chosen_logp, "rejected_logp": rejected_logp, "z": z.item()}
+    """z: the mean log-ratio of mismatched answers, at least 0; 0 if there are none."""
+    pairs = mismatched(examples)
+    mine = pairs[common.RANK::common.WORLD]
+    sums = {}
+    for i in range(0, len(mine), args.micro_batch_size):
+        policy_logps, ref_logps = answer_logps(
+            model, mine[i:i + args.micro_batch_size], args, tokenizer)
+        add_up(sums, {"log_ratio": policy_logps - ref_logps})
+    total = over_processes(sums, ["log_ratio"], model.device)["log_ratio"]
+    return max(0.0, total / max(1, len(pairs)))
 
 
 # ---- the run -------------------------------------------------------------------------------------
 
 def plan_batches(labels, args):
-    """The indices of each step's answers: of either label its share in the data, but at least one.
+    """The indices of the answers of each step, [steps, size].
 
-    Each label has an order of its own, from the seed; used up, it starts again in a new one.
+    Every step has both labels in the proportion of the data, and at least one answer of each.
     """
     size = min(args.batch_size, len(labels))
-    n_D = min(max(1, round(size * sum(labels) / len(labels))), size - 1)
-    ratio = n_D * args.desirable_weight / ((size - n_D) * args.undesirable_weight)
-    if not 1 <= ratio <= 4 / 3:  # the advice of the paper's first version; its last: up to 3/2
-        print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step, better are 1 to 4/3: try "
-              f"--desirable-weight {args.desirable_weight / ratio * 7 / 6:.3g}")
-    generator = torch.Generator().manual_seed(args.seed)
+    desirable = [i for i, label in enumerate(labels) if label]
+    undesirable = [i for i, label in enumerate(labels) if not label]
+    desirable_per_step = round(size * len(desirable) / len(labels))
+    desirable_per_step = min(max(1, desirable_per_step), size - 1)
+    undesirable_per_step = size - desirable_per_step
+    advise_weights(desirable_per_step, undesirable_per_step, args)
     steps = min(args.max_steps, math.ceil(args.epochs * len(labels) / size))
-    batches = []
-    for label, count in (True, n_D), (False, size - n_D):
-        members = torch.tensor([i for i, own in enumerate(labels) if own == label])
-        rounds = range(math.ceil(steps * count / len(members)))
-        order = torch.cat([torch.randperm(len(members), generator=generator) for _ in rounds])
-        batches.append(members[order[:steps * count]].view(steps, count))
-    return torch.cat(batches, dim=1)  # [steps, size]
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.cat([
+        draw(desirable, steps * desirable_per_step, generator).view(steps, -1),
+        draw(undesirable, steps * undesirable_per_step, generator).view(steps, -1)], dim=1)
+
+
+def draw(members, count, generator):
+    """`count` of the members: all in a random order, then in another, until there are enough."""
+    order = []
+    while len(order) < count:
+        order += torch.randperm(len(members), generator=generator).tolist()
+    return torch.tensor(members)[order[:count]]
+
+
+def advise_weights(n_desirable, n_undesirable, args):
+    """Prints a line if the weight of a label is not what the paper (section 4.2) recommends."""
+    ratio = n_desirable * args.desirable_weight / (n_undesirable * args.undesirable_weight)
+    if not 1 <= ratio <= 3 / 2:
+        better = args.desirable_weight / ratio * 5 / 4
+        print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step. The paper recommends 1 to 1.5, so "
+              f"try --desirable-weight {better:.3g}")
+
+
+def describe(sums, labels, z, device):
+    """The figures to log: means over all answers, or over the answers with one label."""
+    totals = over_processes(sums, FIGURES, device)
+    n_desirable = sum(labels)
+    n_undesirable = len(labels) - n_desirable
+    chosen_reward = totals["chosen_reward"] / n_desirable
+    rejected_reward = totals["rejected_reward"] / n_undesirable
+    return {"loss": totals["loss"] / len(labels), "margin": chosen_reward - rejected_reward,
+            "chosen_reward": chosen_reward, "rejected_reward": rejected_reward,
+            "chosen_logp": totals["chosen_logp"] / n_desirable,
+            "rejected_logp": totals["rejected_logp"] / n_undesirable, "z": z}
 
 
 @torch.no_grad()
 def evaluate(model, examples, args, tokenizer):
-    """The figures of held-out examples, whose z is their own."""
+    """The figures of held-out answers, which have a reference point z of their own."""
     model.eval()
     z = reference_point(model, examples, args, tokenizer)
-    scores = score_step(model, examples, z, args, tokenizer, None)
+    mine = examples[common.RANK::common.WORLD]
+    sums = {}
+    for i in range(0, len(mine), args.micro_batch_size):
+        _, figures = answer_losses(model, mine[i:i + args.micro_batch_size], z, args, tokenizer)
+        add_up(sums, figures)
     model.train()
-    return describe(scores, examples, z, args)
+    return describe(sums, [example["label"] for example in examples], z, model.device)
 
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
-    """An answer of up to `length` tokens to each prompt, sampled at temperature 1.
+    """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Token by token from softmax(logits), because `generate` would also do what the model's own
-    generation config asks for: beams, penalties, suppressed tokens. Pads follow a stop token.
+    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    are drawn from softmax(logits), because `generate` would also apply the generation config of
+    the model: beams, penalties, suppressed tokens.
     """
+    model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache
+    torch.manual_seed(seed)
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    # Left padding: all prompts end in the last column, where the first token is predicted.
     prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # room for the answer
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
-    stops = torch.tensor(stop_ids, device=model.device)
-    torch.manual_seed(seed)
-    model.eval()  # in train mode, gradient checkpointing would silently drop the cache
-    token, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    ended, answers, cache = torch.zeros_like(mask[:, :1], dtype=torch.bool), [], None
-    while len(answers) < length and not ended.all():
+    token = batch["input_ids"].to(model.device)  # [B, T], and [B, 1] after the first pass
+    mask = batch["attention_mask"].to(model.device)  # [B, T], one column more with every token
+    cache = None
+    answers = [[] for _ in prompts]
+    for _ in range(length):
         with common.autocast(model):
             logits, cache = common.read(common.causal_lm(model), token, mask, cache)  # [B, V]
         token = torch.multinomial(logits.float().softmax(-1), 1)  # [B, 1]
-        token[ended] = tokenizer.pad_token_id
-        answers.append(token)
-        ended |= torch.isin(token, stops)
+        for answer, new in zip(answers, token[:, 0].tolist(), strict=True):
+            if not answer or answer[-1] not in stop_ids:
+                answer.append(new)
+        if all(answer[-1] in stop_ids for answer in answers):
+            break
         mask = F.pad(mask, (0, 1), value=1)
     model.train()
-    return torch.cat(answers, 1).tolist()
+    return answers
+
+
+def show_samples(samples):
+    """Prints prompts, each with an answer from before and an answer from after training."""
+    print("\nsamples: held-out prompts, with an answer before and an answer after training")
+    for sample in samples:
+        print()
+        for name, text in sample.items():
+            print(f"{name:>8}: {' '.join(text.split())}")
 
 
 def train(args):
-    # 1. Data first: what is wrong with it shows before the model is loaded.
+    # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     examples, held_out = common.load_examples(
         args, encode_labelled, tokenizer, limit=args.max_steps * args.batch_size)
     for name, part in ("to train on", examples), ("held out", held_out):
         if len({example["label"] for example in part}) < 2:
             common.fail(f"all answers {name} have the same label, and KTO needs both")
-    batches = plan_batches([example["label"] for example in examples], args)
-    for i in batches[0, 0], batches[0, -1]:  # a desirable answer and an undesirable one
+    batches = plan_batches([example["label"] for example in examples], args)  # [steps, size]
+    for name, i in ("desirable", batches[0, 0]), ("undesirable", batches[0, -1]):
         tokens = tokens_of(examples[i], args, tokenizer)
-        common.show(tokenizer, tokens["input_ids"], tokens["loss_mask"])
+        common.show(tokenizer, tokens["input_ids"], tokens["loss_mask"],
+                    f"a {name} answer as the model sees it (scored tokens in green):")
 
-    # 2. A frozen base, with LoRA matrices: they alone are trained.
+    # 2. Load the model: a frozen base with LoRA matrices, which alone are trained.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
@@ -316,9 +426,9 @@ def train(args):
     # `update` sets the learning rate.
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
-    # 3. Where the run stands: at its start, or where it was interrupted.
+    # 3. Start a new run, or resume an interrupted one.
     open_run(args, [examples, held_out])
     state = restore(args, weights, optimizer, scaler)
     prompts = [x["prompt"][-args.max_length:] for x in held_out if x["label"]][:3]
@@ -329,38 +439,46 @@ def train(args):
     progress = tqdm(range(state["step"] + 1, len(batches) + 1), initial=state["step"],
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
-        # 4. The reference point, before any answer has a loss: all of the step share it.
+        # 4. Compute the reference point z once; all answers of the step share it.
         began = time.time()
         batch = [examples[i] for i in batches[step - 1]]
         z = reference_point(model, batch, args, tokenizer)
 
-        # 5. The losses and their gradients, micro-batch by micro-batch.
-        scores = score_step(model, batch, z, args, tokenizer, scaler)
+        # 5. Accumulate the gradients of the micro-batches of this process. Each answer counts
+        #    1 / len(batch), so that the sum is the gradient of the mean over the batch.
+        mine = batch[common.RANK::common.WORLD]
+        sums = {}
+        for i in range(0, len(mine), args.micro_batch_size):
+            losses, figures = answer_losses(
+                model, mine[i:i + args.micro_batch_size], z, args, tokenizer)
+            scaler.scale(losses.sum() / len(batch)).backward()
+            add_up(sums, figures)
 
-        # 6. One step down the gradient, which is summed over processes and clipped.
-        updated = update(optimizer, scaler, learning_rate(step, len(batches), args.learning_rate))
+        # 6. Take one optimizer step with the gradients of all processes, summed and clipped.
+        lr = learning_rate(step, len(batches), args.learning_rate)
+        updated = update(optimizer, scaler, lr)
 
-        # 7. Log, and save what is needed to go on.
-        metrics = {"step": step} | describe(scores, batch, z, args) | updated
-        metrics["seconds"] = time.time() - began
-        progress.set_postfix(loss=metrics["loss"], margin=metrics["margin"], refresh=False)
+        # 7. Log the step, and save a checkpoint from time to time.
+        described = describe(sums, [example["label"] for example in batch], z, model.device)
+        metrics = {"step": step} | described | updated | {"seconds": time.time() - began}
         if args.eval_every and step % args.eval_every == 0:
             held = evaluate(model, held_out, args, tokenizer)
             metrics |= {f"eval_{name}": value for name, value in held.items()}
-        log_step(args, state, metrics)
+        tokens = sum(len(tokens_of(x, args, tokenizer)["input_ids"]) for x in batch)
+        log_step(args, state, metrics, tokens, progress, ("loss", "margin"))
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, weights, optimizer, scaler)
 
-    # 8. The same held-out answers and prompts once more.
+    # 8. Evaluate and sample again on the same held-out answers, and save the adapter.
     after = evaluate(model, held_out, args, tokenizer)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
-    for row in zip(prompts, state["answers"], answers, strict=True):
-        texts = tokenizer.batch_decode(row, skip_special_tokens=True)
-        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
+    for prompt, old, new in zip(prompts, state["answers"], answers, strict=True):
+        state["samples"].append({"prompt": common.shown_text(tokenizer, prompt),
+                                 "before": common.shown_text(tokenizer, old),
+                                 "after": common.shown_text(tokenizer, new)})
     finish(args, state, model, tokenizer, after)
-    for sample in state["samples"]:
-        for name, text in sample.items():
-            print(f"{name:>8}: {common.visible(' '.join(text.split()))}")
+    show_samples(state["samples"])
+    show_next(args)
 
 
 # ---- the optimizer step --------------------------------------------------------------------------
@@ -373,14 +491,14 @@ def learning_rate(step, steps, peak):
 
 
 def update(optimizer, scaler, lr):
-    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
     weights = optimizer.param_groups[0]["params"]
     # A process without a share of the batch has no gradients, but takes part in the sum.
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the length of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
     # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
@@ -397,7 +515,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes; with a single process nothing changes."""
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -411,15 +529,18 @@ def add_up(sums, figures):
 
 def over_processes(sums, names, device):
     """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
-    totals = {}
-    for name in names:
-        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    totals = {name: torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+              for name in names}
     sum_over_processes(list(totals.values()))
     return {name: total.item() for name, total in totals.items()}
 
 
 def open_run(args, examples):
-    """--output-dir: a new folder, or that of an interrupted run with the same flags and inputs."""
+    """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
+
+    The flags, a hash of the examples and a hash of the files of models and rewards stand in
+    args.json. A run is resumed only if all of them are the same.
+    """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
@@ -434,77 +555,68 @@ def open_run(args, examples):
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # the lock ends with the process, however that ends; its file may stay
+        # The lock ends with the process, however the process ends. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")
         names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
         is_new = not names
-        if names == {file.name}:  # a start that failed before its first step has nothing to lose
+        # A run that failed before its first checkpoint has nothing to lose, so it starts anew.
+        if names == {file.name}:
             is_new = '"output_dir"' in file.read_text()
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
+                             "rewards, or other files: name another folder")
 
 
 def write(file, text):
-    """Whole or not at all, whenever the run is killed."""
+    """Writes atomically: a killed run leaves either the old file or the new one."""
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").replace(file)
 
 
 def restore(args, weights, optimizer, scaler):
-    """The state of a run: a new one, or that of an interrupted run, as `save` left it.
+    """The state of a new run, or of an interrupted one from its checkpoint, resume.pt.
 
-    The weights, {name: parameter}, are those that are trained. Other processes get those of the
-    first, because each has drawn LoRA matrices of its own.
+    A checkpoint also holds the trained weights, {name: parameter}, and the states of optimizer
+    and scaler, which are loaded here.
     """
     state = {"step": 0, "metrics": [], "samples": []}
     file = Path(args.output_dir, "resume.pt")
     if file.exists():
         with common.phase(f"reading {file}"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {*state, "weights", "optimizer", "scaler"} - saved.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            load_weights(weights, saved.pop("weights"))
+            common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
+            if not state.keys() <= saved.keys():
+                raise ValueError("a part of it is missing")
             state = saved
+    # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
     return state
 
 
-def load_weights(weights, saved):
-    """Copies saved weights into the parameters of the same names."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    saved_shapes = {name: value.shape for name, value in saved.items()}
-    differing = shapes.items() ^ saved_shapes.items()
-    if differing:
-        name = min(differing)[0]
-        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
-    for name, value in saved.items():
-        if not value.isfinite().all():
-            raise ValueError(f"its weight {name} has values that are not finite numbers")
-        weights[name].data.copy_(value)
-
-
 def save(args, state, weights, optimizer, scaler):
-    """Writes a checkpoint, resume.pt: all that the same command needs to resume this run."""
+    """Writes a checkpoint, from which the same command resumes the run."""
     if common.RANK == 0:
-        saved = {"weights": {name: weight.data for name, weight in weights.items()},
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        torch.save(state | saved, Path(args.output_dir, "resume.new"))
+        parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        parts["weights"] = {name: weight.data for name, weight in weights.items()}
+        torch.save(state | parts, Path(args.output_dir, "resume.new"))
         Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
 
 
-def log_step(args, state, metrics):
-    if torch.cuda.is_available():
-        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+def log_step(args, state, metrics, tokens, progress, shown):
+    """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:
@@ -515,12 +627,13 @@ def log_step(args, state, metrics):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
+        common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:
@@ -528,10 +641,17 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    where = f"results: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
-    print(f"\n{common.visible(where)}")
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
+    print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
+                         f"\ntry it:  python {use} {args.output_dir}"))
 
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-length"):
-        train(common.parse(flags, TINY))
+        train(common.parse(make_flags(), TINY))

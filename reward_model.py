@@ -131,7 +131,7 @@ def encode_comparison(row, tokenizer, max_length):
 
 
 def collate(examples, pad_id, device):
-    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
+    """B examples as tensors [B, T], padded on the right. Masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -143,13 +143,14 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def sequence_rewards(model, batch, head):
-    """The reward of each sequence, [B], read at its last real token; padding is on the right."""
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    """The reward [B] of each sequence, read at its last token. Padding is on the right."""
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
     last = inputs["attention_mask"].sum(-1) - 1  # [B]
     hidden = hidden[torch.arange(len(hidden)), last]  # [B, D]
-    # not `@`, which autocast would round to 16 bits: too coarse to compare
+    # `@` would run in 16 bits under autocast, which is too coarse to compare two rewards.
     return (hidden.float() * head.weight.float()).sum(-1)  # [B]
 
 
@@ -294,12 +295,12 @@ def train(args):
         totals = over_processes(sums, FIGURES, model.device)
         metrics = {"step": step, **describe(totals, len(batch)), **updated}
         metrics["seconds"] = time.time() - began
-        shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy", "margin")}
-        progress.set_postfix(shown, refresh=False)
         if args.eval_every and step % args.eval_every == 0:
             held, _ = evaluate(model, held_out, args, pad_id)
             metrics |= {f"eval_{name}": value for name, value in held.items()}
-        log_step(args, state, metrics)
+        tokens = sum(len(pair["chosen"]["input_ids"]) + len(pair["rejected"]["input_ids"])
+                     for pair in batch)
+        log_step(args, state, metrics, tokens, progress, ("loss", "accuracy", "margin"))
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, weights, optimizer, scaler)
 
@@ -308,6 +309,7 @@ def train(args):
     pad_apart(tokenizer)
     finish(args, state, model, tokenizer, after)
     show_worst(tokenizer, held_out, leads)
+    show_next(args)
 
 
 # ---- the optimizer step --------------------------------------------------------------------------
@@ -320,14 +322,14 @@ def learning_rate(step, steps, peak):
 
 
 def update(optimizer, scaler, lr):
-    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
     weights = optimizer.param_groups[0]["params"]
     # A process without a share of the batch has no gradients, but takes part in the sum.
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the length of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
     # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
@@ -344,7 +346,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes; with a single process nothing changes."""
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -358,15 +360,18 @@ def add_up(sums, figures):
 
 def over_processes(sums, names, device):
     """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
-    totals = {}
-    for name in names:
-        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    totals = {name: torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+              for name in names}
     sum_over_processes(list(totals.values()))
     return {name: total.item() for name, total in totals.items()}
 
 
 def open_run(args, examples):
-    """--output-dir: a new folder, or that of an interrupted run with the same flags and inputs."""
+    """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
+
+    The flags, a hash of the examples and a hash of the files of models and rewards stand in
+    args.json. A run is resumed only if all of them are the same.
+    """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
@@ -381,77 +386,68 @@ def open_run(args, examples):
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # the lock ends with the process, however that ends; its file may stay
+        # The lock ends with the process, however the process ends. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")
         names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
         is_new = not names
-        if names == {file.name}:  # a start that failed before its first step has nothing to lose
+        # A run that failed before its first checkpoint has nothing to lose, so it starts anew.
+        if names == {file.name}:
             is_new = '"output_dir"' in file.read_text()
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
+                             "rewards, or other files: name another folder")
 
 
 def write(file, text):
-    """Whole or not at all, whenever the run is killed."""
+    """Writes atomically: a killed run leaves either the old file or the new one."""
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").replace(file)
 
 
 def restore(args, weights, optimizer, scaler):
-    """The state of a run: a new one, or that of an interrupted run, as `save` left it.
+    """The state of a new run, or of an interrupted one from its checkpoint, resume.pt.
 
-    The weights, {name: parameter}, are those that are trained. Other processes get those of the
-    first, because each has drawn LoRA matrices of its own.
+    A checkpoint also holds the trained weights, {name: parameter}, and the states of optimizer
+    and scaler, which are loaded here.
     """
     state = {"step": 0, "metrics": [], "samples": []}
     file = Path(args.output_dir, "resume.pt")
     if file.exists():
         with common.phase(f"reading {file}"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {*state, "weights", "optimizer", "scaler"} - saved.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            load_weights(weights, saved.pop("weights"))
+            common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
+            if not state.keys() <= saved.keys():
+                raise ValueError("a part of it is missing")
             state = saved
+    # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
     return state
 
 
-def load_weights(weights, saved):
-    """Copies saved weights into the parameters of the same names."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    saved_shapes = {name: value.shape for name, value in saved.items()}
-    differing = shapes.items() ^ saved_shapes.items()
-    if differing:
-        name = min(differing)[0]
-        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
-    for name, value in saved.items():
-        if not value.isfinite().all():
-            raise ValueError(f"its weight {name} has values that are not finite numbers")
-        weights[name].data.copy_(value)
-
-
 def save(args, state, weights, optimizer, scaler):
-    """Writes a checkpoint, resume.pt: all that the same command needs to resume this run."""
+    """Writes a checkpoint, from which the same command resumes the run."""
     if common.RANK == 0:
-        saved = {"weights": {name: weight.data for name, weight in weights.items()},
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        torch.save(state | saved, Path(args.output_dir, "resume.new"))
+        parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        parts["weights"] = {name: weight.data for name, weight in weights.items()}
+        torch.save(state | parts, Path(args.output_dir, "resume.new"))
         Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
 
 
-def log_step(args, state, metrics):
-    if torch.cuda.is_available():
-        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+def log_step(args, state, metrics, tokens, progress, shown):
+    """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:
@@ -462,12 +458,13 @@ def log_step(args, state, metrics):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
+        common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:
@@ -475,8 +472,15 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    where = f"results: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
-    print(f"\n{common.visible(where)}")
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
+    print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
+                         f"\ntry it:  python {use} {args.output_dir}"))
 
 
 if __name__ == "__main__":

@@ -180,8 +180,9 @@ def prompt_and_answer(row, tokenizer):
 
 
 def with_mask(pieces):
-    """Pieces (ids, is_answer) as one example, whose mask says what is learned: the answers."""
-    input_ids, loss_mask = [], []
+    """Joins pieces (ids, is_answer) to one example. Its loss mask is 1 on the answers."""
+    input_ids = []
+    loss_mask = []
     for ids, is_answer in pieces:
         input_ids += ids
         loss_mask += [int(is_answer)] * len(ids)
@@ -189,10 +190,12 @@ def with_mask(pieces):
 
 
 def shorten(example, length, head, start, max_length):
-    """Too long: the prompt loses its middle, down to half of max_length, the answer its end.
+    """Truncates an example: first the middle of its prompt, then the end of its answer.
 
-    The prompt ends at `start`. Its head (BOS, system message) stays, and its end, a quarter of
-    max_length or more. `length` is that of the example, or of the longer one of a pair.
+    The prompt ends at `start`. Its first `head` tokens, BOS and the system message, stay, and so
+    does its end: at least max_length / 4 tokens of it, and max_length / 2 tokens in all. `length`
+    is the length of the example. In a pair it is the length of the longer example, so that both
+    keep the same prompt.
     """
     room = max(max_length // 2, head + max_length // 4)
     cut = max(0, min(length - max_length, start - room))
@@ -203,7 +206,7 @@ def shorten(example, length, head, start, max_length):
 
 
 def collate(examples, pad_id, device):
-    """B examples as [B, T] tensors, padded on the right; masks are 0 there, even if pad is eos."""
+    """B examples as tensors [B, T], padded on the right. Masks are 0 there, even if pad is eos."""
     batch = {}
     for name in examples[0]:
         padding = pad_id if name == "input_ids" else 0
@@ -215,24 +218,39 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def token_logps(model, batch, temperature=1.0):
-    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
+
+    The same as these two lines, which would hold the logits of all positions in memory at once:
+
+        logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
+        return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
+
+    Here logits are computed only where the mask is 1, for C positions at a time, and `checkpoint`
+    computes them once more in the backward pass instead of storing them.
+    """
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
-    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
-    targets = batch["input_ids"][:, 1:][scored]  # [N]
+    # The hidden state at position t predicts token t+1, so targets start at the second token.
+    is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
+    targets = batch["input_ids"][:, 1:][is_target]  # [N]
+    hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
+    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    chunk = max(1, 2**24 // vocabulary)
     logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
-    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+    for piece, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logps.append(checkpoint(
+            chunk_logps, piece, target, causal, temperature, use_reentrant=False))  # [C]
+    zeros = torch.zeros(is_target.shape, device=hidden.device)  # [B, T-1]
+    return zeros.masked_scatter(is_target, torch.cat(logps))
 
 
 def chunk_logps(hidden, targets, causal, temperature):
-    # 16 bits would be too coarse
+    """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
+    # The softmax is computed in fp32, because 16 bits would be too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -298,43 +316,48 @@ def evaluate(model, examples, args, pad_id):
 
 @torch.no_grad()
 def sample_answers(model, tokenizer, prompts, length, seed):
-    """An answer of up to `length` tokens to each prompt, sampled at temperature 1.
+    """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Token by token from softmax(logits), because `generate` would also do what the model's own
-    generation config asks for: beams, penalties, suppressed tokens. Pads follow a stop token.
+    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    are drawn from softmax(logits), because `generate` would also apply the generation config of
+    the model: beams, penalties, suppressed tokens.
     """
+    model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache
+    torch.manual_seed(seed)
+    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
+    # Left padding: all prompts end in the last column, where the first token is predicted.
     prompts = [ids[length - tokenizer.model_max_length:] for ids in prompts]  # room for the answer
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
-    stops = torch.tensor(stop_ids, device=model.device)
-    torch.manual_seed(seed)
-    model.eval()  # in train mode, gradient checkpointing would silently drop the cache
-    token, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    ended, answers, cache = torch.zeros_like(mask[:, :1], dtype=torch.bool), [], None
-    while len(answers) < length and not ended.all():
+    token = batch["input_ids"].to(model.device)  # [B, T], and [B, 1] after the first pass
+    mask = batch["attention_mask"].to(model.device)  # [B, T], one column more with every token
+    cache = None
+    answers = [[] for _ in prompts]
+    for _ in range(length):
         with common.autocast(model):
             logits, cache = common.read(common.causal_lm(model), token, mask, cache)  # [B, V]
         token = torch.multinomial(logits.float().softmax(-1), 1)  # [B, 1]
-        token[ended] = tokenizer.pad_token_id
-        answers.append(token)
-        ended |= torch.isin(token, stops)
+        for answer, new in zip(answers, token[:, 0].tolist(), strict=True):
+            if not answer or answer[-1] not in stop_ids:
+                answer.append(new)
+        if all(answer[-1] in stop_ids for answer in answers):
+            break
         mask = F.pad(mask, (0, 1), value=1)
     model.train()
-    return torch.cat(answers, 1).tolist()
+    return answers
 
 
-def until_stop(answer, stop_ids):
-    """The ids of an answer up to its first stop token, without the pads behind it."""
-    for place, token in enumerate(answer):
-        if token in stop_ids:
-            return answer[:place + 1]
-    return answer
+def show_samples(samples):
+    """Prints prompts, each with an answer from before and an answer from after training."""
+    print("\nsamples: held-out prompts, with an answer before and an answer after training")
+    for sample in samples:
+        print()
+        for name, text in sample.items():
+            print(f"{name:>8}: {' '.join(text.split())}")
 
 
 def share_stopped(answers, stop_ids):
     """The share of answers that end by themselves, with a stop token."""
-    stopped = [until_stop(answer, stop_ids)[-1] in stop_ids for answer in answers]
-    return sum(stopped) / len(stopped)
+    return sum(answer[-1] in stop_ids for answer in answers) / len(answers)
 
 
 def train(args):
@@ -407,11 +430,11 @@ def train(args):
         # 7. Log the step, evaluate from time to time, and save a checkpoint.
         metrics = {"step": step, **over_processes(sums, FIGURES, model.device)}
         metrics |= {"trained_tokens": trained_tokens, **updated, "seconds": time.time() - began}
-        progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         if args.eval_every and step % args.eval_every == 0:
             held = evaluate(model, held_out, args, pad_id)
             metrics |= {f"eval_{name}": value for name, value in held.items()}
-        log_step(args, state, metrics)
+        tokens = sum(len(example["tokens"]["input_ids"]) for example in batch)
+        log_step(args, state, metrics, tokens, progress, FIGURES)
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, weights, optimizer, scaler)
 
@@ -420,14 +443,11 @@ def train(args):
     answers = sample_answers(model, tokenizer, prompts, args.max_new_tokens, args.seed)
     after["stopped"] = share_stopped(answers, stop_ids)
     for prompt, old, new in zip(prompts[:3], state["answers"], answers[:3], strict=True):
-        state["samples"].append({
-            "prompt": tokenizer.decode(prompt),
-            "before": tokenizer.decode(until_stop(old, stop_ids)),
-            "after": tokenizer.decode(until_stop(new, stop_ids))})
+        texts = [common.shown_text(tokenizer, ids) for ids in (prompt, old, new)]
+        state["samples"].append(dict(zip(("prompt", "before", "after"), texts, strict=True)))
     finish(args, state, model, tokenizer, after)
-    for sample in state["samples"]:
-        for name, said in sample.items():
-            print(f"{name:>8}: {common.visible(' '.join(said.split()))}")
+    show_samples(state["samples"])
+    show_next(args)
 
 
 # ---- the optimizer step --------------------------------------------------------------------------
@@ -440,14 +460,14 @@ def learning_rate(step, steps, peak):
 
 
 def update(optimizer, scaler, lr):
-    """Sums the gradients over all processes, clips them and takes one step; returns its figures."""
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
     weights = optimizer.param_groups[0]["params"]
     # A process without a share of the batch has no gradients, but takes part in the sum.
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the length of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
     # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
@@ -464,7 +484,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes; with a single process nothing changes."""
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -478,15 +498,18 @@ def add_up(sums, figures):
 
 def over_processes(sums, names, device):
     """{name: float}: the sums of all processes. A process without a share of the rows adds 0."""
-    totals = {}
-    for name in names:
-        totals[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+    totals = {name: torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device)
+              for name in names}
     sum_over_processes(list(totals.values()))
     return {name: total.item() for name, total in totals.items()}
 
 
 def open_run(args, examples):
-    """--output-dir: a new folder, or that of an interrupted run with the same flags and inputs."""
+    """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
+
+    The flags, a hash of the examples and a hash of the files of models and rewards stand in
+    args.json. A run is resumed only if all of them are the same.
+    """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
@@ -501,77 +524,68 @@ def open_run(args, examples):
             tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # the lock ends with the process, however that ends; its file may stay
+        # The lock ends with the process, however the process ends. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")
         names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
         is_new = not names
-        if names == {file.name}:  # a start that failed before its first step has nothing to lose
+        # A run that failed before its first checkpoint has nothing to lose, so it starts anew.
+        if names == {file.name}:
             is_new = '"output_dir"' in file.read_text()
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
             raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
+                             "rewards, or other files: name another folder")
 
 
 def write(file, text):
-    """Whole or not at all, whenever the run is killed."""
+    """Writes atomically: a killed run leaves either the old file or the new one."""
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").replace(file)
 
 
 def restore(args, weights, optimizer, scaler):
-    """The state of a run: a new one, or that of an interrupted run, as `save` left it.
+    """The state of a new run, or of an interrupted one from its checkpoint, resume.pt.
 
-    The weights, {name: parameter}, are those that are trained. Other processes get those of the
-    first, because each has drawn LoRA matrices of its own.
+    A checkpoint also holds the trained weights, {name: parameter}, and the states of optimizer
+    and scaler, which are loaded here.
     """
     state = {"step": 0, "metrics": [], "samples": []}
     file = Path(args.output_dir, "resume.pt")
     if file.exists():
         with common.phase(f"reading {file}"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            missing = {*state, "weights", "optimizer", "scaler"} - saved.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            load_weights(weights, saved.pop("weights"))
+            common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
+            if not state.keys() <= saved.keys():
+                raise ValueError("a part of it is missing")
             state = saved
+    # Each process has drawn LoRA matrices of its own. All train those of the first.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
     return state
 
 
-def load_weights(weights, saved):
-    """Copies saved weights into the parameters of the same names."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    saved_shapes = {name: value.shape for name, value in saved.items()}
-    differing = shapes.items() ^ saved_shapes.items()
-    if differing:
-        name = min(differing)[0]
-        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
-    for name, value in saved.items():
-        if not value.isfinite().all():
-            raise ValueError(f"its weight {name} has values that are not finite numbers")
-        weights[name].data.copy_(value)
-
-
 def save(args, state, weights, optimizer, scaler):
-    """Writes a checkpoint, resume.pt: all that the same command needs to resume this run."""
+    """Writes a checkpoint, from which the same command resumes the run."""
     if common.RANK == 0:
-        saved = {"weights": {name: weight.data for name, weight in weights.items()},
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        torch.save(state | saved, Path(args.output_dir, "resume.new"))
+        parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        parts["weights"] = {name: weight.data for name, weight in weights.items()}
+        torch.save(state | parts, Path(args.output_dir, "resume.new"))
         Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
 
 
-def log_step(args, state, metrics):
-    if torch.cuda.is_available():
-        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+def log_step(args, state, metrics, tokens, progress, shown):
+    """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
     state["step"] = metrics["step"]
     state["metrics"].append(metrics)
     if common.RANK == 0:
@@ -582,12 +596,13 @@ def log_step(args, state, metrics):
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter and the summary; only then is anything printed that could fail."""
+    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
         summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
         summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
+        common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
         if args.track:
@@ -595,8 +610,15 @@ def finish(args, state, model, tokenizer, after):
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    where = f"results: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
-    print(f"\n{common.visible(where)}")
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
+    print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
+                         f"\ntry it:  python {use} {args.output_dir}"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Tokens per second of `sample` in grpo.py, of `model.generate` and of TRL's GRPO rollout.
+"""Compares the sampling speed of grpo.py's `sample`, of `model.generate` and of TRL's GRPO.
 
     python benchmarks/sampling.py                                    # tiny/chat
     python benchmarks/sampling.py --model FOLDER --stop-share 0.02 --trl --output results.json
     python benchmarks/sampling.py --model FOLDER --adapter --load-in-4bit on
 
-All draw G completions of each prompt from the model's own distribution. They take turns, and a
-ratio is taken within a round, so that a machine that slows down does so for all: CPU seconds on a
-CPU (of one thread, with OMP_NUM_THREADS=1), seconds on a GPU. Random weights never say eos: with
---stop-share that share of the vocabulary ends an answer, which then is 1 / share tokens long in the
-mean. TRL 1.16.0 is asked through a method of its own trainer that is not public.
+All three draw G completions of each prompt from the model's own distribution. They take turns, and
+ratios are taken within a round, so that a machine that slows down affects all of them alike. Time
+is CPU time on a CPU (of one thread, with OMP_NUM_THREADS=1) and wall time on a GPU. A model with
+random weights hardly ever samples the eos token; with --stop-share, that share of the vocabulary
+ends an answer, whose mean length is then 1 / share. TRL 1.16.0 is called through a method of its
+trainer that is not public.
 """
 import argparse
 import datetime
@@ -26,28 +27,34 @@ import torch  # noqa: E402
 import common  # noqa: E402
 import grpo  # noqa: E402
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", default="tiny/chat")
-add("--prompts", default="tiny/data/prompt_heldout.jsonl", help="a .jsonl file")
-add("--prompt-count", type=common.count, default=8, help="prompts at a time")
-add("--group-size", type=common.count, default=8, help="completions per prompt")
-add("--max-new-tokens", type=common.count, default=64)
-add("--stop-share", type=common.share, default=0.0, help="of the vocabulary that ends an answer")
-add("--temperature", type=common.positive, default=1.0)
-add("--adapter", action="store_true", help="with LoRA matrices, as a policy has them")
-add("--load-in-4bit", choices=["on", "off"], default="off")
-add("--trl", action="store_true", help="also measure TRL")
-add("--rounds", type=common.count, default=5)
-add("--output", help="a .json file, to which the figures are added")
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny/chat", help="Hub name, folder or LoRA adapter")
+    add("--prompts", default="tiny/data/prompt_heldout.jsonl", help=".jsonl file with prompts")
+    add("--prompt-count", type=common.count, default=8, help="prompts per call")
+    add("--group-size", type=common.count, default=8, help="completions per prompt, G")
+    add("--max-new-tokens", type=common.count, default=64, help="longest completion, in tokens")
+    add("--stop-share", type=common.share, default=0.0,
+        help="share of the vocabulary that ends a completion")
+    add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
+    add("--adapter", action="store_true", help="add LoRA matrices, as a policy has them")
+    add("--load-in-4bit", choices=["on", "off"], default="off", help="quantize to 4 bits (NF4)")
+    add("--trl", action="store_true", help="also measure TRL")
+    add("--rounds", type=common.count, default=5, help="measured rounds")
+    add("--output", help=".json file to which the figures are appended")
+    return parser
 
 
-def ours(model, tokenizer, prompts, args, seed):
+def sample_ours(model, tokenizer, prompts, args, seed):
+    """Samples with grpo.py and returns the number of tokens, as do the next two."""
     answers = grpo.sample(model, tokenizer, prompts, args.group_size, args, seed)
     return sum(len(answer) for answer in answers)
 
 
-def theirs(model, tokenizer, prompts, args, seed):
+def sample_generate(model, tokenizer, prompts, args, seed):
     torch.manual_seed(seed)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
@@ -63,7 +70,7 @@ def theirs(model, tokenizer, prompts, args, seed):
 
 
 def make_trainer(model, tokenizer, args):
-    """TRL's trainer around the same model; its stop tokens are those of the others."""
+    """TRL's trainer around the same model, with the same stop tokens."""
     import datasets
     import trl
     on_gpu = torch.cuda.is_available()
@@ -80,7 +87,7 @@ def make_trainer(model, tokenizer, args):
     return trainer
 
 
-def trls(trainer, tokenizer, prompts, args, seed):
+def sample_trl(trainer, tokenizer, prompts, args, seed):
     torch.manual_seed(seed)
     repeated = [prompt for prompt in prompts for _ in range(args.group_size)]
     answers, _ = trainer._generate_single_turn(repeated, None, {}, args.group_size)
@@ -107,14 +114,14 @@ def main(args):
         model.generation_config.eos_token_id = chosen[:round(args.stop_share * vocabulary)].tolist()
     lines = Path(common.find(args.prompts)).read_text().split("\n")[:args.prompt_count]
     prompts = [common.encode_prompt(tokenizer, json.loads(line)["prompt"]) for line in lines]
-    programs = {"sample": (ours, model), "generate": (theirs, model)}
+    programs = {"sample": (sample_ours, model), "generate": (sample_generate, model)}
     if args.trl:
-        programs["TRL"] = (trls, make_trainer(model, tokenizer, args))
+        programs["TRL"] = (sample_trl, make_trainer(model, tokenizer, args))
     rounds = []
     for seed in range(args.rounds + 1):
         speeds = {name: tokens_per_second(function, subject, tokenizer, prompts, args, seed)
                   for name, (function, subject) in programs.items()}
-        if seed > 0:  # the first round is a warm-up
+        if seed > 0:  # the first round is for warm-up
             rounds.append(speeds)
             print(f"round {seed}: " + ", ".join(f"{name} {x:.1f}" for name, x in speeds.items()))
     result = {name: statistics.median(speeds[name] for speeds in rounds) for name in programs}
@@ -138,4 +145,4 @@ def save(file, result):
 
 
 if __name__ == "__main__":
-    main(flags.parse_args())
+    main(make_flags().parse_args())

@@ -1,7 +1,7 @@
-"""CPU seconds from the command to the end of the first step of `python dpo.py`, by phase.
+"""Measures the CPU seconds of each phase of `python dpo.py`, up to the end of the first step.
 
     OMP_NUM_THREADS=1 python benchmarks/startup.py
-    python -X importtime dpo.py --help            # which import takes how long
+    python -X importtime dpo.py --help            # how long each import takes
 """
 import sys
 import tempfile
@@ -17,7 +17,7 @@ def mark(phase):
 
 
 def marked(function, phase):
-    """The function, and a mark where it ends for the first time."""
+    """A function that does the same and sets a mark when it ends for the first time."""
     def call(*args, **options):
         result = function(*args, **options)
         if phase not in dict(MARKS):
@@ -29,7 +29,7 @@ def marked(function, phase):
 def main():
     import torch  # noqa: F401
     mark("import torch")
-    import bitsandbytes  # noqa: F401  it imports the compiler of torch
+    import bitsandbytes  # noqa: F401  which imports the compiler of torch
     mark("import bitsandbytes")
     import common
     mark("import transformers, datasets, peft")
@@ -43,13 +43,13 @@ def main():
     dpo.log_step = marked(dpo.log_step, "first step")
     sys.argv = ["dpo.py", "--max-steps", "1", "--output-dir", tempfile.mkdtemp() + "/run"]
     with common.running(""):
-        dpo.train(common.parse(dpo.flags, dpo.TINY, dpo.BY_LOSS))
+        dpo.train(common.parse(dpo.make_flags(), dpo.TINY, dpo.BY_LOSS))
     before = 0
     for phase, seconds in MARKS:
         print(f"{seconds - before:7.2f} s  {phase}")
         before = seconds
         if phase == "first step":
-            print(f"{seconds:7.2f} s  in all")
+            print(f"{seconds:7.2f} s  in total")
 
 
 if __name__ == "__main__":

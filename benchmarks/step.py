@@ -1,24 +1,27 @@
-"""Seconds and memory of an optimizer step, side by side with TRL's and with its matrix products.
+"""Compares time and memory of an optimizer step with TRL's, and with its matrix products alone.
 
     pip install trl==1.16.0
     python benchmarks/step.py --model MODEL --output benchmarks/results/step.json
     python benchmarks/step.py --model MODEL --methods dpo --steps 2 --rounds 1
 
-MODEL is a folder with a Qwen2-like model; random weights do, since every row has a fixed length:
+MODEL is a folder with a model like Qwen2. Random weights will do, since the length of every row is
+fixed:
 
     sft            4 rows of 128 + 380 tokens
-    dpo            2 pairs of 256 + 250 tokens, with the reference's pass
+    dpo            2 pairs of 256 + 250 tokens, including the forward pass of the reference
     reward_model   the same pairs
     grpo           the whole step: 1 prompt of 100 tokens, 8 completions of 64, with the reference
 
-All with LoRA 16, gradient checkpointing and one forward pass for all rows. Both programs are the
-real ones, each in a process of its own, by turns; the first step of each is a warm-up. On a CPU:
-CPU seconds of one thread in fp32, and the peak of resident memory over that of the loaded model. On
-a GPU: seconds, and the peak that torch allocated over that of the loaded model, in bf16.
+All use LoRA of rank 16, gradient checkpointing and one forward pass for all rows. Both programs are
+the real ones. They take turns, each in a process of its own, and the first step of each is for
+warm-up. On a CPU the figures are CPU seconds of one thread in fp32, and the peak of resident memory
+beyond the loaded model. On a GPU they are wall time in bf16, and the peak of memory that torch
+allocated beyond the loaded model.
 
-The limit is the time of the matrix products with the frozen weights that no program can do without,
-by torch.mm on the same shapes: of every linear layer forward, forward again (checkpointing) and the
-gradient of its input; of the head, at the trained positions, forward and that gradient.
+The limit is the time of the matrix products with the frozen weights, which no program can avoid,
+measured with torch.mm on the same shapes: for every linear layer a forward pass, a second one
+(gradient checkpointing) and the gradient of its input; for the head, at the trained positions only,
+a forward pass and that gradient.
 """
 import argparse
 import collections
@@ -35,24 +38,28 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# examples of a step, rows of an example (a pair, a group), tokens of a prompt and of an answer
+# per step: examples, rows per example (pair, group), tokens of a prompt and of an answer
 METHODS = {"sft": (4, 1, 128, 380), "dpo": (2, 2, 256, 250), "reward_model": (2, 2, 256, 250),
            "grpo": (1, 8, 100, 64)}
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--model", required=True, help="a folder")
-add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-add("--rounds", type=int, default=2, help="processes of each program")
-add("--steps", type=int, default=3, help="measured steps in each of them")
-add("--output", help="a .json file, to which the figures are added")
-add("--child", nargs=3, metavar=("PROGRAM", "METHOD", "DATA"), help=argparse.SUPPRESS)
+
+def make_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="folder of the model")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to measure")
+    add("--rounds", type=int, default=2, help="processes per program")
+    add("--steps", type=int, default=3, help="measured steps per process")
+    add("--output", help=".json file to which the figures are appended")
+    add("--child", nargs=3, metavar=("PROGRAM", "METHOD", "DATA"), help=argparse.SUPPRESS)
+    return parser
 
 
 # ---- rows of exact length ------------------------------------------------------------------------
 
 def text_of(tokenizer, length, seed):
-    """A text that is `length` tokens, alone and behind another one."""
+    """A text of exactly `length` tokens, also when it follows another text."""
     words = [f" {word}" for word in ("one two red blue green small large time water house tree "
                                      "hand light night music paper table river stone").split()]
     text = "".join(words[(seed * 7 + i * (seed % 5 + 1)) % len(words)] for i in range(length))
@@ -67,7 +74,7 @@ def write_rows(method, tokenizer, count, file):
         row = {"prompt": text_of(tokenizer, prompt_length, i)}
         if method == "grpo":
             row["answer"] = "1"
-        elif method == "sft":  # the last token is eos, which both programs add
+        elif method == "sft":  # the last token is eos, which both programs append
             row["completion"] = text_of(tokenizer, answer_length - 1, i + 1)
         else:
             row["chosen"] = text_of(tokenizer, answer_length - 1, 2 * i + 1)
@@ -77,25 +84,26 @@ def write_rows(method, tokenizer, count, file):
 
 
 def draw_scores(prompts, completions, **columns):
-    """A reward that differs within every group."""
+    """A reward whose values differ within every group."""
     return [float(i % 3) for i in range(len(completions))]
 
 
 # ---- one program in a process of its own ---------------------------------------------------------
 
 class Meter:
-    """What the model weighs, then the seconds of each step and the peak above that weight."""
+    """Measures the time of each step, and the peak of memory beyond that of the model."""
 
     def __init__(self):
         self.ticks = []
 
     def loaded(self):
+        """The model has been loaded."""
         self.weight = self.memory("VmRSS")
 
     def tick(self):
         """A step has ended."""
         self.ticks.append(self.clock())
-        if len(self.ticks) == 1:  # the first step was the warm-up: its peak is forgotten
+        if len(self.ticks) == 1:  # the peak of the first step does not count
             if self.on_gpu():
                 torch.cuda.reset_peak_memory_stats()
             else:
@@ -115,7 +123,7 @@ class Meter:
         return time.perf_counter()
 
     def memory(self, line):
-        """In GiB."""
+        """Memory now (VmRSS) or at its peak (VmHWM), in GiB."""
         if self.on_gpu():
             peak = line == "VmHWM"
             read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
@@ -125,7 +133,7 @@ class Meter:
 
 
 def run_ours(method, data, args):
-    """The script's own `train`, with a look at the clock where a step is logged."""
+    """Runs the script's own `train`; a step ends where it is logged."""
     sys.path.insert(0, str(ROOT))
     common = importlib.import_module("common")
     script = importlib.import_module(method)
@@ -151,12 +159,12 @@ def run_ours(method, data, args):
     if method == "grpo":
         reward = f"{Path(__file__).resolve()}:draw_scores"
         sys.argv += ["--group-size", "8", "--max-new-tokens", "64", "--reward", reward]
-    script.train(common.parse(script.flags, script.TINY))
+    script.train(common.parse(script.make_flags(), script.TINY, getattr(script, "BY_LOSS", None)))
     return meter.figures()
 
 
 def run_trl(method, data, args):
-    """TRL's trainer, with a look at the clock where a step ends."""
+    """Runs TRL's trainer; a callback tells where a step ends."""
     import datasets
     import peft
     import transformers
@@ -196,7 +204,7 @@ def run_trl(method, data, args):
 
 
 def run_limit(method, data, args):
-    """The products alone: seconds of each shape, times how often the step needs it."""
+    """The matrix products alone: the time of each shape times how often the step needs it."""
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(args.model)
     width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
@@ -224,7 +232,7 @@ def run_limit(method, data, args):
     if method in ("dpo", "grpo"):  # the reference
         forward(tokens, 1)
         head(trained, 1)
-    if method == "grpo":  # the prompt is read once, then each token of all rows at a time
+    if method == "grpo":  # the prompt is read once, then one token of all rows at a time
         forward(prompt, 1)
         head(1, 1)
         forward(rows, answer - 1)
@@ -235,7 +243,7 @@ def run_limit(method, data, args):
         spent = 0
         for (m, k, n), times in counts.items():
             a = torch.randn(m, k).to("cuda" if meter.on_gpu() else "cpu", dtype)
-            b = torch.randn(n, k).to(a).T  # as a linear layer keeps it
+            b = torch.randn(n, k).to(a).T  # a linear layer stores its weight as [out, in]
             repeats = 5 if m <= rows else 1
             began = meter.clock()
             for _ in range(repeats):
@@ -245,13 +253,13 @@ def run_limit(method, data, args):
     return {"seconds": seconds[1:], "memory": 0.0}
 
 
-# ---- all of them by turns ------------------------------------------------------------------------
+# ---- all of them in turns ------------------------------------------------------------------------
 
 def measure(program, method, folder, args):
     data = f"{folder}/{method}.json"
     command = [sys.executable, __file__, "--model", args.model, "--steps", str(args.steps),
                "--child", program, method, data]
-    # one thread; large blocks go back to the system at once, or holes in the heap would count
+    # One thread. Freed blocks go back to the system at once, or holes in the heap would count.
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000",
                         "HF_HUB_OFFLINE": "1"}
     child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
@@ -312,7 +320,7 @@ def cpu_name():
 
 
 if __name__ == "__main__":
-    args = flags.parse_args()
+    args = make_flags().parse_args()
     import torch
     if args.child:
         program, method, data = args.child

@@ -1,4 +1,4 @@
-"""Rewards that a user might write, for --reward of every script that has one.
+"""Reward functions as you might write them, for --reward of every script that has this flag.
 
     python grpo.py --reward correct_answer examples/rewards.py:shortness --reward-weights 1 0.1
     python ppo.py --reward examples/rewards.py:classifier
@@ -6,9 +6,9 @@
     LENGTH_TOKENIZER=tiny/chat LENGTH_MAX=24 LENGTH_CACHE=8 python grpo.py --reward correct_answer \
         examples/rewards.py:overlong --reward-weights 1 1
 
-A reward is a function. It gets `prompts` (strings or lists of messages), `completions` (strings)
-and every other column of the dataset under its own name, each a list with an item per completion,
-and returns a number for each of them, or None where it does not apply.
+A reward function gets `prompts` (strings or lists of messages), `completions` (strings) and every
+other column of the dataset under its own name, each as a list with one item per completion. It
+returns a list with a number for each completion, or None for those to which it does not apply.
 """
 import functools
 import itertools
@@ -20,24 +20,24 @@ import torch
 import common
 
 load_tokenizer = functools.lru_cache(common.load_tokenizer)
-BATCH_SIZE = 16  # conversations that a model reads at a time
-# The criteria for rows that have no column `rubric`, with the weights of Gunjal et al. (2025).
+BATCH_SIZE = 16  # texts that a model reads at a time
+# The criteria for rows without a column `rubric`, with the weights of Gunjal et al. (2025).
 RUBRIC = [{"criterion": "The answer is correct.", "weight": 1.0},
           {"criterion": "The answer responds to what was asked.", "weight": 0.7},
           {"criterion": "The answer is no longer than it needs to be.", "weight": 0.3}]
 
 
 def shortness(prompts, completions, **columns):
-    """1 for an empty completion, falling to 0 at 1000 characters: a length penalty."""
+    """A length penalty: 1 for an empty completion, falling linearly to 0 at 1000 characters."""
     return [1 - min(1.0, len(text) / 1000) for text in completions]
 
 
 def overlong(prompts, completions, **columns):
     """The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13).
 
-    0 up to LENGTH_MAX - LENGTH_CACHE tokens, then a line down to -1 at LENGTH_MAX. For its effect,
-    LENGTH_MAX is the --max-new-tokens of the run. LENGTH_TOKENIZER names the model whose tokens
-    count; the end of turn, which no completion shows, does not.
+    0 up to LENGTH_MAX - LENGTH_CACHE tokens, then falling linearly to -1 at LENGTH_MAX, which
+    should be the run's --max-new-tokens. LENGTH_TOKENIZER names the model whose tokens are counted;
+    the end-of-turn token, which completions do not show, is not.
     """
     tokenizer = load_tokenizer(os.environ["LENGTH_TOKENIZER"])
     longest = int(os.environ["LENGTH_MAX"])
@@ -53,39 +53,44 @@ def overlong(prompts, completions, **columns):
 
 
 def math_answer(prompts, completions, answer, **columns):
-    """1 where math-verify finds the completion equal to the row's answer: LaTeX, units, sets.
+    """1 where math-verify finds the completion equal to the row's `answer`, else 0.
 
-    pip install math-verify
+    It understands LaTeX, fractions, units and sets. It needs: pip install math-verify
     """
     from math_verify import parse, verify
 
     def in_latex(text):
         return text if "\\boxed" in text or "$" in text else f"${text}$"
 
-    pairs = zip(completions, answer, strict=True)
-    return [float(verify(parse(in_latex(str(truth))), parse(text))) for text, truth in pairs]
+    scores = []
+    for text, truth in zip(completions, answer, strict=True):
+        is_equal = verify(parse(in_latex(str(truth))), parse(text))
+        scores.append(float(is_equal))
+    return scores
 
 
 @functools.lru_cache
 def load_judge(name):
-    """A language model that is only read, in 4 bits on a GPU."""
+    """A frozen language model, in 4 bits on a GPU."""
     return common.load_model(name, lora_rank=0, gradient_checkpointing="off", trainable=False)
 
 
 def rubric(prompts, completions, rubric=None, **columns):
     """The share of a rubric that an answer fulfills (Gunjal et al. 2025, arXiv:2507.17746, eq. 1).
 
-    r = Σ w_j c_j / Σ w_j. A local model, RUBRIC_JUDGE, reads prompt, answer and one criterion at a
-    time. c_j is its p(Yes) / (p(Yes) + p(No)), where the paper has 0 or 1. A row may have criteria
-    of its own in a column `rubric`, like those in RUBRIC; an empty list says None: does not apply.
+    r = Σ w_j c_j / Σ w_j. A local model, RUBRIC_JUDGE, reads the prompt, the answer and one
+    criterion at a time. c_j is its p(Yes) / (p(Yes) + p(No)), where the paper has 0 or 1. A row may
+    have criteria of its own in a column `rubric`, in the form of RUBRIC. With an empty list the
+    reward does not apply to the row: None.
     """
     name = os.environ["RUBRIC_JUDGE"]
     tokenizer = load_tokenizer(name)
-    rubrics = [RUBRIC if own is None else own for own in rubric or [None] * len(completions)]
+    own_rubrics = rubric or [None] * len(completions)
+    rubrics = [RUBRIC if own is None else own for own in own_rubrics]
     questions = []
     for prompt, text, criteria in zip(prompts, completions, rubrics, strict=True):
         if any(not 0 < item["weight"] < math.inf for item in criteria):
-            raise ValueError(f"a weight of {criteria} is not above 0")
+            raise ValueError(f"a weight in {criteria} is not above 0")
         for item in criteria:
             questions.append(encode_criterion(tokenizer, prompt, text, item["criterion"]))
     fulfilled = iter(chances_of_yes(load_judge(name), tokenizer, questions))
@@ -98,7 +103,7 @@ def rubric(prompts, completions, rubric=None, **columns):
 
 
 def encode_criterion(tokenizer, prompt, text, criterion):
-    """The ids of the question whether an answer fulfills a criterion."""
+    """The ids of the question of whether an answer fulfills a criterion."""
     if not isinstance(prompt, str):
         turns = [f"[{message['role']}] {message.get('content', '')}" for message in prompt]
         prompt = "\n".join(turns)
@@ -111,9 +116,10 @@ def encode_criterion(tokenizer, prompt, text, criterion):
 
 @torch.no_grad()
 def chances_of_yes(model, tokenizer, questions):
-    """p(Yes) / (p(Yes) + p(No)) of the token that follows each question."""
-    verdicts = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No")]
-    if verdicts[0] == verdicts[1]:
+    """p(Yes) / (p(Yes) + p(No)) for the token that follows each question."""
+    yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][0]
+    no = tokenizer("No", add_special_tokens=False)["input_ids"][0]
+    if yes == no:
         raise ValueError("Yes and No begin with the same token: RUBRIC_JUDGE needs another model")
     chances = []
     for start in range(0, len(questions), BATCH_SIZE):
@@ -122,13 +128,14 @@ def chances_of_yes(model, tokenizer, questions):
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with common.autocast(model):
             logits = model(**batch, position_ids=positions, logits_to_keep=1).logits  # [B, 1, V]
-        chances += logits[:, -1, verdicts].float().softmax(-1)[:, 0].tolist()
+        logits = logits[:, -1, [yes, no]].float()  # [B, 2]
+        chances += logits.softmax(-1)[:, 0].tolist()
     return chances
 
 
 @functools.lru_cache
 def load_classifier(name):
-    """Any sequence classifier with one output, from the Hub or a folder, in 16 bits on a GPU."""
+    """A sequence classifier with one output, from the Hub or a folder, in 16 bits on a GPU."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,9 +147,9 @@ def load_classifier(name):
 
 @torch.no_grad()
 def classifier(prompts, completions, **columns):
-    """The score of a reward model that has another base than the policy.
+    """The score of a reward model whose base differs from the policy's.
 
-    REWARD_MODEL in the environment names it; it should have a chat template of its own.
+    The environment variable REWARD_MODEL names it. It should have a chat template of its own.
     """
     name = os.environ.get("REWARD_MODEL", "Skywork/Skywork-Reward-V2-Qwen3-0.6B")
     model, tokenizer = load_classifier(name)
@@ -153,10 +160,10 @@ def classifier(prompts, completions, **columns):
         else:
             chat = [*prompt, {"role": "assistant", "content": text}]
             rows.append(tokenizer.apply_chat_template(chat, return_dict=False))
-    own = model.config.pad_token_id
-    pad = own
-    if own is None:
-        # The model reads the last token that is not padding, so the pad token must occur nowhere.
+    own_pad = model.config.pad_token_id
+    pad = own_pad
+    if pad is None:
+        # The model reads the last token that is not padding, so no row may contain the pad token.
         used = set(itertools.chain(*rows))
         pad = next(i for i in itertools.count() if i not in used)
     model.config.pad_token_id = pad
@@ -169,5 +176,5 @@ def classifier(prompts, completions, **columns):
         logits = model(input_ids=input_ids.to(model.device),
                        attention_mask=mask.to(model.device)).logits  # [B, 1]
         scores += logits[:, 0].tolist()
-    model.config.pad_token_id = own
+    model.config.pad_token_id = own_pad
     return scores

@@ -1,11 +1,12 @@
-"""One task, every way: all methods from one start on the tiny world, and what makes them sick.
+"""One task, eleven methods: all of them from one start in the tiny world, and their failure modes.
 
     python experiments/compare.py               # under an hour on two cores
-    python experiments/compare.py --seeds 0     # the first seed: about 25
+    python experiments/compare.py --seeds 0     # the first seed only: about 25 minutes
+    python experiments/compare.py --draw        # draws compare.json again, without any run
 
-Every run is a command that you can type; it is written to the log beside its folder. What is done
-is not done again: the same command goes on after an interruption, or only draws. Checkpoints along
-the way are measured by evaluate.py. Writes the pictures and compare.json, and prints a table.
+Every run is a command that you can type yourself; it is written to the log beside its folder. The
+same command resumes after an interruption, and finished runs are skipped. evaluate.py measures the
+checkpoints along the way. The program writes the plots and compare.json, and prints a table.
 """
 import argparse
 import concurrent.futures
@@ -38,15 +39,22 @@ import torch  # noqa: E402
 
 import common  # noqa: E402
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-add = flags.add_argument
-add("--runs", default="runs/compare", help="folder of the runs")
-add("--images", default=str(ROOT / "docs/images"), help="folder of the pictures")
-add("--results", default=str(ROOT / "experiments/results"), help="folder of compare.json")
-add("--seeds", type=common.natural, nargs="+", default=[0, 1, 2], help="sick runs take the first")
-add("--jobs", type=common.count, default=2, help="runs at a time, each on one core")
 
-# --save-every decides at which steps the held-out accuracy is measured
+def make_flags():
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = flags.add_argument
+    add("--runs", default="runs/compare", help="folder of the runs")
+    add("--images", default=str(ROOT / "docs/images"), help="folder of the plots")
+    add("--results", default=str(ROOT / "experiments/results"), help="folder of compare.json")
+    add("--seeds", type=common.natural, nargs="+", default=[0, 1, 2],
+        help="random seeds; the failure modes are run with the first one")
+    add("--jobs", type=common.count, default=2, help="number of runs at a time, one core each")
+    add("--draw", action="store_true", help="only draw the plots, from compare.json")
+    return flags
+
+
+# --save-every decides at which steps the held-out accuracy is measured.
 METHODS = {
     "sft": "sft.py --model tiny/chat --dataset {runs}/chosen.jsonl --learning-rate 1e-3"
            " --save-every 40",
@@ -64,9 +72,12 @@ METHODS = {
 }
 SAMPLING = ("pairs.py tiny/chat --format best --size 1000 --samples 4 --seed {seed}"
             " --output {runs}/best_{seed}.jsonl")  # RAFT's data, before its training
-# a reward model that has seen 400 pairs in place of 9000: right about 8 of 10, and blind to much
+# A reward model that has seen 400 pairs instead of 9000. 8 of 10 held-out pairs are
+# in the correct order.
 BLIND = "reward_model.py --max-steps 25 --output-dir {runs}/blind"
-EXTRA = {  # with the first seed: the sick, and their healthy ones that are no method of above
+# With the first seed only: the failure modes, and normal runs to compare them with that are not
+# among the methods above.
+EXTRA = {
     "sft_all": "sft.py --epochs 5 --eval-every 10 --save-every 94",
     "sft_long": "sft.py --dataset {runs}/few.jsonl --eval-dataset tiny/data/sft_heldout.jsonl"
                 " --epochs 50 --eval-every 10 --save-every 94",
@@ -78,56 +89,61 @@ EXTRA = {  # with the first seed: the sick, and their healthy ones that are no m
     "grpo_length": "grpo.py --reward correct_answer experiments/length_bug.py:work_shown"
                    " --reward-weights 1 1 --save-every 16",
 }
-# colours by Okabe and Ito, which the colour-blind tell apart: one a family, a marker each in it
+# The colors of Okabe and Ito, which color-blind readers can tell apart: one color per family and
+# one marker per method in it.
 BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+PAPER = "#f3f1ec"  # the background of all plots: light, and no glare on a dark page
+INK, QUIET = "#22262b", "#b9b6ae"
 FAMILIES = {
-    "SFT on right answers": (PURPLE, {"sft": "SFT, preferred answers", "raft": "RAFT, own best"}),
+    "SFT on correct answers": (PURPLE, {"sft": "SFT, preferred answers",
+                                        "raft": "RAFT, own best answers"}),
     "given preferences": (BLUE, {"dpo": "DPO", "ipo": "IPO", "kto": "KTO"}),
     "preferences on own samples": (GREEN, {"online_dpo": "online DPO", "xpo": "XPO",
                                            "nash_md": "Nash-MD"}),
     "rewards on own samples": (RED, {"grpo": "GRPO", "rloo": "RLOO", "ppo": "PPO"}),
 }
-FORMS = (("o", "-"), ("s", "--"), ("^", ":"))  # of the first, second and third of a family
-RIGHT = "right answers, held out (share)"
-GREEDY = "right answers, held out\n(share of the likeliest answers)"
+FORMS = (("o", "-"), ("s", "--"), ("^", ":"))  # the first, second and third method of a family
+ACCURACY = "correct sampled answers, held out"
+GREEDY = "correct greedy answers, held out"
 KL = "KL from tiny/chat, held out\n(nats per answer)"
-# picture: title, the healthy and the sick run with their labels, and panels: where from, what, axis
-SICK = {
-    "sick_dpo_beta": ("DPO with β too small", ("dpo", "β = 2"), ("dpo_beta", "β = 0.1"), [
+# Plot: its title, the normal run and the failing one with their labels, and the panels as (source,
+# metric, label of the axis).
+FAILURES = {
+    "failure_dpo_beta": ("DPO with too small a β", ("dpo", "β = 2"), ("dpo_beta", "β = 0.1"), [
         ("held out", "length", "length, held out (tokens)"),
-        ("held out", "kl", KL), ("held out", "sampled", RIGHT)]),
-    "sick_ppo_beta": ("PPO with β too small, a reward model that errs in 2 of 10 pairs",
+        ("held out", "kl", KL), ("held out", "sampled", ACCURACY)]),
+    "failure_ppo_beta": ("PPO with too small a β and a reward model that errs in 2 of 10 pairs",
                       ("ppo_blind", "β = 0.5"), ("ppo_beta", "β = 0.05"), [
-        ("logged", "reward", "reward of the reward model\n(its units, mean of a rollout)"),
+        ("logged", "reward", "score by the reward model\n(mean over a rollout)"),
         ("held out", "kl", KL),
         ("held out", "greedy", GREEDY)]),
-    "sick_ppo_critic": ("PPO with the critic's learning off", ("ppo", "learns"),
-                        ("ppo_critic", "--value-weight 0"), [
+    "failure_ppo_critic": ("PPO with a critic that does not learn", ("ppo", "critic trained"),
+                           ("ppo_critic", "--value-weight 0"), [
         ("logged", "explained_variance", "explained variance\n(1: perfect critic)"),
-        ("logged", "reward", "reward of the reward model\n(its units, mean of a rollout)"),
-        ("held out", "sampled", RIGHT)]),
-    "sick_grpo_rate": ("GRPO with too high a rate", ("grpo", "rate 1e-3"),
-                       ("grpo_rate", "rate 1e-2"), [
+        ("logged", "reward", "score by the reward model\n(mean over a rollout)"),
+        ("held out", "sampled", ACCURACY)]),
+    "failure_grpo_rate": ("GRPO with too high a learning rate", ("grpo", "learning rate 1e-3"),
+                          ("grpo_rate", "learning rate 1e-2"), [
         ("logged", "entropy", "entropy (nats per token)"),
-        ("logged", "zero_spread", "groups of equal rewards (share)"),
-        ("held out", "sampled", RIGHT)]),
-    "sick_grpo_length": ("GRPO with a reward that pays by the character",
-                         ("grpo", "right or wrong"), ("grpo_length", "+ 0.1 per character"), [
-        ("logged", "reward", "reward that is trained on\n(mean of a rollout)"),
-        ("held out", "length", "length, held out (tokens)"), ("held out", "sampled", RIGHT)]),
-    "sick_sft_long": ("SFT for too long on what it has: 470 steps", ("sft_all", "3000 rows"),
+        ("logged", "zero_spread", "groups with equal rewards (share)"),
+        ("held out", "sampled", ACCURACY)]),
+    "failure_grpo_length": ("GRPO with a reward that pays per character",
+                         ("grpo", "correct or not"), ("grpo_length", "+ 0.1 per character"), [
+        ("logged", "reward", "reward in training\n(mean over a rollout)"),
+        ("held out", "length", "length, held out (tokens)"), ("held out", "sampled", ACCURACY)]),
+    "failure_sft_long": ("SFT for 470 steps", ("sft_all", "3000 rows"),
                       ("sft_long", "300 rows"), [
-        ("logged", "loss", "loss in training (nats per token)"),
-        ("logged", "eval_loss", "loss, held out (nats per token)"),
+        ("logged", "loss", "training loss (nats per token)"),
+        ("logged", "eval_loss", "held-out loss (nats per token)"),
         ("held out", "greedy", GREEDY)]),
 }
-LOADING = threading.Lock()  # a model is loaded by one thread at a time
+LOADING = threading.Lock()  # one thread at a time loads a model
 
 
 # ---- the runs ------------------------------------------------------------------------------------
 
 def plan(args):
-    """Every run with its commands; what is sick has one seed."""
+    """Every run with its commands; the failure modes are run with one seed."""
     runs = []
     for seed in args.seeds:
         for name, command in (METHODS | (EXTRA if seed == args.seeds[0] else {})).items():
@@ -140,7 +156,7 @@ def plan(args):
 
 
 def prepare(runs):
-    """What several runs need: preferred answers, few demonstrations, a reward model to fool."""
+    """Makes what several runs share: preferred answers, few demonstrations, a weak reward model."""
     if not (runs / "chosen.jsonl").exists():
         rows = common.load_rows("tiny/data/preference_train.jsonl", "train", 10**9, 0)
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
@@ -154,7 +170,7 @@ def prepare(runs):
 
 
 def call(command, folder, watch=None):
-    """Runs one of the scripts to its end; its output goes to a file. Returns its CPU seconds."""
+    """Runs a script to its end, with its output in a log file; returns its CPU seconds."""
     began, cpu = time.time(), 0.0
     line = as_typed(command)
     log = Path(f"{folder}.log")
@@ -180,10 +196,10 @@ def as_typed(command):
 
 
 def keep_state(folder, spent, cpu):
-    """Keeps the weights that a run saves to go on, with the CPU seconds that they have cost."""
+    """Keeps a copy of the weights in a run's checkpoint, with the CPU seconds spent so far."""
     states = folder / "states"
     known = {file.stat().st_mtime_ns for file in states.glob("*.pt")}
-    with contextlib.suppress(FileNotFoundError):  # not yet there, or no more
+    with contextlib.suppress(FileNotFoundError):  # before the first checkpoint, or after the end
         saved = (folder / "resume.pt").stat().st_mtime_ns
         if saved not in known:
             state = torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
@@ -195,36 +211,42 @@ def keep_state(folder, spent, cpu):
 
 
 def read_states(folder):
-    """What was kept of a run, {step: state}."""
+    """The checkpoints that were kept of a run, {step: state}."""
     files = {int(file.stem): file for file in (folder / "states").glob("*.pt")}
     return {step: torch.load(files[step], weights_only=True) for step in sorted(files)}
 
 
 def write_checkpoints(folder, states):
-    """A model for each of the states; returns their folders."""
+    """Writes a model for each of the states; returns their folders."""
     summary = json.loads((folder / "summary.json").read_text())
     if summary["step"] not in states:
-        raise ValueError(f"{folder} ended while nobody watched: delete it to run it again")
+        raise ValueError(f"{folder} has no copy of its last checkpoint: delete it to run it again")
     tokenizer = common.load_tokenizer(str(folder))
     model = common.load_model(str(folder))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    final = {name: p.clone() for name, p in trained.items()}
+    final = {name: p.clone() for name, p in model.named_parameters() if ".default." in name}
     folders = []
     for step, state in states.items():
-        for name, weight in trained.items():  # PPO's states also hold its critic
-            weight.data.copy_(state["weights"][name])
-        # a copy without LoRA layers answers the same, in half the time
+        load_weights(model, state["weights"])
+        # A merged copy gives the same answers in half the time.
         merged = copy.deepcopy(model).merge_and_unload(adapter_names=["default"])
         folders.append(str(folder / "steps" / str(step)))
         merged.save_pretrained(folders[-1])
         tokenizer.save_pretrained(folders[-1])
-    if not all(torch.equal(final[name], trained[name]) for name in final):
-        raise ValueError(f"{folder}: its last state is not what it saved")
+    weights = dict(model.named_parameters())
+    if not all(torch.equal(final[name], weights[name]) for name in final):
+        raise ValueError(f"{folder}: the last checkpoint differs from the saved adapter")
     return folders
 
 
+def load_weights(model, saved):
+    """Copies the policy's weights of a checkpoint, {name: tensor}; those of a critic are left."""
+    for name, p in model.named_parameters():
+        if ".default." in name:
+            p.data.copy_(saved[name])
+
+
 def finish(run):
-    """Samples, trains and measures what has not been: {run}.table.json is there once all is."""
+    """Samples, trains and measures unless that was done; {run}.table.json marks a finished run."""
     folder = run["folder"]
     sampling, table = Path(f"{folder}.sampling.json"), Path(f"{folder}.table.json")
     if run["sampling"] and not sampling.exists():
@@ -249,21 +271,21 @@ def finish(run):
         shutil.rmtree(folder / "states")
 
 
-# ---- what they have reached ----------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 def read_run(run):
-    """The held-out figures of a run along its way, from its start on, and what it logged."""
+    """The held-out figures of a run at its checkpoints, from the start on, and its log."""
     folder = run["folder"]
     with common.phase(f"reading {folder}"):
         summary = json.loads((folder / "summary.json").read_text())
         lines = json.loads(Path(f"{folder}.table.json").read_text())
         logged = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
         if f"$ {as_typed(run['training'])}\n" not in Path(f"{folder}.log").read_text():
-            raise ValueError("it is of another command than now: name another --runs")
+            raise ValueError("the folder is from another command: name another --runs")
         start = lines[0] | {"kl": 0.0}
         points = [point(start, 0, 0.0)]
         answers, seconds = 0, 0.0
-        if run["sampling"]:  # its answers cost before they teach
+        if run["sampling"]:  # these answers are sampled before the training
             size, samples = (run["sampling"][run["sampling"].index(flag) + 1]
                              for flag in ("--size", "--samples"))
             answers = int(size) * int(samples)
@@ -278,7 +300,7 @@ def read_run(run):
 
 
 def answers_per_step(summary):
-    """How many answers a step reads or samples: a pair has two, a prompt of GRPO its group."""
+    """Answers per step, read or sampled: two per pair, a group per prompt of GRPO."""
     each = {"dpo": 2, "online_dpo": 2, "grpo": summary.get("group_size")}
     return summary["batch_size"] * each.get(summary["method"], 1)
 
@@ -289,19 +311,30 @@ def point(line, answers, seconds):
 
 
 def write_results(results, file):
-    """All figures of the pictures, with date and versions."""
+    """Writes all figures of the plots with the date, the versions and the commands."""
     versions = {name: importlib.metadata.version(name)
                 for name in ("torch", "transformers", "peft", "bitsandbytes")}
     runs = [{"command": f"python {(METHODS | EXTRA)[result['name']]} --seed {result['seed']}"}
-            | {key: result[key] for key in ("name", "seed", "points")} for result in results]
+            | {"name": result["name"], "seed": result["seed"], "points": result["points"],
+               "logged": logged_figures(result)} for result in results]
     text = {"date": datetime.date.today().isoformat(), "python": platform.python_version(),
             **versions, "machine": f"{platform.machine()}, {os.cpu_count()} cores", "runs": runs}
     file.write_text(json.dumps(text, indent=1))
 
 
+def logged_figures(result):
+    """The logged metrics that the plots of failure modes show, as a list with a dict per step."""
+    wanted = {key for _, normal, failing, panels in FAILURES.values()
+              for source, key, _ in panels if source == "logged"
+              if result["seed"] == 0 and result["name"] in (normal[0], failing[0])}
+    names = {"step", "rollout_seconds"} | wanted
+    return [{name: line[name] for name in sorted(names & line.keys())}
+            for line in result["logged"] if wanted]
+
+
 def show_table(results):
-    """In Markdown: what the last checkpoint of each run has reached."""
-    print("\n| | right, sampled | greedy | KL from tiny/chat | tokens | end | answers | CPU s |")
+    """Prints the figures of the last checkpoints as a Markdown table."""
+    print("\n| | sampled | greedy | KL from tiny/chat | tokens | stopped | answers | CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     for name in METHODS | EXTRA:
         ends = [result["points"][-1] for result in results if result["name"] == name]
@@ -313,18 +346,21 @@ def show_table(results):
                   f"{mean['cpu_seconds']:.0f} |")
 
 
-# ---- the pictures --------------------------------------------------------------------------------
+# ---- the plots -----------------------------------------------------------------------------------
 
 def new_figure(rows, columns, width, height):
-    """Axes [rows, columns] in the one style of all pictures, which half the size can be read in."""
+    """Axes [rows, columns] in the style of all plots, which stays legible at half the size."""
     plt.rcParams.update({
         "font.size": 14, "lines.linewidth": 2, "lines.markersize": 8, "axes.grid": True,
-        "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+        "grid.alpha": 0.4, "axes.spines.top": False, "axes.spines.right": False,
+        "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER,
+        "text.color": INK, "axes.labelcolor": INK, "legend.framealpha": 0})
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
 
 
 def mean_points(results, name):
-    """The points of a method, each the mean over its seeds; {} of lists, and all its ends."""
+    """The checkpoints of a method as means over its seeds, {metric: list}, the lowest and highest
+    accuracy at each of them, and the last checkpoint of each seed."""
     runs = [result["points"] for result in results if result["name"] == name]
     steps = list(zip(*runs, strict=False))
     keys = runs[0][0] if runs else ()
@@ -335,41 +371,71 @@ def mean_points(results, name):
 
 
 def least_kl(right, start):
-    """KL between coins: no policy that is right so often is nearer to one that was at the start.
+    """The KL between two coins: no policy with this accuracy can be closer to the start.
 
-    Whether an answer is right is a function of it, which loses KL, and KL is convex: the mean over
-    the prompts is not below the KL of the means.
+    Whether an answer is correct is a function of the answer, and a function cannot increase the KL.
+    Because KL is convex, the mean over the prompts is not below the KL of the means.
     """
     return sum(p * math.log(p / q) for p, q in ((right, start), (1 - right, 1 - start)) if p > 0)
 
 
+def draw_accuracy(results, file):
+    """Bars: the share of correct answers before training, and what each method adds to it."""
+    figure, axes = new_figure(1, 1, 10, 6.4)
+    axis = axes[0, 0]
+    start = next(result["points"][0]["sampled"] for result in results if result["name"] in METHODS)
+    ticks, place = {}, 0
+    for family, (color, names) in FAMILIES.items():
+        axis.text(1.1, place + 0.5 * (len(names) - 1), family.replace(" ", "\n", 1), color=color,
+                  va="center")
+        for name, label in names.items():
+            accuracy = statistics.fmean(end["sampled"] for end in mean_points(results, name)[3])
+            axis.barh(place, start, color=QUIET)
+            axis.barh(place, accuracy - start, left=start, color=color)
+            axis.text(accuracy + 0.01, place, f"{accuracy:.0%}", va="center")
+            ticks[label] = place
+            place += 1
+        place += 0.6
+    axis.text(start / 2, -0.85, f"before training: {start:.0%}", ha="center", color=INK)
+    axis.axvline(start, color=INK, linewidth=1)
+    axis.set_yticks(list(ticks.values()), list(ticks))
+    axis.set_ylim(place - 0.6, -1.4)
+    axis.set_xlim(0, 1.4)
+    axis.set_xticks([])
+    axis.grid(False)
+    axis.tick_params(left=False)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.set_title("Correct answers, before and after training", loc="left", pad=12)
+    save_figure(figure, file)
+
+
 def draw_frontier(results, file):
-    """Accuracy against KL: how much right for how far from the start."""
+    """Accuracy against the KL from the start."""
     figure, axes = new_figure(1, 1, 9.5, 6.2)
     axis = axes[0, 0]
     start = next(result["points"][0]["sampled"] for result in results if result["name"] in METHODS)
     shares = [start + (1 - start) * i / 100 for i in range(101)]
     axis.plot([least_kl(share, start) for share in shares], shares, color="black", linewidth=1,
-              label="the least KL possible")
-    for family, (colour, names) in FAMILIES.items():
+              label="smallest possible KL")
+    for family, (color, names) in FAMILIES.items():
         axis.plot([], [], " ", label=family)
         for (name, label), (marker, line) in zip(names.items(), FORMS, strict=False):
             mean, _, _, ends = mean_points(results, name)
             if ends:
-                axis.plot(mean["kl"], mean["sampled"], line, color=colour, linewidth=1.2,
+                axis.plot(mean["kl"], mean["sampled"], line, color=color, linewidth=1.2,
                           marker=marker, markersize=4)
                 axis.plot([end["kl"] for end in ends], [end["sampled"] for end in ends], marker,
-                          color=colour, markeredgecolor="white", markersize=11, label="  " + label)
-    axis.set(xlabel="KL from tiny/chat on held-out prompts (nats per answer)", ylabel=RIGHT)
+                          color=color, markeredgecolor="white", markersize=11, label="  " + label)
+    axis.set(xlabel="KL from tiny/chat on held-out prompts (nats per answer)", ylabel=ACCURACY)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, file)
 
 
 def draw_curves(results, x, label, file):
-    """Accuracy against what was spent: a panel a family, all others in grey behind it."""
+    """Accuracy against cost: one panel per family, with all other methods in grey behind it."""
     figure, axes = new_figure(2, 2, 10, 7.8)
     everyone = [name for _, names in FAMILIES.values() for name in names]
-    for axis, (family, (colour, names)) in zip(axes.flat, FAMILIES.items(), strict=True):
+    for axis, (family, (color, names)) in zip(axes.flat, FAMILIES.items(), strict=True):
         for name in everyone:
             mean, _, _, ends = mean_points(results, name)
             if ends and name not in names:
@@ -377,12 +443,12 @@ def draw_curves(results, x, label, file):
         for (name, method), (marker, line) in zip(names.items(), FORMS, strict=False):
             mean, low, high, ends = mean_points(results, name)
             if ends:
-                axis.fill_between(mean[x], low, high, color=colour, alpha=0.15, linewidth=0)
-                axis.plot(mean[x], mean["sampled"], line, marker=marker, color=colour, label=method)
+                axis.fill_between(mean[x], low, high, color=color, alpha=0.15, linewidth=0)
+                axis.plot(mean[x], mean["sampled"], line, marker=marker, color=color, label=method)
         axis.set_title(family)
         axis.legend(loc="center right")
     for axis in axes.flat:
-        axis.set(xlabel=label, ylabel=RIGHT)
+        axis.set(xlabel=label, ylabel=ACCURACY)
         axis.label_outer()
     for axis in axes.flat[1:]:
         axis.sharex(axes[0, 0])
@@ -390,18 +456,18 @@ def draw_curves(results, x, label, file):
     save_figure(figure, file)
 
 
-def draw_sick(results, picture, file):
-    """The sick run beside its healthy one: blue dots, whole lines; red triangles, broken lines."""
-    title, healthy, sick, panels = SICK[picture]
+def draw_failure(results, plot, file):
+    """A failing run (red, dashed) beside a normal one (blue, solid)."""
+    title, normal, failing, panels = FAILURES[plot]
     figure, axes = new_figure(1, len(panels), 12.5, 4.6)
     for axis, (source, key, label) in zip(axes.flat, panels, strict=True):
-        for (name, said), colour, marker, line in ((*healthy,), BLUE, "o", "-"), (
-                (*sick,), RED, "^", "--"):
+        for (name, said), color, marker, line in (normal, BLUE, "o", "-"), (
+                failing, RED, "^", "--"):
             for result in [x for x in results if x["name"] == name][:1]:
                 points = result["points" if source == "held out" else "logged"]
                 points = [p for p in points if p.get(key) is not None]
                 axis.plot([p["step"] for p in points], [p[key] for p in points], line,
-                          marker=marker if source == "held out" else "", color=colour, label=said)
+                          marker=marker if source == "held out" else "", color=color, label=said)
                 has_rollouts = "rollout_seconds" in result["logged"][0]
                 axis.set_xlabel("rollout" if has_rollouts else "optimizer step")
         axis.set_ylabel(label)
@@ -418,17 +484,23 @@ def save_figure(figure, file):
 
 
 def draw(results, images):
-    """All pictures."""
+    """Draws all plots; those of the failure modes need the logs of their runs."""
+    draw_accuracy(results, images / "accuracy.png")
     draw_frontier(results, images / "frontier.png")
     draw_curves(results, "answers", "answers seen", images / "answers.png")
-    draw_curves(results, "cpu_seconds", "CPU seconds of one core, loading included",
+    draw_curves(results, "cpu_seconds", "CPU seconds on one core, loading included",
                 images / "seconds.png")
-    for picture in SICK:
-        draw_sick(results, picture, images / f"{picture}.png")
+    logged = {result["name"] for result in results if result.get("logged")}
+    for plot, (_, normal, failing, _) in FAILURES.items():
+        if {normal[0], failing[0]} <= logged:
+            draw_failure(results, plot, images / f"{plot}.png")
 
 
 def main(args):
     folder, images = Path(args.runs), Path(args.images)
+    if args.draw:
+        draw(json.loads(Path(args.results, "compare.json").read_text())["runs"], images)
+        return
     with common.phase(f"writing to {folder} and {images}"):
         folder.mkdir(parents=True, exist_ok=True)
         images.mkdir(parents=True, exist_ok=True)
@@ -451,5 +523,6 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("--jobs"):
+        flags = make_flags()
         flags.error = common.fail
         main(flags.parse_args())

@@ -1,9 +1,9 @@
-"""A reward with a bug; experiments/compare.py shows how that looks.
+"""A reward function with a bug; docs/comparison.md shows what GRPO makes of it.
 
     python grpo.py --reward correct_answer experiments/length_bug.py:work_shown --reward-weights 1 1
 """
 
 
 def work_shown(prompts, completions, **columns):
-    """Meant as a little extra for showing the work; but it pays by the character, without end."""
+    """Meant as a small bonus for showing the work, but it pays per character and has no limit."""
     return [0.1 * len(text) for text in completions]

@@ -3,8 +3,8 @@
     python site/build.py                   # writes site/pages/; open site/pages/index.html
     python site/build.py --output pages    # elsewhere
 
-All words come from the docstrings and comments of the scripts, from README.md and from docs/*.md.
-The pages need no network.
+All words come from the docstrings and comments of the scripts, from README.md, from docs/*.md, and
+from site/templates. The pages need no network.
 """
 import argparse
 import ast
@@ -18,7 +18,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from string import Template
 
-from equations import inline, prose
+from equations import inline, prose, symbols, typeset
 from markdown_it import MarkdownIt
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -26,18 +26,20 @@ from pygments.lexers import PythonLexer
 
 SITE = Path(__file__).resolve().parent
 ROOT = SITE.parent
-ORDER = ["sft", "reward_model", "dpo", "kto", "online_dpo", "ppo", "grpo", "prm", "pairs", "common",
-         "evaluate", "plot", "chat"]  # to read them in
+METHODS = ["sft", "reward_model", "dpo", "kto", "online_dpo", "ppo", "grpo", "prm", "distill",
+           "agent"]  # in the order to read them in
+ORDER = [*METHODS, "common", "pairs", "evaluate", "plot", "chat", "exercise"]
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ORDER
            if (ROOT / f"{name}.py").exists()}
-NEIGHBOURS = {  # and what plays the same part under another name
+# Scripts that are shown side by side, and functions with the same part under different names.
+NEIGHBOURS = {
     ("ppo", "grpo"): {"token_rewards": "token_kl", "gae": "group_advantages",
                       "policy_loss": "token_losses", "minibatch_gradients": "group_gradients"},
     ("dpo", "kto"): {"encode_pair": "encode_labelled", "preference_loss": "kto_loss",
-                     "score_pairs": "score_labelled"},
+                     "pair_losses": "answer_losses"},
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
-                              "score_comparisons": "score_pairs"}}
+                              "comparison_losses": "pair_losses"}}
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKDOWN = {file.stem.lower(): file for file in PROSE}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}
@@ -53,7 +55,7 @@ def slug(title):
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
-# ---- scripts: code with what is said of it -------------------------------------------------------
+# ---- scripts: code beside its prose --------------------------------------------------------------
 
 @functools.cache
 def functions(source):
@@ -92,13 +94,13 @@ def pieces(source):
 
 
 @functools.cache
-def coloured(source):
+def colored(source):
     return highlight(source, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).split("\n")
 
 
 def code(source, numbers, anchor="{}"):
-    """Coloured lines; one that is too long for the screen goes on below its own indentation."""
-    lines = coloured(source)
+    """Colored lines; a line that is too long for the screen continues below its indentation."""
+    lines = colored(source)
     while numbers and not lines[numbers[-1] - 1]:
         numbers = numbers[:-1]
     html = ""
@@ -118,21 +120,34 @@ def copies(script, function):
             first, last = functions(source)[function]
             texts[name] = source.splitlines()[first - 1:last]
     html = ""
-    for words, same in ("the same in ", True), ("in a form of its own in ", False):
+    for words, same in ("identical in ", True), ("different in ", False):
         found = [link(name, anchor=f"#{function}") for name in texts
                  if name != script and (texts[name] == texts[script]) == same]
         html += f'<p class="also">{words}{", ".join(found)}</p>' * bool(found)
     return html
 
 
+LEGEND = """<p class="legend">Left: docstrings and comments. Right: the code that they belong to,
+with the line numbers of the file. Below the name of a function stand the scripts that have an
+identical copy of it, or a different function of that name. Imports, flags and housekeeping are
+folded; click to open them.</p>"""
+
+
 def script_page(script):
     """Its HTML, and the links of its side index."""
     beside = [link(f"{a}-{b}", f"{a} | {b}") for a, b in NEIGHBOURS if script in (a, b)]
     html = f"<h1>{script}.py</h1>" + f"<p>Side by side: {', '.join(beside)}</p>" * bool(beside)
-    index = ""
-    for comment, docstring, function, numbers in pieces(SOURCES[script]):
+    html += LEGEND
+    index = folded = ""
+    found = pieces(SOURCES[script])
+    is_heading = [comment.startswith("# ----") for comment, _, _, _ in found]
+    first_heading = is_heading.index(True) if True in is_heading else 0
+    for number, (comment, docstring, function, numbers) in enumerate(found):
         shown = code(SOURCES[script], numbers, 'id="L{}"')
         if comment.startswith("# ----"):
+            if folded:
+                html += f"<details><summary>Imports and flags</summary>{folded}</details>"
+                folded = ""
             title, _, more = comment.strip("#- \n").partition(": ")
             index += f'<a class="part" href="#part-{slug(title)}">{title}</a>'
             head = f'<h2 id="part-{slug(title)}">{title}</h2>'
@@ -146,8 +161,12 @@ def script_page(script):
         elif docstring:  # that of the whole script
             html += f'<div class="top">{said}</div>'
             said = ""
-        html += f'<div class="row"><div class="prose">{said}</div><div>{shown}</div></div>'
-    return html + "</details>" * ("<details>" in html), index
+        row = f'<div class="row"><div class="prose">{said}</div><div>{shown}</div></div>'
+        if number < first_heading:
+            folded += row
+        else:
+            html += row
+    return html + "</details>" * (html.count("<details>") - html.count("</details>")), index
 
 
 # ---- neighbours ----------------------------------------------------------------------------------
@@ -182,6 +201,9 @@ def compare_page(left, right):
     """What two scripts share, once and folded, and what differs, line beside line."""
     a, b = units(SOURCES[left]), units(SOURCES[right])
     head = f'<h1 class="neighbours">{link(left)} | {link(right)}</h1>'
+    head += f"""<p class="legend">Lines that both scripts have are pale. Lines that only
+        {left}.py has are marked at the left, lines that only {right}.py has at the right, in the
+        colors of the title. Functions that are identical in both are folded.</p>"""
     docstrings = ""
     for script in left, right:
         docstrings += f"<div>{prose(ast.get_docstring(ast.parse(SOURCES[script])))}</div>"
@@ -190,7 +212,7 @@ def compare_page(left, right):
         lines, others = a.get(name, []), b.get(other, [])
         texts = [text for _, text in lines], [text for _, text in others]
         if texts[0] == texts[1]:
-            html += f"<details><summary><b>{name}</b> is the same</summary>"
+            html += f"<details><summary><b>{name}</b> is identical in both</summary>"
             html += code(SOURCES[left], [number for number, _ in lines]) + "</details>"
             continue
         title = f"{name} | {other}"
@@ -213,6 +235,7 @@ def markdown_page(file, output):
     parser = MarkdownIt().enable("table")
     tokens = parser.parse(file.read_text())
     index = ""
+    set_equations(tokens)
     for heading, text in zip(tokens, tokens[1:], strict=False):
         if heading.type == "heading_open":
             heading.attrSet("id", slug(text.content))
@@ -228,39 +251,66 @@ def markdown_page(file, output):
         page = PAGES.get(target, f"files/{target.relative_to(ROOT)}")
         return f'{match[1]}="{page}{mark}{anchor}"'
 
-    html = parser.renderer.render(tokens, parser.options, {})
+    html = f'<div class="page">{parser.renderer.render(tokens, parser.options, {})}</div>'
     html = re.sub(r'\b(href|src)="(?![a-z]+:|#)([^"]+)"', linked, html)
     html = html.replace("<table>", '<div class="wide"><table>')
     return html.replace("</table>", "</table></div>"), index
 
 
+def set_equations(tokens):
+    """Turns the symbols in the text of parsed Markdown, and its columns of formulas, into TeX."""
+    heads, column = [], 0
+    for token, content in zip(tokens, tokens[1:], strict=False):
+        if token.type == "thead_open":
+            heads = []
+        elif token.type == "tr_open":
+            column = 0
+        elif token.type == "th_open":
+            heads.append(content.content)
+        elif token.type == "td_open":
+            is_formula = heads[column] in ("loss", "formula", "symbol")
+            column += 1
+            for child in content.children:
+                if is_formula and child.type == "text":
+                    child.type, child.content = "html_inline", typeset(child.content)
+        if token.type == "inline":
+            for child in token.children:
+                if child.type == "text":
+                    child.type, child.content = "html_inline", symbols(child.content)
+
+
 def titles():
     """{page: title} of all pages but the index, by kind."""
-    yield "Scripts, in the order to read them", {name: f"{name}.py" for name in SOURCES}
+    methods = [name for name in SOURCES if name in METHODS]
+    yield "Methods, in the order to read them", {name: f"{name}.py" for name in methods}
+    yield "Tools", {name: f"{name}.py" for name in SOURCES if name not in METHODS}
     yield "Side by side", {f"{a}-{b}": f"{a} | {b}" for a, b in NEIGHBOURS}
     first_lines = {name: file.read_text().splitlines()[0] for name, file in MARKDOWN.items()}
     yield "More", {name: line.strip("# ") for name, line in first_lines.items()}
 
 
 def index_page():
-    html = f"<h1>{next(iter(MARKDOWN['readme'].read_text().splitlines())).strip('# ')}</h1>"
+    """What this is, where to start, and a line about every page."""
+    title, paragraph = MARKDOWN["readme"].read_text().split("\n\n")[:2]
+    html = f"<h1>{title.strip('# ')}</h1>{prose(paragraph)}"
+    html += (SITE / "templates/start.html").read_text()
     for kind, pages in titles():
         html += f"<h2>{kind}</h2><dl>"
-        for page, title in pages.items():
+        for page, name in pages.items():
             docstring = ast.get_docstring(ast.parse(SOURCES.get(page, ""))) or ""
             said = inline(docstring.split("\n\n")[0])
-            html += f"<dt>{link(page, title)}</dt><dd><span>{said}</span></dd>"
+            html += f"<dt>{link(page, name)}</dt><dd><span>{said}</span></dd>"
         html += "</dl>"
-    return html, ""
+    return f'<div class="page">{html}</div>', ""
 
 
 def build(output):
     """Writes the pages and what they need into a folder."""
     shutil.copytree(SITE / "assets", output / "assets", dirs_exist_ok=True)
     dark = HtmlFormatter(style="github-dark").get_style_defs(".code")
-    colours = HtmlFormatter(style="friendly").get_style_defs(".code")
-    style = f"{colours}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
-    (output / "assets/colours.css").write_text(style)
+    colors = HtmlFormatter(style="friendly").get_style_defs(".code")
+    style = f"{colors}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+    (output / "assets/colors.css").write_text(style)
     pages = {name: markdown_page(file, output) for name, file in MARKDOWN.items()}
     pages |= {name: script_page(name) for name in SOURCES} | {"index": index_page()}
     pages |= {f"{a}-{b}": compare_page(a, b) for a, b in NEIGHBOURS}
@@ -274,10 +324,10 @@ def build(output):
 
 
 if __name__ == "__main__":
-    flags = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    flags.add_argument("--output", type=Path, default=SITE / "pages", help="a folder")
-    folder = flags.parse_args().output
+    parser.add_argument("--output", type=Path, default=SITE / "pages", help="folder of the pages")
+    folder = parser.parse_args().output
     try:
         build(folder)
     except (OSError, ValueError) as error:

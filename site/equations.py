@@ -1,7 +1,7 @@
-"""Docstrings and comments as HTML: their prose, commands, lists, and typeset equations.
+"""Docstrings and comments as HTML: prose, commands, lists, tables, and typeset equations.
 
-The scripts write equations as Unicode text, `loss = −log σ(h)`; here that becomes TeX, which KaTeX
-typesets in the browser. An equation that cannot be translated raises ValueError.
+The scripts write equations as Unicode text, `loss = −log σ(h)`. Here this text becomes TeX, which
+KaTeX typesets in the browser. Text that cannot be translated is shown as it is.
 """
 import re
 from html import escape
@@ -9,19 +9,20 @@ from itertools import groupby
 
 # ---- equations: from Unicode text to TeX ---------------------------------------------------------
 
-NAMES = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "λ": "lambda",
-         "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "Σ": "sum", "Π": "prod", "½": "tfrac12",
-         "⅛": "tfrac18", "log": "log", "exp": "exp", "min": "min", "max": "max", "·": "cdot",
-         "argmin": "operatorname{argmin}", "argmax": "operatorname{argmax}", "…": "dots",
-         "...": "dots", "≤": "le", "≥": "ge", "∝": "propto", "≻": "succ", "~": "sim", "{": "{",
-         "}": "}", "|": "mid"}
+NAMES = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varepsilon", "θ": "theta",
+         "λ": "lambda", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "Σ": "sum", "Π": "prod",
+         "½": "tfrac12", "⅓": "tfrac13", "⅛": "tfrac18", "∇": "nabla", "×": "times", "→": "to",
+         "±": "pm", "≈": "approx", "∞": "infty", "log": "log", "exp": "exp", "min": "min",
+         "max": "max", "·": "cdot", "argmin": "operatorname{argmin}", "≤": "le", "≥": "ge",
+         "argmax": "operatorname{argmax}", "…": "dots", "...": "dots", "∝": "propto", "≻": "succ",
+         "~": "sim", "{": "{", "}": "}", "|": "mid"}
 TEX = {text: rf"\{name} " for text, name in NAMES.items()} | {mark: mark for mark in "=+<',()[]"}
 TEX |= {"−": "-", "²": "^2", "E": r"\mathbb{E}\,", "‖": r"\,\Vert\,"}
 BRACKET = r"\((?:[^()]|\([^()]*\))*\)"  # with brackets in it, but none in those
 OPERAND = rf"(?:{BRACKET}|\|\w+\||\w+'?(?:{BRACKET})?)"
 TOKEN = re.compile(
     rf"(?P<over>{OPERAND}) ?/ ?(?P<under>{OPERAND})|[_^](?P<index>{{[^{{}}]*}}|{BRACKET}|<?\w+?"
-    r"(?![^\W_]))|\s+|[A-Za-z]+(?:\d+|'[a-z]+)?|\d+(?:\.\d+)?|\.\.\.|.")
+    r"(?![^\W_]))|\s+|[A-Za-z]+(?:\d+|'[a-z]+)?|\d+(?:\.\d+)?(?:e-\d+)?|\.\.\.|.")
 
 
 def runs(text, inside=False):
@@ -46,6 +47,8 @@ def runs(text, inside=False):
             tex = [" "] if found[-1][1] else []
         elif word:
             tex = [rf"\text{{{token}}}"]
+        elif re.fullmatch(r"1e-\d+", token):
+            tex = [f"10^{{{token[2:]}}}"]
         elif token in TEX or re.fullmatch(r"[A-Za-z]|\d[\d.]*", token):
             tex = [TEX.get(token, token)]
         elif re.fullmatch(r"[A-Za-z]+\d*", token):
@@ -79,15 +82,16 @@ def bare(text):
 
 # ---- prose: docstrings and comments --------------------------------------------------------------
 
-# what looks like a flag, a file, a shape, a paper, or symbols such as π_ref, y' or π(y|x)
+# What looks like a flag, a file, a shape, a paper, or symbols such as π_ref, y' or π(y|x). Names in
+# code, such as max_length, are not symbols: after min, max and small letters an index is a letter.
 INLINE = re.compile(
     r"(?P<code>`[^`]+`|(?<![\w-])--[a-z][a-z0-9-]*|\b[a-z_]+\.py\b"
     r"|\[\d*[A-Z][A-Z\d, +.-]*\])"
     r"|(?P<paper>\b(?:arXiv:)?\d{4}\.\d{5}\b)"
-    r"|(?P<math>(?<![\w.'-])(?:\d*[B-HJ-Zb-hj-zα-ωΠΣ]|(?:[AaIi]|min|max)(?=_)"
-    r"|KL(?=\())(?:_(?:\{\w+\}|[^\W_]+))?'?"
+    r"|(?P<math>(?<![\w.'-])(?:\d*[B-HJ-Zα-ωΠΣ]|[b-hj-z](?!_\w\w)"
+    r"|(?:[AaIi]|min|max)(?=_\w(?!\w))|KL(?=\())(?:_(?:\{[\w+]+\}|<?[^\W_]+))?'?"
     r"(?:\^(?:\w|\([\w−+]+\)))?"
-    r"(?:\((?:[\w|,.'·+−≤≻‖ ]|\([\w, ]*\))*\))?(?![\w'-]|\.\w))")
+    r"(?:\((?:[\w|,.'·+−≤≻‖ <]|\([\w, ]*\))*\))?(?![\w'-]|\.\w))")
 TERM = re.compile(r"(\[\d+\]|[a-z/][a-z_@/]*(?: [A-Z]+)?(?=  ))\s+(?![\s=])(.*(?:\n .*)*)")
 
 
@@ -120,6 +124,25 @@ def inline(text):
     return html + escape(text[end:])
 
 
+def symbols(text):
+    """The text of a Markdown page as HTML; lone Latin letters may be units and stay text."""
+    html, end = "", 0
+    for match in INLINE.finditer(text):
+        is_symbol = match["math"] and not (len(match.group()) == 1 and match.group().isascii())
+        html += escape(text[end:match.start()])
+        html += typeset(match.group()) if is_symbol else escape(match.group())
+        end = match.end()
+    return html + escape(text[end:])
+
+
+def typeset(text, style=""):
+    """An equation as HTML; text that is not one is treated as a line of prose."""
+    try:
+        return math(text, style)
+    except ValueError:
+        return inline(text)
+
+
 def spans(line, style):
     """The parts of a set-apart line, which stand two or more spaces apart."""
     line = re.sub(r"\s{2,}([=+−])\s+", r" \1 ", line.strip())  # lined up by hand
@@ -128,15 +151,22 @@ def spans(line, style):
         margin = number and number + 1 == len(parts) and not parts[number - 1].endswith(",")
         html += '<span class="margin">' if margin else "<span>"
         for text in re.split(r"(\([A-Z]\w+ et al\..*?\))", part):
-            equation = re.search("[=−]", text) or style and number == 0
-            html += math(text, style) if equation else inline(text)
+            is_equation = re.search("[=−]", text) or style and number == 0
+            html += typeset(text, style) if is_equation else inline(text)
         html += "</span> "
     return html
 
 
+def is_drawn(text):
+    """Whether a block is a diagram, or a table of numbers: then its spaces are part of it."""
+    cells = [cell for line in text.splitlines() for cell in re.split(r"\s{2,}", line.strip())]
+    return bool(re.search("[─-╿◄►▲▼]", text)) or (
+        sum(bool(re.fullmatch(r"[−-]?\d[\d.,%]*", cell)) for cell in cells) >= 4)
+
+
 def apart(text):
-    """A set-apart block: commands, a list of terms with their meaning, or equations, one a line."""
-    if re.match(r"(python|torchrun|pip) ", text):
+    """A set-apart block: commands, a drawing, terms with their meaning, or equations by line."""
+    if is_drawn(text) or re.match(r"(python|torchrun|pip) ", text):
         return f"<pre>{escape(text)}</pre>"
     if TERM.sub("", text).strip():
         lines = [spans(line, r"\displaystyle ") for line in text.splitlines()]
@@ -153,6 +183,14 @@ def blocks(docstring):
             yield indented, "\n".join(line[4 * indented:] for line in group)
 
 
+def paragraph(text):
+    """A paragraph, or a list if it begins with a bullet."""
+    if not text.startswith("- "):
+        return f"<p>{inline(text)}</p>"
+    points = re.split(r"\n- ", text.removeprefix("- "))
+    return "<ul>" + "".join(f"<li>{inline(point)}</li>" for point in points) + "</ul>"
+
+
 def prose(docstring):
-    return "".join(apart(text) if indented else f"<p>{inline(text)}</p>"
+    return "".join(apart(text) if indented else paragraph(text)
                    for indented, text in blocks(docstring))

@@ -1,17 +1,21 @@
-"""Rebuild the embedded default: the tiny tokenizer, the tiny models and their data.
+"""Rebuilds the embedded default: the tiny tokenizer, the tiny models and their data.
 
     python tiny/make.py            # everything, written beside this file
-    python tiny/make.py chat       # one stage of: data, steps, base, chat, reward
+    python tiny/make.py chat       # only some stages: data, steps, base, chat, reward
 
-A Qwen2-architecture model of one million parameters reads text about addition and subtraction until
-it can do sums, which gives `tiny/base`: it continues text, and has never seen a chat. `tiny/chat`
-is that model after it imitated chats in which 43 answers in 100 are wrong, and users sometimes say
-so. It learned the chat format and the mistakes with it: sampled, it is right about half the time,
-although it can do better. That gap is what the post-training methods close. `tiny/reward` is an
-adapter on it that reward_model.py trained, for ppo.py.
+The scripts need a model that a CPU can train within minutes, and that has something to gain from
+training: it has a skill but uses it unreliably. So this program pretrains one. A model of one
+million parameters in the Qwen2 architecture reads text about addition and subtraction until it can
+do sums. That is `tiny/base`: it continues text and has never seen a chat.
+
+`tiny/chat` is the same model after it has imitated chats in which 43% of the answers are wrong, and
+users sometimes say so. It learned the format of a chat, and the mistakes with it: its sampled
+answers are correct about half of the time, although it can do better. That gap is what the
+post-training methods close. `tiny/reward` is an adapter on it that reward_model.py trained; ppo.py
+uses it.
 
 Everything follows from SEED. Questions that hash into HELD_OUT_SHARE appear in no training text of
-any stage.
+any stage, so that held-out accuracy measures arithmetic and not memory.
 """
 import hashlib
 import itertools
@@ -37,10 +41,10 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
-HELD_OUT_SHARE = 0.1   # of all questions
-CORRECT_SHARE = 0.57   # of the demonstrations that the chat model imitates
-TOP = 99               # operands lie in 0..TOP
-WRONG_STEP_SHARE = 0.25  # of the lines of a solution in steps
+HELD_OUT_SHARE = 0.1  # share of all questions that are held out
+CORRECT_SHARE = 0.57  # share of correct answers in the chats that the chat model imitates
+TOP = 99  # operands lie in 0..TOP
+WRONG_STEP_SHARE = 0.25  # share of wrong lines in a solution in steps
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -60,7 +64,7 @@ MINUS = ["What is {a} - {b}?", "Take {b} from {a}.",
 # ---- questions -----------------------------------------------------------------------------------
 
 def all_sums():
-    """Every question as (a, operator, b): sums in either order, differences not below 0."""
+    """Every question as (a, operator, b): sums in both orders, differences that are at least 0."""
     questions = itertools.product(range(TOP + 1), range(TOP + 1), "+-")
     return [(a, op, b) for a, b, op in questions if op == "+" or a >= b]
 
@@ -70,7 +74,10 @@ def train_sums():
 
 
 def is_held_out(a, op, b):
-    """The same for a + b and b + a, on every machine: Python's own hash changes between runs."""
+    """Whether a question is held out; the same for a + b and b + a, and on every machine.
+
+    Python's own hash of a string would change from run to run.
+    """
     key = f"{min(a, b)} {op} {max(a, b)}"
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
 
@@ -80,13 +87,14 @@ def result(a, op, b):
 
 
 def mistake(rng, a, op, b):
-    """A wrong result as people make it: off by a little or ten, a lost carry, the other sign."""
-    right = result(a, op, b)
-    no_carry = (a + b) - 10 if op == "+" and a % 10 + b % 10 > 9 else right + 10
-    other_way = abs(a - b) if op == "+" else a + b
-    wrong = [right - 1, right + 1, right - 2, right + 2, right - 10, right + 10]
-    wrong += [no_carry, other_way]
-    return rng.choice([w for w in wrong if w >= 0 and w != right])
+    """A wrong result of a human kind: off by 1, 2 or 10, a lost carry, the other operation."""
+    correct = result(a, op, b)
+    has_carry = op == "+" and a % 10 + b % 10 > 9
+    lost_carry = a + b - 10 if has_carry else correct + 10
+    other_operation = abs(a - b) if op == "+" else a + b
+    wrong = [correct - 1, correct + 1, correct - 2, correct + 2, correct - 10, correct + 10]
+    wrong += [lost_carry, other_operation]
+    return rng.choice([w for w in wrong if w >= 0 and w != correct])
 
 
 def question(rng, a, op, b):
@@ -99,30 +107,35 @@ def equation(a, op, b, value):
 
 
 def document(rng, a, op, b):
-    """A piece of what the base model reads: an equation, a question answered, a claim judged."""
-    right = equation(a, op, b, result(a, op, b))
+    """A pretraining text: an equation, a question with its answer, or a claim that is judged."""
+    correct = equation(a, op, b, result(a, op, b))
     kind = rng.random()
     if kind < 0.35:
-        return right
+        return correct
     if kind < 0.65:
-        return f"{question(rng, a, op, b)} {right}"
+        return f"{question(rng, a, op, b)} {correct}"
     if rng.random() < 0.5:
-        return f"{right}? Yes."
+        return f"{correct}? Yes."
     return f"{equation(a, op, b, mistake(rng, a, op, b))}? No."
 
 
 def demonstration(rng, a, op, b):
-    """A chat as a careless writer would leave it: right with probability CORRECT_SHARE."""
+    """A chat by a careless writer: the answer is correct with probability CORRECT_SHARE."""
     value = result(a, op, b) if rng.random() < CORRECT_SHARE else mistake(rng, a, op, b)
     return [{"role": "user", "content": question(rng, a, op, b)},
             {"role": "assistant", "content": equation(a, op, b, value)}]
 
 
 def with_feedback(rng, messages, a, op, b):
-    """Half of the time the user judges the answer: so the model learns to tell right from wrong."""
-    right = messages[1]["content"] == equation(a, op, b, result(a, op, b))
-    verdict = "Right." if right else "Wrong."
-    return messages + [{"role": "user", "content": verdict}] * (rng.random() < 0.5)
+    """The chat, in half of the cases with a verdict of the user on the answer.
+
+    From the verdicts the model learns to tell correct answers from wrong ones.
+    """
+    is_correct = messages[1]["content"] == equation(a, op, b, result(a, op, b))
+    verdict = {"role": "user", "content": "Right." if is_correct else "Wrong."}
+    if rng.random() < 0.5:
+        return [*messages, verdict]
+    return messages
 
 
 # ---- data files ----------------------------------------------------------------------------------
@@ -134,7 +147,7 @@ def write_rows(path, rows):
 
 
 def make_data():
-    """Three files in the usual columns for training, three for the held-out part."""
+    """Three files for training and three of held-out questions, in the usual columns."""
     rng = random.Random(SEED)
     sums = all_sums()
     rng.shuffle(sums)
@@ -145,42 +158,46 @@ def make_data():
         prompts = [[{"role": "user", "content": question(rng, *s)}] for s in chosen]
         asked = list(zip(prompts, chosen, strict=True))
         demonstrations = [{"messages": demonstration(rng, *s)} for s in chosen]
+        preferences = []
+        answered = []
+        for prompt, s in asked:
+            correct = {"role": "assistant", "content": equation(*s, result(*s))}
+            wrong = {"role": "assistant", "content": equation(*s, mistake(rng, *s))}
+            preferences.append({"prompt": prompt, "chosen": [correct], "rejected": [wrong]})
+            answered.append({"prompt": prompt, "answer": str(result(*s))})
         write_rows(HERE / f"data/sft_{part}.jsonl", demonstrations)
-        write_rows(HERE / f"data/preference_{part}.jsonl", [
-            {"prompt": prompt,
-             "chosen": [{"role": "assistant", "content": equation(*s, result(*s))}],
-             "rejected": [{"role": "assistant", "content": equation(*s, mistake(rng, *s))}]}
-            for prompt, s in asked])
-        write_rows(HERE / f"data/prompt_{part}.jsonl", [
-            {"prompt": prompt, "answer": str(result(*s))} for prompt, s in asked])
+        write_rows(HERE / f"data/preference_{part}.jsonl", preferences)
+        write_rows(HERE / f"data/prompt_{part}.jsonl", answered)
 
 
 # ---- solutions in steps --------------------------------------------------------------------------
 
 def is_held_out_list(numbers):
-    """The same for every order of the numbers; of two numbers, it says what is_held_out says."""
+    """The same for every order of the numbers; for two numbers, the same as is_held_out."""
     key = " + ".join(str(number) for number in sorted(numbers))
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
 
 
 def solution(rng, numbers, wrong_share):
-    """Partial sums, one a line, as (a, b, value), and for each line whether it is right.
+    """Partial sums, one per line, as (a, b, value), and a label for each: is it correct?
 
-    Each line has a wrong result with probability `wrong_share`. The next one goes on from there, so
-    after a wrong line none is right, even if its own sum is: it is no step to the answer any more.
+    A line has a wrong result with probability `wrong_share`, and the next line continues from it.
+    After a wrong line no line is correct, even if its own sum is: it no longer leads to the answer.
     """
-    lines, labels, value = [], [], numbers[0]
+    lines = []
+    labels = []
+    total = numbers[0]
     for number in numbers[1:]:
-        wrong = rng.random() < wrong_share
-        before = value
-        value = mistake(rng, before, "+", number) if wrong else before + number
-        lines.append((before, number, value))
-        labels.append(not wrong and all(labels))
+        is_wrong = rng.random() < wrong_share
+        before = total
+        total = mistake(rng, before, "+", number) if is_wrong else before + number
+        lines.append((before, number, total))
+        labels.append(not is_wrong and all(labels))
     return lines, labels
 
 
 def long_sum(rng, held_out):
-    """Three or four numbers of a question that is held out or not; partial sums stay below TOP."""
+    """Three or four numbers, of a held-out question or not, whose sum stays below TOP."""
     while True:
         count = rng.choice([3, 4])
         numbers = [rng.randint(1, (TOP - 10) // (count - 1)) for _ in range(count)]
@@ -189,34 +206,36 @@ def long_sum(rng, held_out):
 
 
 def make_steps():
-    """Solutions of sums of three or four numbers: with wrong lines for prm.py, right for sft.py."""
+    """Solutions in steps of longer sums: with wrong lines for prm.py, correct ones for sft.py."""
     rng = random.Random(SEED + 3)
     for part, size in (("train", 3000), ("heldout", 300)):
-        labelled, right, prompts = [], [], []
-        while len(labelled) < size:
+        labeled = []
+        correct = []
+        prompts = []
+        while len(labeled) < size:
             numbers = long_sum(rng, part == "heldout")
             lines, labels = solution(rng, numbers, WRONG_STEP_SHARE)
             truth, _ = solution(rng, numbers, 0)
             if part == "train" and any(is_held_out(a, "+", b) for a, b, _ in lines + truth):
-                continue  # no text of training may hold the sums that are held out elsewhere
+                continue  # no training text may contain sums that are held out elsewhere
             listed = [str(number) for number in numbers]
             texts = [f"What is {' + '.join(listed)}?",
                      f"Add {', '.join(listed[:-1])} and {listed[-1]}."]
             prompt = [{"role": "user", "content": rng.choice(texts)}]
             steps = [equation(a, "+", b, value) for a, b, value in lines]
             answer = "\n".join(equation(a, "+", b, value) for a, b, value in truth)
-            labelled.append({"prompt": prompt, "completions": steps, "labels": labels})
-            right.append({"messages": prompt + [{"role": "assistant", "content": answer}]})
+            labeled.append({"prompt": prompt, "completions": steps, "labels": labels})
+            correct.append({"messages": prompt + [{"role": "assistant", "content": answer}]})
             prompts.append({"prompt": prompt, "answer": str(sum(numbers))})
-        write_rows(HERE / f"data/steps_{part}.jsonl", labelled)
-        write_rows(HERE / f"data/steps_sft_{part}.jsonl", right)
+        write_rows(HERE / f"data/steps_{part}.jsonl", labeled)
+        write_rows(HERE / f"data/steps_sft_{part}.jsonl", correct)
     write_rows(HERE / "data/steps_prompt_heldout.jsonl", prompts)
 
 
 # ---- tokenizer and models ------------------------------------------------------------------------
 
 def make_tokenizer():
-    """Byte-level BPE with single digits, as in Qwen2.5, trained on what the base model reads."""
+    """Byte-level BPE with single digits, as in Qwen2.5, trained on the pretraining texts."""
     rng = random.Random(SEED)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -226,7 +245,7 @@ def make_tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    # the role names are in the corpus so that a chat is short; the base model never reads them
+    # The role names are in the corpus to make chats short; the base model never reads them.
     corpus = [document(rng, *s) for s in all_sums()] + ["user\n", "assistant\n"] * 1000
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
@@ -243,20 +262,20 @@ def make_model(vocab_size):
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0))
 
 
-def packed(tokenizer, documents, length):
-    """An endless stream of documents, each closed by <|endoftext|>, in rows of `length` ids."""
+def packed(tokenizer, texts, length):
+    """Yields rows of `length` ids from an endless stream of documents, each with an end token."""
     ids = []
     while True:
         while len(ids) < length:
-            texts = [next(documents) for _ in range(500)]
-            for row in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            some = [next(texts) for _ in range(500)]
+            for row in tokenizer(some, add_special_tokens=False)["input_ids"]:
                 ids += row + [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
         yield ids[:length]
         ids = ids[length:]
 
 
 def fit(model, rows, steps, batch_size, learning_rate):
-    """Next-token prediction on every token: pretraining, in its shortest form."""
+    """Pretraining in its shortest form: next-token prediction on every token."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -276,20 +295,34 @@ def fit(model, rows, steps, batch_size, learning_rate):
 
 
 def save(model, tokenizer, name):
-    """In fp16, half the bytes: a CPU run loads it in fp32 again."""
+    """Saves in fp16, which halves the files; a run on a CPU loads the weights in fp32 again."""
     model.half().save_pretrained(HERE / name)
     tokenizer.save_pretrained(HERE / name)
     print(f"tiny/{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
     model.float()
 
 
+def documents(rng):
+    """An endless stream of pretraining texts."""
+    sums = train_sums()
+    while True:
+        yield document(rng, *rng.choice(sums))
+
+
+def chats(rng, tokenizer):
+    """An endless stream of chats, as text in the format of the template."""
+    sums = train_sums()
+    while True:
+        a, op, b = rng.choice(sums)
+        chat = with_feedback(rng, demonstration(rng, a, op, b), a, op, b)
+        yield tokenizer.apply_chat_template(chat, tokenize=False)
+
+
 def make_base():
     rng = random.Random(SEED + 1)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
-    sums = train_sums()
-    documents = (document(rng, *rng.choice(sums)) for _ in iter(int, 1))
-    rows = packed(tokenizer, documents, 128)
+    rows = packed(tokenizer, documents(rng), 128)
     fit(model, rows, steps=2000, batch_size=64, learning_rate=3e-3)
     save(model, tokenizer, "base")
 
@@ -301,20 +334,13 @@ def make_chat():
     tokenizer.eos_token = "<|im_end|>"
     model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    sums = train_sums()
-
-    def chats():
-        while True:
-            a, op, b = rng.choice(sums)
-            chat = with_feedback(rng, demonstration(rng, a, op, b), a, op, b)
-            yield tokenizer.apply_chat_template(chat, tokenize=False)
-
-    fit(model, packed(tokenizer, chats(), 128), steps=600, batch_size=32, learning_rate=1e-3)
+    rows = packed(tokenizer, chats(rng, tokenizer), 128)
+    fit(model, rows, steps=600, batch_size=32, learning_rate=1e-3)
     save(model, tokenizer, "chat")
 
 
 def make_reward():
-    """What `python reward_model.py` learns from the preferences, without the traces of the run."""
+    """Trains reward_model.py on the preferences, and keeps its adapter without the logs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "reward_model.py", "--output-dir", folder]
         subprocess.run(command, cwd=HERE.parent, check=True)

@@ -1,808 +1,250 @@
-"""DPO and its relatives: the losses, the pairs, and the loop, against numbers by hand."""
-import copy
-import json
+"""DPO and its variants: the losses, the pairs and their masks, and a run by hand, as in dpo.py.
+
+Proven elsewhere, once for all scripts: the forms of rows (tests/system/test_common_rows.py),
+log-probs, clipping, learning rate, order and 16 bits (tests/system/test_loop.py).
+"""
 import math
 from contextlib import nullcontext
-from types import SimpleNamespace
 
-import peft
+import by_hand
 import pytest
 import torch
-import transformers
-from conftest import metrics_of, run_args
-from safetensors.torch import load_file
+from by_hand import ask, close, same, say, tokenizer
+from conftest import run_args
 
 import common
 import dpo
 
 LOSSES = ["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"]
 REFERENCE_FREE = ["simpo", "orpo", "cpo"]
-CHAT = [{"role": "user", "content": "What is 1 + 1?"}]
-
-
-def say(text):
-    return [{"role": "assistant", "content": text}]
 
 
 def pair_row(a, b, wrong, question="What is {a} + {b}?"):
-    prompt = [{"role": "user", "content": question.format(a=a, b=b)}]
+    prompt = ask(question.format(a=a, b=b))
     return {"prompt": prompt, "chosen": say(f"{a} + {b} = {a + b}"), "rejected": say(wrong)}
 
 
-# eleven prompts and answers of different lengths, so that no mean over rows, tokens or parts of the
-# batch is another one by chance; and five that are held out
+# Of different lengths, so that no mean over rows, tokens or parts of a batch is another by chance.
 ROWS = [pair_row(3 * i, 7 + i, f"{3 * i} + {7 + i} = {i}" if i % 3 else "No.") for i in range(10)]
 ROWS.append(pair_row(40, 2, "40 + 2 = 402 = 4", "Sam has {a} cups and gets {b} more. How many?"))
 HELD_OUT = [pair_row(50 + i, i, f"{i} and {50 - i}", "Add {a} and {b}.") for i in range(5)]
+ROW = {"prompt": ask("What is 1 + 1?"), "chosen": say("1 + 1 = 2"), "rejected": say("1 + 1 = 3")}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return common.load_tokenizer("tiny/chat")
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, tokenizer):
-    """A saved adapter that is far from doing nothing."""
-    torch.manual_seed(5)
-    model = common.load_model("tiny/chat", lora_rank=4)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02)
-    folder = tmp_path_factory.mktemp("adapter")
-    common.save_model(model, tokenizer, folder)
-    return str(folder)
+# ---- the losses ----------------------------------------------------------------------------------
+
+def test_the_worked_example_of_the_docstring():
+    """Log-probs −12 and −20, reference −13 and −18, β 0.1: each number that the docstring gives."""
+    logps = [numbers(x) for x in (-12.0, -20.0, -13.0, -18.0)]
+    loss, chosen_reward, rejected_reward = dpo.preference_loss(*logps, beta=0.1)
+    gradients = torch.autograd.grad(loss.sum(), logps[:2])
+    for what, value, text in [
+            ("reward of y_w", chosen_reward, "0.1 · (−12 + 13) =  0.1"),
+            ("reward of y_l", rejected_reward, "0.1 · (−20 + 18) = −0.2"),
+            ("margin", chosen_reward - rejected_reward, "0.1 + 0.2 = 0.3"),
+            ("loss", loss, "−log σ(0.3) = 0.554"),
+            ("gradient on log π(y_w|x)", gradients[0], "−β σ(−0.3) = −0.0426"),
+            ("gradient on log π(y_l|x)", gradients[1], "+0.0426")]:
+        expected = text.split()[-1].replace("−", "-")
+        digits = len(expected.partition(".")[2])
+        close(round(value.item(), digits), float(expected), what)
+        assert text in " ".join(dpo.__doc__.split()) or text in dpo.__doc__, f"{what}: not {text}"
 
 
-@pytest.fixture
-def run(tmp_path, write_jsonl, monkeypatch):
-    """Runs dpo.py's train in this process on few rows; returns what it did and left behind."""
-    def start(name="run", rows=ROWS, held_out=HELD_OUT, sampling=False, scoring=True, **flags):
-        seen = SimpleNamespace(folder=tmp_path / name, batches=[], sampled=[])
-        load, score = common.load_model, dpo.score_pairs
-
-        def load_and_keep(*args, **kwargs):
-            seen.model = load(*args, **kwargs)
-            seen.start = copy.deepcopy(seen.model).double()
-            return seen.model
-
-        def score_and_keep(model, pairs, *args):
-            if torch.is_grad_enabled():
-                seen.batches.append(pairs)
-            if scoring:
-                return score(model, pairs, *args)
-            return torch.zeros(len(pairs), requires_grad=True), torch.zeros(len(dpo.FIGURES))
-
-        def keep_prompts(model, _, prompts, *rest):
-            seen.sampled.append((prompts, *rest))
-            return prompts
-
-        flags = {"eval_size": 5, "batch_size": 4, "epochs": 1, "learning_rate": 2e-3,
-                 "dataset": write_jsonl(rows), "output_dir": seen.folder} | flags
-        if held_out:
-            flags["eval_dataset"] = write_jsonl(held_out, "held_out.jsonl")
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "load_model", load_and_keep)
-            patch.setattr(dpo, "score_pairs", score_and_keep)
-            if not sampling:
-                patch.setattr(dpo, "sample_answers", keep_prompts)
-            seen.args = run_args(dpo, **flags)
-            dpo.train(seen.args)
-        seen.metrics = metrics_of(seen.folder)
-        seen.summary = json.loads((seen.folder / "summary.json").read_text())
-        seen.saved = load_file(seen.folder / "adapter_model.safetensors")
-        return seen
-    return start
-
-
-# ---- the loss ------------------------------------------------------------------------------------
-
-def sums(seed, count=10):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.empty(count, dtype=torch.float64).uniform_(-9, -1, generator=generator)
-
-
-def by_hand(loss, c, r, rc, rr, n, m, beta, epsilon=0.0, gamma=0.0):
-    """The equations of the papers for one pair, in floats or tensors, and its two rewards."""
-    c, r, rc, rr, n, m = (torch.as_tensor(x, dtype=torch.float64) for x in (c, r, rc, rr, n, m))
-
+def equation(loss, c, r, ref_c, ref_r, n, m, beta, epsilon=0.0, gamma=0.0):
+    """The loss of one pair, and its two rewards, from the equations of the papers."""
     def sigma(x):
         return 1 / (1 + torch.exp(-x))
 
-    h = c - rc - (r - rr)
-    odds_c = torch.exp(c / n) / (1 - torch.exp(c / n))
-    odds_r = torch.exp(r / m) / (1 - torch.exp(r / m))
-    clean, flipped = torch.log(sigma(beta * h)), torch.log(sigma(-beta * h))
-    value = {
-        "dpo": lambda: -(1 - epsilon) * clean - epsilon * flipped,
-        "ipo": lambda: (h - 1 / (2 * beta)) ** 2,
-        "hinge": lambda: torch.clamp(1 - beta * h, min=0),
-        "simpo": lambda: -torch.log(sigma(beta * (c / n - r / m) - gamma)),
-        "orpo": lambda: -c / n - beta * torch.log(sigma(torch.log(odds_c / odds_r))),
-        "cpo": lambda: -torch.log(sigma(beta * (c - r))) - c}[loss]()
+    h = c - ref_c - (r - ref_r)
+    if loss == "dpo":
+        value = -(1 - epsilon) * sigma(beta * h).log() - epsilon * sigma(-beta * h).log()
+    elif loss == "ipo":
+        value = (h - 1 / (2 * beta)) ** 2
+    elif loss == "hinge":
+        value = torch.clamp(1 - beta * h, min=0)
+    elif loss == "simpo":
+        value = -sigma(beta * (c / n - r / m) - gamma).log()
+    elif loss == "cpo":
+        value = -sigma(beta * (c - r)).log() - c
+    elif loss == "orpo":
+        odds_c, odds_r = [torch.exp(x) / (1 - torch.exp(x)) for x in (c / n, r / m)]
+        value = -c / n - beta * sigma(torch.log(odds_c / odds_r)).log()
     if loss in ("simpo", "orpo"):
         return value, beta * c / n, beta * r / m
     if loss == "cpo":
         return value, beta * c, beta * r
-    return value, beta * (c - rc), beta * (r - rr)
+    return value, beta * (c - ref_c), beta * (r - ref_r)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_is_its_equation_written_out_and_differentiable(loss):
-    """Two pairs of different lengths: the losses and rewards of the papers, and gradcheck."""
-    logps, ref_logps = torch.tensor([-4.0, -2.5, -6.0, -7.0]), torch.tensor([-5.0, -2.0, -5.5, -9])
-    lengths = torch.tensor([4, 2, 3, 5])
-    logps, ref_logps = logps.double().requires_grad_(), ref_logps.double()
-    if loss in REFERENCE_FREE:
-        ref_logps = torch.zeros_like(ref_logps)
-    smoothing = 0.2 if loss == "dpo" else 0.0
-    losses, rewards = dpo.preference_loss(logps, ref_logps, lengths, loss, 0.5, smoothing, 0.3)
+    """For two pairs with answers of different lengths."""
+    c, r, lengths = numbers(-4.0, -2.5), numbers(-6.0, -7.0), [[4.0, 2.0], [3.0, 5.0]]
+    refs = [torch.zeros(2).double()] * 2 if loss in REFERENCE_FREE else [
+        numbers(-5.0, -2.0).detach(), numbers(-5.5, -9.0).detach()]
+    n, m = (torch.tensor(x).double() for x in lengths)
+    settings = 0.5, 0.2 if loss == "dpo" else 0.0, 0.3
+    ours = dpo.preference_loss(c, r, *refs, n, m, loss, *settings)
     for i in range(2):
-        hand = by_hand(loss, logps[i], logps[i + 2], ref_logps[i], ref_logps[i + 2], lengths[i],
-                       lengths[i + 2], 0.5, smoothing, 0.3)
-        ours = [losses[i].item(), rewards[i].item(), rewards[i + 2].item()]
-        assert ours == pytest.approx([x.item() for x in hand], abs=1e-12)
-    assert losses.shape == (2,) and rewards.shape == (4,) and not rewards.requires_grad
-    assert torch.autograd.gradcheck(lambda x: dpo.preference_loss(
-        x, ref_logps, lengths, loss, 0.3, smoothing, 0.5)[0], logps)
+        expected = equation(loss, *(x[i] for x in (c, r, *refs, n, m)), *settings)
+        for what, x, y in zip(("loss", "chosen reward", "rejected reward"), ours, expected,
+                              strict=True):
+            close(x[i].item(), y.item(), f"{loss}, {what} of pair {i}", 1e-12)
+    assert torch.autograd.gradcheck(
+        lambda c, r: dpo.preference_loss(c, r, *refs, n, m, loss, *settings)[0], (c, r))
 
 
-def test_dpo_has_its_closed_form_gradient():
-    """dL/dchosen = −β σ(−h), dL/drejected = +β σ(−h): what stands below eq. 7 in the paper."""
-    logps, ref_logps = sums(0).requires_grad_(), sums(1)
-    losses, rewards = dpo.preference_loss(logps, ref_logps, None, beta=0.4)
-    losses.sum().backward()
-    h = rewards[:5] - rewards[5:]
-    assert torch.allclose(losses, torch.log1p(torch.exp(-h)))
-    assert torch.allclose(logps.grad[:5], -0.4 * torch.sigmoid(-h))
-    assert torch.allclose(logps.grad[5:], 0.4 * torch.sigmoid(-h))
+def test_the_gradient_of_dpo_is_weighted_by_how_wrong_the_implicit_rewards_are():
+    """−β σ(−h) on log π(y_w|x) and +β σ(−h) on log π(y_l|x): the equation below eq. 7."""
+    c, r = numbers(-3.0, -9.0, -1.0), numbers(-5.0, -2.0, -1.5)
+    losses, chosen, rejected = dpo.preference_loss(c, r, *numbers([-4.0] * 3, [-3.0] * 3), beta=0.4)
+    gradients = torch.autograd.grad(losses.sum(), (c, r))
+    weight = 0.4 * torch.sigmoid(rejected - chosen)
+    same(gradients[0], -weight, "gradient on chosen log-probs: expected −β σ(−h)")
+    same(gradients[1], weight, "gradient on rejected log-probs: expected +β σ(−h)")
 
 
-def test_optima_of_the_losses():
-    """Smoothed DPO is least at σ(margin) = 1 − ε, IPO at 1/(2β); hinge is flat beyond margin 1."""
-    grid = torch.linspace(-5, 25, 60001, dtype=torch.float64)
-    logps = torch.cat([grid, torch.zeros_like(grid)])
-    zero = torch.zeros_like(logps)
-    smooth = dpo.preference_loss(logps, zero, None, "dpo", 0.5, label_smoothing=0.1)[0]
-    assert torch.sigmoid(0.5 * grid[smooth.argmin()]).item() == pytest.approx(0.9, abs=1e-3)
-    ipo = dpo.preference_loss(logps, zero, None, "ipo", 0.1)[0]
-    assert grid[ipo.argmin()].item() == pytest.approx(5, abs=1e-3)
-    hinge = dpo.preference_loss(logps, zero, None, "hinge", 0.5)[0]
-    assert (hinge[grid > 2] == 0).all() and (hinge[grid < 1.999] > 0).all()
+def test_where_each_loss_is_least():
+    """Smoothed DPO at σ(margin) = 1 − ε, IPO at a log-ratio of 1/(2β); hinge is 0 from 1 on."""
+    grid = torch.linspace(-5, 25, 60001).double()  # log π(y_w|x) − log π(y_l|x)
+    zero = torch.zeros_like(grid)
+    smooth, ipo, hinge = (dpo.preference_loss(grid, zero, zero, zero, None, None, *settings)[0]
+                          for settings in (("dpo", 0.5, 0.1), ("ipo", 0.1), ("hinge", 0.5)))
+    close(torch.sigmoid(0.5 * grid[smooth.argmin()]).item(), 0.9, "σ(margin) at the minimum", 1e-3)
+    close(grid[ipo.argmin()].item(), 5, "log-ratio at the minimum of IPO", 1e-3)
+    assert not hinge[grid > 2].any() and (hinge[grid < 1.999] > 0).all(), "hinge: margin of 1"
 
 
 def test_orpo_stays_finite_for_answers_that_are_certain():
     """In fp32 a log-prob of −1e-9 is a probability of 1, whose odds are infinite."""
-    logps = torch.tensor([-1e-9, -1.0, -1e-9, -1.0, -1e-9, -1e-9], requires_grad=True)
-    losses = dpo.preference_loss(logps, torch.zeros(6), torch.ones(6), "orpo")[0]
+    c = torch.tensor([-1e-9, -1.0, -1e-9], requires_grad=True)
+    r = torch.tensor([-1.0, -1e-9, -1e-9], requires_grad=True)
+    one, zero = torch.ones(3), torch.zeros(3)
+    losses = dpo.preference_loss(c, r, zero, zero, one, one, "orpo")[0]
     losses.sum().backward()
-    assert losses.isfinite().all() and logps.grad.isfinite().all()
-    assert (logps.grad[:3] < 0).all() and logps.grad[1] < -1  # chosen ones are still raised
+    assert losses.isfinite().all() and c.grad.isfinite().all() and r.grad.isfinite().all()
+    assert (c.grad < 0).all() and c.grad[1] < -1, "chosen answers must still become likelier"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_only_losses_with_a_reference_read_it(loss, tokenizer, monkeypatch):
-    """SimPO, ORPO and CPO never touch the reference; the others read it once, without gradient."""
+def test_only_losses_with_a_reference_read_it_and_without_a_gradient(loss, monkeypatch):
     calls = []
-
-    def reference(model):
-        calls.append(torch.is_grad_enabled())
-        return nullcontext()
-
-    monkeypatch.setattr(common, "reference", reference)
-    pairs = [dpo.encode_pair(row, tokenizer, 64) for row in ROWS[:2]]
-    args = run_args(dpo, loss=loss)
-    losses, figures = dpo.score_pairs(common.load_model("tiny/chat"), pairs, args, 0)
-    assert losses.isfinite().all() and figures.isfinite().all()
-    assert calls == ([] if loss in REFERENCE_FREE else [False])
-
-
-@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
-def test_confident_tokens_keep_their_gradient_in_16_bits(dtype, scale):
-    """Under autocast it is within 1% of that in fp32 for p from 0.9 to 0.99999, token by token."""
-    hidden = torch.zeros(5, 16)  # numbers that 16 bits hold exactly, so that p is the same
-    hidden[:, 0] = torch.tensor([6.5, 9.5, 12.0, 15.5, 18.5])
-    head = torch.nn.Linear(16, 16, bias=False)
-    head.weight.data = torch.eye(16)
-    model = SimpleNamespace(get_output_embeddings=lambda: head,
-                            config=transformers.PreTrainedConfig())
-    gradients = []
-    for enabled in False, True:
-        leaf = hidden.clone().requires_grad_()
-        with torch.autocast("cpu", dtype, enabled=enabled):
-            logps = dpo.chunk_logps(leaf, torch.zeros(5, dtype=torch.long), model, 1.3)
-        (scale * logps.sum()).backward()
-        gradients.append(leaf.grad / scale)
-    p = (hidden / 1.3).softmax(-1)[:, 0]
-    assert p[0] < 0.91 and p[-1] > 0.99998 and logps.dtype == torch.float32
-    exact, rounded = gradients
-    assert ((rounded - exact).norm(dim=1) < 0.01 * exact.norm(dim=1)).all()
-    assert (rounded.sum(0) - exact.sum(0)).norm() < 0.01 * exact.sum(0).norm()
+    monkeypatch.setattr(common, "reference", lambda model: calls.append(
+        torch.is_grad_enabled()) or nullcontext())
+    pairs = [dpo.encode_pair(row, tokenizer(), 64) for row in ROWS[:2]]
+    dpo.pair_losses(common.load_model("tiny/chat"), pairs, run_args(dpo, loss=loss), 0)
+    assert calls == ([] if loss in REFERENCE_FREE else [False]), "reads of π_ref (with gradient?)"
 
 
 # ---- the pairs -----------------------------------------------------------------------------------
 
-def trained_text(tokenizer, example):
+def trained_text(example):
     ids = zip(example["input_ids"], example["loss_mask"], strict=True)
-    return tokenizer.decode([token for token, trained in ids if trained])
+    return tokenizer().decode([token for token, is_trained in ids if is_trained])
 
 
-def test_all_forms_of_a_pair_give_the_same_tokens(tokenizer):
-    """Messages: explicit and implicit prompt, prompt repeated in the answers, empty column."""
-    two, three = say("1 + 1 = 2"), say("1 + 1 = 3")
-    rows = [{"prompt": CHAT, "chosen": two, "rejected": three},
-            {"chosen": CHAT + two, "rejected": CHAT + three},
-            {"prompt": CHAT, "chosen": CHAT + two, "rejected": CHAT + three},
-            {"prompt": [], "chosen": CHAT + two, "rejected": CHAT + three}]
-    first, *others = [dpo.encode_pair(row, tokenizer, 64) for row in rows]
-    assert all(other == first for other in others)
-    header = "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(first["prompt"]) == header
-    for side, answer in ("chosen", "1 + 1 = 2"), ("rejected", "1 + 1 = 3"):
-        example = first[side]
-        assert tokenizer.decode(example["input_ids"]).startswith(header + answer + "<|im_end|>")
-        assert example["input_ids"][:len(first["prompt"])] == first["prompt"]
-        assert trained_text(tokenizer, example) == answer + "<|im_end|>"
-        assert example["attention_mask"] == [1] * len(example["input_ids"])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Add."}]])
+def test_only_the_answer_is_trained_in_all_forms_of_a_pair(system):
+    """The prompt, with earlier answers in it, is a column, part of both answers, or both."""
+    prompt = [*system, *ask("What is 1 + 1?"), *say("2"), *ask("And 2 + 2?")]
+    two, three = say("2 + 2 = 4"), say("5")
+    rows = [{"prompt": prompt, "chosen": two, "rejected": three},
+            {"chosen": prompt + two, "rejected": prompt + three},
+            {"prompt": prompt, "chosen": prompt + two, "rejected": prompt + three}]
+    first, *others = [dpo.encode_pair(row, tokenizer(), 200) for row in rows]
+    assert all(other == first for other in others), "forms of one pair give other tokens"
+    assert first["prompt"] == by_hand.prompt_ids(prompt)
+    for side, text in ("chosen", "2 + 2 = 4"), ("rejected", "5"):
+        assert trained_text(first[side]) == text + "<|im_end|>", f"loss mask of {side}"
+        assert first[side]["input_ids"][:len(first["prompt"])] == first["prompt"]
 
 
-def test_only_the_answer_is_trained_behind_a_system_prompt_and_earlier_turns(tokenizer):
-    """What the assistant said before is part of the prompt, whether that is explicit or not."""
-    system = [{"role": "system", "content": "Add."}]
-    prompt = [*system, *CHAT, *say("2"), {"role": "user", "content": "What is 2 + 2?"}]
-    explicit = {"prompt": prompt, "chosen": say("4"), "rejected": say("5")}
-    implicit = {"chosen": prompt + say("4"), "rejected": prompt + say("5")}
-    pair = dpo.encode_pair(explicit, tokenizer, 200)
-    assert pair == dpo.encode_pair(implicit, tokenizer, 200)
-    assert trained_text(tokenizer, pair["chosen"]) == "4<|im_end|>"
-    assert trained_text(tokenizer, pair["rejected"]) == "5<|im_end|>"
+def test_both_sides_of_a_truncated_pair_keep_the_same_prompt():
+    """It loses its middle, down to half of the room, then the answers lose their ends."""
+    row = {"prompt": ask("Add 1 and 2. " * 6), "chosen": say("1 + 2 = 3 = 3"), "rejected": say("4")}
+    whole = dpo.encode_pair(row, tokenizer(), 1000)
+    asked, longest = whole["prompt"], len(whole["chosen"]["input_ids"])
+    answers = {side: whole[side]["input_ids"][len(asked):] for side in ("chosen", "rejected")}
+    head = 3  # <|im_start|>, user and a newline
+    for room in range(8, longest + 2):
+        pair = dpo.encode_pair(row, tokenizer(), room)
+        kept = max(len(asked) - max(0, longest - room), max(room // 2, head + room // 4))
+        prompt = asked[:head] + asked[len(asked) - kept + head:]
+        assert pair["prompt"] == prompt and pair["truncated"] == (room < longest), room
+        for side, answer in answers.items():
+            assert pair[side]["input_ids"] == (prompt + answer)[:room], (room, side)
+            assert pair[side]["loss_mask"].index(1) == kept, f"{side}: the mask begins elsewhere"
 
 
-def test_tools_reach_the_template():
-    """A row's tools are in the prompt of both sides, whether they are a list or its JSON."""
-    tokenizer = common.load_tokenizer("tiny/chat")
-    tools = "{% if tools %}<|im_start|>{{ tools[0].name }}<|im_end|>{% endif %}"
-    tokenizer.chat_template = tools + tokenizer.chat_template
-    for form in [{"name": "add"}], '[{"name": "add"}]':
-        pair = dpo.encode_pair(ROWS[0] | {"tools": form}, tokenizer, 64)
-        for ids in pair["prompt"], pair["chosen"]["input_ids"], pair["rejected"]["input_ids"]:
-            assert tokenizer.decode(ids).startswith("<|im_start|>add<|im_end|><|im_start|>user")
-    assert "add" not in tokenizer.decode(dpo.encode_pair(ROWS[0], tokenizer, 64)["prompt"])
+# ---- a run by hand -------------------------------------------------------------------------------
+
+def tokens_of(row):
+    answers = [by_hand.answer_ids(row[side][0]["content"]) for side in ("chosen", "rejected")]
+    return by_hand.prompt_ids(row["prompt"]), *answers
 
 
-def test_strings_end_in_eos_once_and_share_their_prompt_as_tokens(tokenizer):
-    """Explicit and implicit prompt agree, and an answer that already ends in eos keeps one."""
-    texts = {"chosen": " 1 + 1 = 2", "rejected": " 1 + 1 = 3"}
-    explicit = dpo.encode_pair({"prompt": "Q: 1 + 1?"} | texts, tokenizer, 64)
-    eos = {side: text + tokenizer.eos_token for side, text in texts.items()}
-    assert dpo.encode_pair({"prompt": "Q: 1 + 1?"} | eos, tokenizer, 64) == explicit
-    for side, text in texts.items():
-        assert explicit[side]["input_ids"].count(tokenizer.eos_token_id) == 1
-        assert trained_text(tokenizer, explicit[side]) == text + tokenizer.eos_token
-    assert tokenizer.decode(explicit["prompt"]) == "Q: 1 + 1?"
-    whole = {side: "Q: 1 + 1?" + text for side, text in texts.items()}
-    implicit = dpo.encode_pair(whole, tokenizer, 64)
-    for side in texts:
-        assert implicit[side]["input_ids"] == explicit[side]["input_ids"]
-    assert trained_text(tokenizer, implicit["chosen"]) == "2" + tokenizer.eos_token
-    assert implicit["prompt"] == explicit["chosen"]["input_ids"][:-2]  # all but "2" and eos
+def length(row):
+    return len(tokens_of(row)[0]) + max(map(len, tokens_of(row)[1:]))
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "x", "chosen": "y"}, {"prompt": CHAT, "chosen": say("2"), "rejected": say("2")},
-    {"prompt": "x", "chosen": say("2"), "rejected": "3"},
-    {"chosen": say("2"), "rejected": say("3")}, {"question": 3.5, "chosen": "2", "rejected": "3"},
-    {"ask": "1 + 1?", "chosen": "2", "rejected": "3"},
-    {"prompt": CHAT, "chosen": say("2"), "rejected": 0.5},
-    {"prompt": CHAT, "chosen": say("2"), "rejected": say("")[:0]},
-    {"prompt": CHAT, "chosen": say("2"), "rejected": [{"role": "assistant", "text": "3"}]},
-    {"chosen": CHAT + say("2"), "rejected": [{"role": "user", "content": "Hi"}] + say("2")},
-    {"chosen": "Yes.", "rejected": "No."}, {"prompt": "x", "chosen": "", "rejected": "y"}])
-def test_rows_that_cannot_be_used_are_dropped_and_counted(row, tokenizer, capsys):
-    """The others stay, and the report names the number of the first that went."""
-    examples = common.encode_rows("pairs", [ROWS[0], row], dpo.encode_pair, tokenizer, 64)
-    assert len(examples) == 1
-    assert "1 rows cannot be used, the first is row 2: " in capsys.readouterr().out
-
-
-def test_truncation_keeps_the_end_of_the_prompt_and_never_empties_a_mask(tokenizer):
-    """At every max_length: within it, one prompt for both sides, and answers begin at their start.
-
-    The prompt keeps its end; it gives way first, but not beyond half of the room.
-    """
-    prompt = [{"role": "user", "content": "Add 1 and 2. " * 6}]
-    row = {"prompt": prompt, "chosen": say("1 + 2 = 3 = 3 = 3"), "rejected": say("4")}
-    whole = dpo.encode_pair(row, tokenizer, 1000)
-    answers = {}
-    for side in "chosen", "rejected":
-        ids, start = whole[side]["input_ids"], len(whole["prompt"])
-        assert ids[:start] == whole["prompt"] and whole[side]["loss_mask"].index(1) == start
-        answers[side] = ids[start:]
-    longest = len(whole["chosen"]["input_ids"])
-    head = 3  # the header of the question, as there is no system message
-    for max_length in range(8, longest + 2):
-        pair = dpo.encode_pair(row, tokenizer, max_length)
-        kept = len(pair["prompt"])
-        end = whole["prompt"][len(whole["prompt"]) - kept + head:]
-        assert pair["prompt"] == whole["prompt"][:head] + end
-        room = max(max_length // 2, head + max_length // 4)
-        assert kept == max(len(whole["prompt"]) - max(0, longest - max_length), room)
-        assert pair["truncated"] == (max_length < longest)
-        for side in "chosen", "rejected":
-            example = pair[side]
-            assert example["input_ids"] == (pair["prompt"] + answers[side])[:max_length]
-            assert example["loss_mask"].index(1) == kept
-            assert len(example["loss_mask"]) == len(example["input_ids"]) <= max_length
-            assert len(example["attention_mask"]) == len(example["input_ids"])
-
-
-def test_collate_masks_by_length_though_pad_is_eos(tokenizer):
-    """Where pad has the id of eos, the eos that ends an answer is read and trained all the same."""
-    pairs = [dpo.encode_pair(row, tokenizer, 64) for row in ROWS]
-    examples = [pair["rejected"] for pair in pairs]
-    batch = dpo.collate(examples, tokenizer.eos_token_id, "cpu")
-    width = max(len(example["input_ids"]) for example in examples)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        padding = [0] * (width - length)
-        pads = [tokenizer.eos_token_id] * (width - length)
-        assert batch["input_ids"][row].tolist() == example["input_ids"] + pads
-        assert batch["attention_mask"][row].tolist() == [1] * length + padding
-        assert batch["loss_mask"][row].tolist() == example["loss_mask"] + padding
-
-
-def test_real_preferences_become_masked_pairs(shared):
-    """With Qwen2.5's tokenizer, what is trained is the answer and the token that ends it."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        shared / "tokenizers/Qwen2.5-0.5B-Instruct")
-    for name in ("pref_hh_string", "pref_hh_implicit_prompt", "pref_hh_conversational",
-                 "pref_dpo_mix_conversational"):
-        with open(shared / f"data/{name}.jsonl") as file:
-            rows = [json.loads(line) for line in list(file)[:40]]
-        for row in rows:
-            pair = dpo.encode_pair(row, tokenizer, 10**6)
-            for side in "chosen", "rejected":
-                text, ids = trained_text(tokenizer, pair[side]), pair[side]["input_ids"]
-                start = pair[side]["loss_mask"].index(1)
-                assert 0 < start == len(pair["prompt"])
-                if "conversational" in name:
-                    assert text == row[side][0]["content"] + "<|im_end|>"
-                elif "implicit" in name:
-                    assert tokenizer.decode(ids) == row[side] + tokenizer.eos_token
-                else:
-                    assert text == row[side] + tokenizer.eos_token
-                    assert tokenizer.decode(pair["prompt"]) == row["prompt"]
-
-
-def test_real_strings_train_a_real_model(shared, run):
-    """Pairs of strings on a small Llama: the loss starts at log 2."""
-    with open(shared / "data/pref_hh_string.jsonl") as file:
-        rows = [json.loads(line) for line in list(file)[:30]]
-    seen = run(model=shared / "models/stories260K", rows=rows, held_out=[], max_steps=1,
-               sampling=True)
-    assert seen.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-
-
-# ---- the loop, against a plain one in float64 ----------------------------------------------------
-
-def expected_examples(tokenizer, rows):
-    """What the template prints of each pair: prompt ids, and answer ids with their end of turn."""
-    examples = []
-    for row in rows:
-        prompt = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, return_dict=False)
-        sides = [tokenizer(row[side][0]["content"] + "<|im_end|>").input_ids
-                 for side in ("chosen", "rejected")]
-        examples.append((prompt, *sides))
-    return examples
-
-
-def row_number(pair, examples):
-    """Which row it is that the loop was given."""
-    for number, (prompt, chosen, _) in enumerate(examples):
-        if pair["chosen"]["input_ids"][:len(prompt + chosen)] == prompt + chosen:
-            return number
-    raise AssertionError("the loop was given a pair that is no row of the data")
-
-
-def answer_logp(model, prompt, answer):
-    """log p(answer | prompt), from all logits of one sequence without padding."""
-    ids = torch.tensor([prompt + answer])
-    logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1:, 0].sum()
-
-
-def figures_by_hand(model, reference, examples, args):
-    """The mean over pairs of all that is logged, as tensors."""
-    rows = []
-    for prompt, chosen, rejected in examples:
-        c, r = answer_logp(model, prompt, chosen), answer_logp(model, prompt, rejected)
-        with torch.no_grad():
-            rc = answer_logp(reference, prompt, chosen)
-            rr = answer_logp(reference, prompt, rejected)
-        n, m = len(chosen), len(rejected)
-        loss, chosen_reward, rejected_reward = by_hand(
-            args.loss, c, r, rc, rr, n, m, args.beta, args.label_smoothing, args.gamma)
+def figures_by_hand(model, reference, rows, args):
+    """The mean loss over pairs, with its gradient, and all that is logged."""
+    lines = []
+    for prompt, chosen, rejected in map(tokens_of, rows):
+        c, r = [by_hand.logps(model, prompt, answer).sum() for answer in (chosen, rejected)]
+        refs = [by_hand.logps(reference, prompt, answer).sum() for answer in (chosen, rejected)]
+        loss, chosen_reward, rejected_reward = equation(
+            args.loss, c, r, *refs, len(chosen), len(rejected), args.beta, args.label_smoothing,
+            args.gamma)
         margin = chosen_reward - rejected_reward
-        rows.append({
-            "loss": loss, "accuracy": (margin.sign() + 1) / 2, "margin": margin,
-            "chosen_reward": chosen_reward, "rejected_reward": rejected_reward,
-            "chosen_logp": c, "rejected_logp": r})
-    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
-
-
-def train_by_hand(seen, tokenizer):
-    """The batches that the loop saw, with Adam as in its paper: figures per step, and the model."""
-    examples = expected_examples(tokenizer, ROWS)
-    model, reference = seen.start, copy.deepcopy(seen.start)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    first = {name: torch.zeros_like(p) for name, p in weights.items()}
-    second = {name: torch.zeros_like(p) for name, p in weights.items()}
-    order = [row_number(pair, examples) for pairs in seen.batches for pair in pairs]
-    logged = []
-    # 3 steps: a batch of 4, another one, and what is left; the cosine of 0, 60 and 120 degrees
-    for t, (rows, rate) in enumerate([(order[:4], 1), (order[4:8], 0.75), (order[8:], 0.25)], 1):
-        figures = figures_by_hand(model, reference, [examples[i] for i in rows], seen.args)
-        gradients = torch.autograd.grad(figures["loss"], weights.values())
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        rate *= seen.args.learning_rate
-        logged.append({name: value.item() for name, value in figures.items()}
-                      | {"step": t, "grad_norm": norm.item(), "learning_rate": rate})
-        for (name, p), g in zip(weights.items(), gradients, strict=True):
-            g = g * min(1, 1 / norm)
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.999 * second[name] + 0.001 * g**2
-            step = first[name] / (1 - 0.9**t) / ((second[name] / (1 - 0.999**t)).sqrt() + 1e-8)
-            p.data -= rate * step
-    return logged, model, reference
+        lines.append({"loss": loss, "accuracy": (margin.sign() + 1) / 2, "margin": margin,
+                      "chosen_reward": chosen_reward, "rejected_reward": rejected_reward,
+                      "chosen_logp": c, "rejected_logp": r})
+    means = {name: torch.stack([line[name] for line in lines]).mean() for name in lines[0]}
+    return means["loss"], {name: value.item() for name, value in means.items()}
 
 
 @pytest.mark.parametrize("flags", [
-    {"micro_batch_size": 1}, {"micro_batch_size": 3, "model": "adapter"},
-    {"micro_batch_size": 100, "loss": "ipo"},
-    *({"micro_batch_size": 3, "loss": loss} for loss in LOSSES[2:])], ids=str)
-def test_the_loop_does_what_a_plain_one_does_by_hand(flags, run, adapter, tokenizer):
-    """Every figure of every step, gradient norms, the weights at the end, and what is held out.
-
-    Label smoothing, β and γ other than the default, unequal lengths, a last batch that is short.
-    """
-    smoothing = 0.2 if "loss" not in flags else 0.0
-    flags = {"beta": 0.7, "gamma": 0.4, "label_smoothing": smoothing} | flags
+    {"label_smoothing": 0.2, "micro_batch_size": 3}, {"micro_batch_size": 100, "model": "adapter"},
+    *({"loss": loss, "gamma": 0.4, "micro_batch_size": 3} for loss in LOSSES[1:])], ids=str)
+def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
+    """Every figure and weight of three steps, and what is held out; the last step is short."""
     if "model" in flags:
-        flags["model"] = adapter
-    seen = run(**flags)
-    before = {name: p.clone() for name, p in seen.start.named_parameters()}
-    logged, model, reference = train_by_hand(seen, tokenizer)
-    assert len(seen.metrics) == 3
-    for ours, hand in zip(seen.metrics, logged, strict=True):
-        for name, value in hand.items():
-            assert ours[name] == pytest.approx(value, rel=2e-4, abs=2e-5), (ours["step"], name)
-    if seen.args.loss not in ("simpo", "orpo"):
-        assert max(x["grad_norm"] for x in logged) > 1.5  # so that clipping matters
-    for name, p in seen.model.named_parameters():
-        moved, wrong = model.get_parameter(name) - before[name], p - model.get_parameter(name)
-        assert ("lora" in name and "default" in name) == bool(moved.abs().max() > 0), name
-        # the median, because Adam's step for a gradient that is all but 0 has the sign of its noise
-        assert wrong.abs().median() <= 1e-4 * moved.abs().median() + 1e-9, name
-        assert wrong.abs().mean() <= 5e-3 * moved.abs().mean() + 1e-9, name
-    held_out = expected_examples(tokenizer, HELD_OUT)
-    for when, policy in ("before", reference), ("after", model):
-        with torch.no_grad():
-            hand = figures_by_hand(policy, reference, held_out, seen.args)
-        assert set(seen.summary[when]) == set(hand) == set(dpo.FIGURES)
-        for name, value in hand.items():
-            ours = seen.summary[when][name]
-            assert ours == pytest.approx(value.item(), rel=1e-3, abs=1e-4), (when, name)
+        flags = flags | {"model": by_hand.save_adapter(tmp_path / "adapter")}
+    run = by_hand.Run(dpo, tmp_path, ROWS, HELD_OUT, ["pair_losses", "sample_answers"],
+                      {"sample_answers": lambda model, _, prompts, *rest: prompts},
+                      beta=0.7, epochs=1, seed=5, **flags)
+    hand = by_hand.Training(run)
+    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(5)).split(4)
+    for batch, numbers in zip(run.batches("pair_losses"), order, strict=True):
+        rows = sorted([ROWS[i] for i in numbers], key=length)
+        prompts = [tokens_of(row)[0] for row in rows]
+        assert [pair["prompt"] for pair in batch] == prompts, "order: by seed, then by length"
+        loss, figures = figures_by_hand(hand.model, hand.reference, rows, run.args)
+        hand.log(figures | hand.update(loss))
+    hand.check(run)
+    for when, model in ("before", hand.reference), ("after", hand.model):
+        _, figures = figures_by_hand(model, hand.reference, HELD_OUT, run.args)
+        close(run.summary[when], figures, when)
+    sampled, asked = run.calls["sample_answers"], [tokens_of(row)[0] for row in HELD_OUT[:3]]
+    assert [call.args[2:] for call in sampled] == [(asked, 64, 5)] * 2, "samples: prompts, one seed"
 
 
-def test_training_starts_at_log_2_and_a_tie(run, adapter):
-    """The policy is its own reference at first, though what it starts from is an adapter."""
-    for name, model in ("base", "tiny/chat"), ("adapter", adapter):
-        seen = run(name, model=model, max_steps=1, load_in_4bit="on" if name == "base" else "off")
-        for figures in seen.metrics[0], seen.summary["before"]:
-            assert figures["loss"] == pytest.approx(math.log(2), abs=1e-6)
-            assert figures["margin"] == figures["chosen_reward"] == 0
-            assert figures["accuracy"] == 0.5
-        assert seen.summary["load_in_4bit"] == (name == "base")
-        assert seen.summary["after"]["loss"] != seen.summary["before"]["loss"]
-
-
-@pytest.mark.parametrize("what", ["rate", "clip"])
-def test_nothing_moves_at_rate_0_or_clipped_to_nothing(what, run, adapter, monkeypatch):
-    """What moves the weights is the optimizer alone, along the gradient that was clipped."""
-    if what == "rate":
-        monkeypatch.setattr(dpo, "learning_rate", lambda *args: 0.0)
-    else:
-        clip = torch.nn.utils.clip_grad_norm_
-        monkeypatch.setattr(
-            torch.nn.utils, "clip_grad_norm_", lambda weights, norm: clip(weights, norm * 1e-13))
-    seen = run(model=adapter)
-    for name, weight in load_file(adapter + "/adapter_model.safetensors").items():
-        assert (seen.saved[name] - weight).abs().max() < (1e-12 if what == "rate" else 1e-7), name
-    assert all(step["grad_norm"] > 0.01 for step in seen.metrics)
-
-
-def test_the_order_covers_the_data_once_an_epoch_and_never_what_is_held_out(run, tokenizer):
-    """Two epochs of the same pairs in two orders that follow from the seed."""
-    rows = ROWS + [row | {"rejected": say("I do not know.")} for row in ROWS]
-    examples = expected_examples(tokenizer, ROWS)
-    orders = []
-    for seed in 0, 1:
-        seen = run(f"seed{seed}", rows=rows, held_out=[], eval_size=3, seed=seed, epochs=2,
-                   batch_size=1, scoring=False)
-        order = []
-        for pair in sum(seen.batches, []):
-            row = row_number(pair, examples)
-            unknown = "know" in tokenizer.decode(pair["rejected"]["input_ids"])
-            order.append((row, unknown))
-        half = len(order) // 2
-        assert len(set(order[:half])) == half and set(order[:half]) == set(order[half:])
-        assert order[:half] != order[half:]
-        held_out = set(range(len(ROWS))) - {row for row, _ in order}
-        assert 2 <= len(held_out) <= 3  # of some prompts both pairs, and no prompt is on both sides
-        assert half == 2 * (len(ROWS) - len(held_out))
-        orders.append(order)
-    assert orders[0] != orders[1]
-
-
-def test_pairs_of_similar_length_share_a_pass_and_the_last_batch_is_short(run):
-    """A batch holds what the order says, whatever its order by length."""
-    plain, sorted_by_length = (
-        run(f"size{size}", held_out=ROWS[:1], epochs=2, batch_size=size, micro_batch_size=size,
-            scoring=False).batches for size in (1, 5))
-    order, taken = sum(plain, []), 0
-    for batch in sorted_by_length:
-        assert len(batch) == min(5, len(order) - taken)
-        expected = order[taken:taken + len(batch)]
-        assert sorted(map(str, batch)) == sorted(map(str, expected))
-        lengths = [max(len(pair[side]["input_ids"]) for side in ("chosen", "rejected"))
-                   for pair in batch]
-        assert lengths == sorted(lengths)
-        taken += len(batch)
-    assert taken == len(order) > 10 and taken % 5
-
-
-def test_the_order_of_the_same_data_and_the_samples_follow_from_the_seed(run, tokenizer):
-    """Answers to the same held-out prompts are sampled before and after, with the same seed."""
-    runs = [run(f"seed{seed}", seed=seed, scoring=False) for seed in (3, 4)]
-    assert runs[0].batches != runs[1].batches
-    prompts = [prompt for prompt, _, _ in expected_examples(tokenizer, HELD_OUT[:3])]
-    for seed, seen in zip((3, 4), runs, strict=True):
-        assert seen.sampled == [(prompts, 64, seed)] * 2
-
-
-def test_max_steps_ends_a_run_early(run):
-    """The rate of the last step is that of a run with so many steps, not of a longer one."""
-    seen = run(max_steps=2, batch_size=2, epochs=3, scoring=False)
-    assert [step["step"] for step in seen.metrics] == [1, 2] and len(seen.batches) == 2
-    rates = [step["learning_rate"] for step in seen.metrics]
-    assert rates == pytest.approx([2e-3, 1e-3])  # a cosine at 0 and 90 degrees
-
-
-# ---- evaluation, samples, and what is left behind ------------------------------------------------
-
-def state_of(model):
-    modes = [module.training for module in model.modules()]
-    flags = [p.requires_grad for p in model.parameters()]
-    weights = [p.detach().clone() for p in model.parameters()]
-    return modes, flags, model.active_adapter, causal_flags(model), weights
-
-
-def causal_flags(model):
-    causal = common.causal_lm(model)
-    return causal.config.use_cache, causal.is_gradient_checkpointing
-
-
-def assert_same_state(before, after):
-    assert before[:4] == after[:4]
-    for old, new in zip(before[4], after[4], strict=True):
-        assert torch.equal(old, new)
-
-
-def test_evaluating_and_sampling_leave_the_model_as_it_was(adapter, tokenizer):
-    """Mode, adapter, what is trainable, weights, cache flags; evaluating, also random numbers."""
-    model = common.load_model(adapter, gradient_checkpointing="on")
-    before, seed = state_of(model), torch.get_rng_state()
-    pairs = [dpo.encode_pair(row, tokenizer, 64) for row in HELD_OUT]
-    dpo.evaluate(model, pairs, run_args(dpo, loss="dpo"), tokenizer.pad_token_id)
-    assert_same_state(before, state_of(model))
-    assert torch.equal(seed, torch.get_rng_state())
-    dpo.sample_answers(model, tokenizer, [pair["prompt"] for pair in pairs], 4, 0)
-    assert_same_state(before, state_of(model))
-
-
-def test_a_run_with_evaluations_trains_to_the_same_weights(run):
-    """Also its figures are the same, and what it logs of the last step is what it reports."""
-    without, with_them = run("without"), run("with", eval_every=3)
-    for name, weight in without.saved.items():
-        assert torch.equal(weight, with_them.saved[name]), name
-    for a, b in zip(without.metrics, with_them.metrics, strict=True):
-        assert all(a[name] == b[name] for name in (*dpo.FIGURES, "grad_norm", "learning_rate"))
-        assert ("eval_loss" in b) == (b["step"] == 3) and "eval_loss" not in a
-    for name, value in with_them.summary["after"].items():
-        assert with_them.metrics[-1][f"eval_{name}"] == value
-
-
-def sample_by_hand(model, prompts, stops, pad, length, seed):
-    """One token after another from the full softmax of each prompt alone."""
-    torch.manual_seed(seed)
-    answers = [[] for _ in prompts]
-    for _ in range(length):
-        if all(set(answer) & stops for answer in answers):
-            break
-        probs = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            probs.append(model(input_ids=torch.tensor([prompt + answer])).logits[0, -1].softmax(-1))
-        for answer, token in zip(answers, torch.multinomial(torch.stack(probs), 1), strict=True):
-            answer.append(pad if set(answer) & stops else token.item())
-    return answers
-
-
-@torch.no_grad()
-def test_answers_are_sampled_from_the_model_until_a_stop_token(adapter):
-    """From the whole softmax, whatever the model's own generation config says of sampling.
-
-    An answer ends at eos, at the template's end of turn, and at what that config names.
-    """
-    model = common.load_model(adapter, gradient_checkpointing="on")
-    tokenizer = common.load_tokenizer("tiny/chat")
-    pairs = [dpo.encode_pair(row, tokenizer, 64) for row in HELD_OUT[:2] + ROWS[-1:]]
-    prompts = [pair["prompt"] for pair in pairs]
-    plus = tokenizer("1 +").input_ids[-1]
-    end, pad = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.pad_token_id
-    tokenizer.eos_token = "<|im_start|>"
-    awkward = dict(
-        temperature=5.0, top_k=1, top_p=0.1, min_p=0.9, typical_p=0.2, repetition_penalty=3.0,
-        no_repeat_ngram_size=1, do_sample=False, max_new_tokens=2)
-    for own, stops in (2, {end}), ([plus, 2], {end, plus}):
-        model.generation_config = transformers.GenerationConfig(eos_token_id=own, **awkward)
-        ours = dpo.sample_answers(model, tokenizer, prompts, 24, 3)
-        model.eval()
-        stops.add(tokenizer.convert_tokens_to_ids("<|im_start|>"))
-        assert ours == sample_by_hand(model, prompts, stops, pad, 24, 3)
-        model.train()
-    assert any(plus in answer for answer in ours)
-    assert ours != dpo.sample_answers(model, tokenizer, prompts, 24, 4)
-
-
-def test_what_a_run_saves(run, adapter, tokenizer, monkeypatch):
-    """One adapter in fp32 and nothing else of the model: peft alone reproduces the result.
-
-    The folder holds no state to go on from, and keeps its flags, data and figures.
-    """
-    seen = run(model=adapter, label_smoothing=0.1, sampling=True)
-    files = {path.name for path in seen.folder.iterdir()}
-    assert {"args.json", "summary.json", "metrics.jsonl", "adapter_config.json"} <= files
-    assert not [name for name in files if "resume" in name or name.endswith(".new")]
-    assert [path.name for path in seen.folder.rglob("*.safetensors")] == [
-        "adapter_model.safetensors"]
-    assert all("lora_" in name for name in seen.saved)
-    assert {weight.dtype for weight in seen.saved.values()} == {torch.float32}
-    assert len(seen.saved) == sum(p.requires_grad for p in seen.model.parameters())
-    monkeypatch.chdir(common.HERE)
-    fresh = peft.AutoPeftModelForCausalLM.from_pretrained(seen.folder, dtype=torch.float32).double()
-    with torch.no_grad():
-        hand = figures_by_hand(
-            fresh, seen.start, expected_examples(tokenizer, HELD_OUT), seen.args)
-    for name, value in seen.summary["after"].items():
-        assert value == pytest.approx(hand[name].item(), abs=1e-4), name
-    expected = {"method": "dpo", "label_smoothing": 0.1, "dtype": "torch.float32", "step": 3}
-    assert expected.items() <= seen.summary.items()
-    assert json.loads((seen.folder / "args.json").read_text())["label_smoothing"] == 0.1
-
-
-def test_the_run_shows_what_is_trained_in_green(run, capsys):
-    """Both answers of one pair with their end of turn, and nothing of the prompt."""
-    run(max_steps=1)
-    green = [part.split("\033[0m")[0] for part in capsys.readouterr().out.split("\033[32m")[1:]]
-    assert green == ["0 + 7 = 7<|im_end|>", "No.<|im_end|>"]
-
-
-# ---- 16 bits without a GPU, and going on ---------------------------------------------------------
-
-@pytest.fixture
-def loss_scaling(monkeypatch):
-    """The GradScaler of a T4, on the CPU."""
-    monkeypatch.setattr(
-        common, "grad_scaler", lambda model: torch.amp.GradScaler("cpu", init_scale=2.0**13))
-
-
-def test_a_run_with_a_loss_scale_agrees_with_one_without(run, loss_scaling, monkeypatch):
-    """Scaling by a power of two is exact: all figures, norms before clipping, and weights."""
-    scaled = run("scaled", beta=0.7)
-    monkeypatch.setattr(common, "grad_scaler", lambda model: torch.amp.GradScaler(enabled=False))
-    plain = run("plain", beta=0.7)
-    for a, b in zip(scaled.metrics, plain.metrics, strict=True):
-        for name in (*dpo.FIGURES, "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-9), name
-        assert a["loss_scale"] == 2.0**13 and b["loss_scale"] == 1
-    assert max(step["grad_norm"] for step in plain.metrics) > 1  # clipping before unscaling shows
-    for name, weight in scaled.saved.items():
-        assert torch.allclose(weight, plain.saved[name], rtol=1e-5, atol=1e-8), name
-
-
-def test_runs_in_16_bits_agree_with_one_in_fp32(run, monkeypatch):
-    """Base and forward passes in 16 bits: the loss starts at log 2, trained weights are in fp32."""
-    small = {"beta": 0.1}  # or β magnifies the rounding of log-probs
-    full, scaler = run("fp32", **small), torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(
-        *args, **kwargs, init_scale=2.0**8))  # at its default, it first has to skip some steps
-    for dtype in torch.float16, torch.bfloat16:
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "choose_dtype", lambda device, dtype=dtype: dtype)
-            patch.setattr(common, "autocast", lambda _, dtype=dtype: torch.autocast("cpu", dtype))
-            half = run(str(dtype), **small)
-        assert half.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert half.metrics[0]["loss_scale"] == (2**8 if dtype == torch.float16 else 1)
-        for name, p in half.model.named_parameters():
-            assert p.dtype == (torch.float32 if p.requires_grad else dtype), name
-        for a, b in zip(full.metrics, half.metrics, strict=True):
-            for name in "loss", "chosen_logp", "rejected_logp", "grad_norm":
-                assert a[name] == pytest.approx(b[name], rel=0.05), (a["step"], name)
-        assert {weight.dtype for weight in half.saved.values()} == {torch.float32}
-
-
-def stop_at(step, monkeypatch, log_step=dpo.log_step):
-    """The run ends as by Ctrl-C, once it has logged this step and before it can save it."""
-    def log_and_stop(args, state, metrics):
-        log_step(args, state, metrics)
-        if metrics["step"] == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(dpo, "log_step", log_and_stop)
-
-
-def test_an_overflow_skips_a_step_and_going_on_knows_of_it(run, loss_scaling, monkeypatch):
-    """The second step overflows: no weight changes, the scale is halved, the norm is not a number.
-
-    A run that is interrupted behind it ends, by the same command, with the same bits.
-    """
-    score, update, weights = dpo.score_pairs, dpo.update, []
-
-    def overflow(model, pairs, *args):
-        losses, figures = score(model, pairs, *args)
-        is_second = torch.is_grad_enabled() and 4 <= len(overflow.seen) < 8
-        overflow.seen += pairs if torch.is_grad_enabled() else []
-        return losses * (1e38 if is_second else 1), figures
-
-    def update_and_keep(optimizer, scaler, rate):
-        assert {p.dtype for p in optimizer.param_groups[0]["params"]} == {torch.float32}
-        metrics = update(optimizer, scaler, rate)
-        weights.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
-        return metrics
-
-    monkeypatch.setattr(dpo, "score_pairs", overflow)
-    monkeypatch.setattr(dpo, "update", update_and_keep)
-    # it holds until a process ends
-    monkeypatch.setattr(dpo.filelock.FileLock, "acquire", lambda *args, **kwargs: None)
-    overflow.seen = []
-    whole = run("whole", save_every=2)
-    scales = [step["loss_scale"] for step in whole.metrics]
-    assert scales == [2.0**13, 2.0**12, 2.0**12]
-    assert [step["grad_norm"] is None for step in whole.metrics] == [False, True, False]
-    first, second, third = weights
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
-
-    overflow.seen = []
-    with monkeypatch.context() as patch:
-        stop_at(3, patch)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped", save_every=2)
-    overflow.seen = overflow.seen[:8]  # it goes on behind the step that overflowed
-    rest = run("stopped", save_every=2)
-    assert len(rest.batches) == 1 and len(rest.metrics) == 3
-    for a, b in zip(whole.metrics, rest.metrics, strict=True):
-        assert a | {"seconds": 0} == b | {"seconds": 0}
-    for name, weight in whole.saved.items():
-        assert torch.equal(weight, rest.saved[name]), name
-    for when in "before", "after":
-        assert whole.summary[when] == rest.summary[when]
-
-
-def test_a_gradient_that_is_not_finite_ends_a_run_without_a_loss_scale(run, refused, monkeypatch):
-    """In one line that names the flag; the weights that were saved stay."""
-    score = dpo.score_pairs
-    monkeypatch.setattr(dpo, "score_pairs", lambda *args: (score(*args)[0] * math.nan,
-                                                           score(*args)[1]))
-    assert "--learning-rate" in refused(run)
+def test_max_steps_shortens_the_schedule_and_the_first_loss_is_log_2(tmp_path, capsys):
+    """In 4 bits as well: at the start, the policy is its own reference."""
+    run = by_hand.Run(dpo, tmp_path, ROWS, HELD_OUT, double=False, max_steps=2, epochs=3,
+                      load_in_4bit="on", eval_every=1)
+    assert all(update.is_training for update in run.updates), "evaluate() leaves the model in eval"
+    rates = [line["learning_rate"] / run.args.learning_rate for line in run.metrics]
+    assert rates == pytest.approx([1, 0.5]), "a cosine over two steps"
+    for figures in run.metrics[0], run.summary["before"]:
+        close(figures["loss"], math.log(2), "first loss", 1e-6)
+        assert figures["margin"] == figures["chosen_reward"] == 0 and figures["accuracy"] == 0.5
+    parts = capsys.readouterr().out.split("\033[32m")[1:3]
+    green = [part.split("\033[0m")[0] for part in parts]
+    assert green == ["0 + 7 = 7<|im_end|>", "No.<|im_end|>"], "the examples shown in green"

@@ -1,23 +1,20 @@
-"""PPO: its formulas by closed forms and enumeration, its roles, what it refuses.
+"""PPO: rewards and advantages, losses, gradients, a run by hand, the worked example.
 
-Whole steps of the loop are in test_ppo_run.py; sampling and what scores an answer are the same as
-in grpo.py and proven there.
+Sampling is in test_sampling.py; roles, whitening and seeds are in tests/system/test_rollouts.py.
 """
 import math
+import re
 from types import SimpleNamespace
 
-import peft
+import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_args
+from conftest import ROOT
+from safetensors.torch import load_file
 
 import common
 import ppo
-import reward_model
-
-EOS = 2  # of the tiny models
-GARBAGE = 0.7  # stands outside the mask, where nothing may be read
 
 
 def random_batch(count, seed=0, rows=6, width=9):
@@ -25,10 +22,10 @@ def random_batch(count, seed=0, rows=6, width=9):
     g = torch.Generator().manual_seed(seed)
     start = torch.randint(0, 4, (rows, 1), generator=g)
     end = start + torch.randint(1, 6, (rows, 1), generator=g)
-    columns = torch.arange(width)
-    mask = (columns >= start) & (columns < end)
+    mask = (torch.arange(width) >= start) & (torch.arange(width) < end)
     tensors = [torch.randn(rows, width, generator=g, dtype=torch.float64) for _ in range(count)]
-    return [x.where(mask, GARBAGE) for x in tensors] + [mask.long()]
+    # What stands outside the mask may not be read.
+    return [x.where(mask, 0.7) for x in tensors] + [mask.long()]
 
 
 # ---- rewards and advantages ----------------------------------------------------------------------
@@ -37,54 +34,27 @@ def test_each_token_pays_its_kl_and_the_last_one_gets_the_score():
     """−β (log π − log π_ref) per token, plus the score on the last generated token alone."""
     logps, ref, mask = random_batch(2)
     scores = torch.arange(10.0, 16.0, dtype=torch.float64)
-    rewards = ppo.token_rewards(scores, logps, ref, mask, 0.3)
-    for row in range(len(mask)):
-        last = max(t for t in range(mask.shape[1]) if mask[row, t])
-        for t in range(mask.shape[1]):
-            kl = logps[row, t].item() - ref[row, t].item() if mask[row, t] else 0
-            score = scores[row].item() if t == last else 0
-            assert rewards[row, t].item() == pytest.approx(-0.3 * kl + score, abs=1e-12)
+    expected = -0.3 * (logps - ref) * mask
+    for row, score in enumerate(scores):
+        expected[row, mask[row].nonzero()[-1]] += score
+    by_hand.same(ppo.token_rewards(scores, logps, ref, mask, 0.3), expected,
+         "token rewards: is the KL's sign flipped, or the score not on the last answer token?")
 
 
-@pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.7), (1, 1), (0.9, 0), (0.8, 1)])
+@pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.7), (0.9, 0), (0.8, 1)])
 def test_advantages_are_the_double_sum_of_the_paper(gamma, lam):
-    """A_t = Σ_l (γλ)^l δ_{t+l} within the answer, R = A + V; nothing outside the mask is read."""
+    """A_t = Σ_l (γλ)^l δ_{t+l} within the answer, and R = A + V."""
     rewards, values, mask = random_batch(2, seed=1)
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
     for row in range(len(mask)):
         inside = mask[row].bool()
-        r = rewards[row, inside].tolist()
-        v = values[row, inside].tolist() + [0.0]
-        got = advantages[row, inside].tolist()
-        for t in range(len(r)):
-            deltas = [r[i] + gamma * v[i + 1] - v[i] for i in range(t, len(r))]
-            wanted = sum((gamma * lam) ** i * delta for i, delta in enumerate(deltas))
-            assert got[t] == pytest.approx(wanted, abs=1e-12)
-            assert returns[row, inside][t].item() == pytest.approx(wanted + v[t], abs=1e-12)
-            discounted = sum(gamma ** i * x for i, x in enumerate(r[t:]))
-            assert lam != 1 or got[t] == pytest.approx(discounted - v[t])
-            assert lam != 0 or got[t] == pytest.approx(deltas[0])
-    assert (advantages[mask == 0] == 0).all()
-
-
-def test_whitening_reads_the_mask_alone():
-    """Mean 0, variance 1 over real tokens, order kept, 0 outside; more padding changes nothing."""
-    x, mask = random_batch(1, seed=2)
-    white = ppo.whiten(5 * x + 3, mask)
-    inside = white[mask.bool()]
-    assert abs(inside.mean()) < 1e-6 and abs(inside.var(correction=0) - 1) < 1e-6
-    assert (white[mask == 0] == 0).all()
-    assert torch.equal(inside.argsort(), x[mask.bool()].argsort())
-    wider = F.pad((5 * x + 3).where(mask.bool(), 99.0), (2, 3))
-    assert torch.allclose(ppo.whiten(wider, F.pad(mask, (2, 3)))[:, 2:-3], white, atol=1e-12)
-    assert ppo.whiten(torch.full((2, 3), 0.1), torch.ones(2, 3)).abs().max() < 1e-3
-
-
-def test_whitening_keeps_its_digits():
-    """Around 10000, where squares in fp32 have a rounding error as large as the variance."""
-    x = 10000 + torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    exact = (x.double() - x.double().mean()) / x.double().std(correction=0)
-    assert torch.allclose(ppo.whiten(x, torch.ones_like(x)).double(), exact, atol=1e-3)
+        r, v = rewards[row, inside], values[row, inside]
+        deltas = r + gamma * F.pad(v[1:], (0, 1)) - v
+        powers = (gamma * lam) ** torch.arange(len(r), dtype=torch.float64)
+        sums = [(powers[:len(r) - t] * deltas[t:]).sum() for t in range(len(r))]
+        by_hand.same(advantages[row, inside], torch.stack(sums), "A: is V after the end not 0?")
+        by_hand.same(returns[row, inside], torch.stack(sums) + v, "returns: they are A + V")
+    assert (advantages[mask == 0] == 0).all(), "advantages outside the answers must be 0"
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -96,11 +66,11 @@ def test_the_clip_cells(advantage, ratio, clipped_to):
     """No gradient for going further than the clip, always one for the way back."""
     logps = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([[advantage]], dtype=torch.float64)
-    loss, clipped = ppo.policy_loss(logps, torch.zeros(1, 1), advantages, 0.2)
-    assert loss.item() == pytest.approx(-advantage * (clipped_to or ratio))
-    assert clipped.item() == bool(clipped_to)
-    gradient, = torch.autograd.grad(loss, logps)
-    assert gradient.item() == pytest.approx(0 if clipped_to else -advantage * ratio)
+    loss, is_clipped = ppo.policy_loss(logps, torch.zeros(1, 1), advantages, 0.2)
+    gradient, = torch.autograd.grad(loss.sum(), logps)
+    by_hand.close(loss.item(), -advantage * (clipped_to or ratio), "policy loss (min, not max?)")
+    by_hand.close(gradient.item(), 0 if clipped_to else -advantage * ratio, "gradient (way back?)")
+    assert is_clipped.item() == bool(clipped_to), "where the clip binds"
 
 
 @pytest.mark.parametrize("value, target, moves", [
@@ -110,240 +80,193 @@ def test_the_value_clip(value, target, moves):
     """Old value 0, ε 0.2: beyond ±0.2 towards its target a value stays, unless it overshot it."""
     values = torch.tensor([[value]], dtype=torch.float64, requires_grad=True)
     loss = ppo.value_loss(values, torch.zeros(1, 1), torch.full((1, 1), target), 0.2)
+    gradient, = torch.autograd.grad(loss.sum(), values)
     read = value if moves else math.copysign(0.2, value)
-    assert loss.item() == pytest.approx(0.5 * (read - target) ** 2)
-    gradient, = torch.autograd.grad(loss, values)
-    assert gradient.item() == pytest.approx(value - target if moves else 0)
+    by_hand.close(loss.item(), 0.5 * (read - target) ** 2, "value loss (max, not min?)")
+    by_hand.close(gradient.item(), value - target if moves else 0, "gradient of the value loss")
 
 
-def test_losses_token_by_token_and_by_gradcheck():
-    """Both losses of random tensors are the equations' at each token, with their gradients."""
-    old, noise, third, _ = random_batch(3, seed=3)
-    new = (old + 0.4 * noise).requires_grad_()
-    policy, value = ppo.policy_loss(new, old, third, 0.2)[0], ppo.value_loss(new, old, third, 0.2)
-    for b in range(len(new)):
-        for t in range(new.shape[1]):
-            x, o, y = new[b, t].item(), old[b, t].item(), third[b, t].item()
-            ratio = math.exp(x - o)
-            surrogate = min(ratio * y, min(max(ratio, 0.8), 1.2) * y)
-            assert policy[b, t].item() == pytest.approx(-surrogate, abs=1e-12)
-            squares = (x - y) ** 2, (o + min(max(x - o, -0.2), 0.2) - y) ** 2
-            assert value[b, t].item() == pytest.approx(0.5 * max(squares), abs=1e-12)
-    assert torch.autograd.gradcheck(lambda x: ppo.policy_loss(x, old, third, 0.2)[0], new)
-    assert torch.autograd.gradcheck(lambda x: ppo.value_loss(x, old, third, 0.2), new)
-
+# ---- the gradient, by enumeration ----------------------------------------------------------------
 
 @pytest.fixture
 def enumerated():
-    """All answers of a policy that says one or two of the tokens {stop, 1, 2}, [7, 2] each."""
+    """All answers of a policy that says one or two of the tokens {stop, 1, 2}: [7, 2] each."""
     g = torch.Generator().manual_seed(0)
     tables = [torch.randn(n, 3, generator=g, dtype=torch.float64) for n in (1, 3, 1, 3)]
-    answers = [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
-    mask = torch.tensor([[1, len(y) - 1] for y in answers])
-    first = torch.tensor([y[0] for y in answers])
-    last = torch.tensor([y[-1] for y in answers])
-
-    def logps(start, then):
-        both = [start.log_softmax(1)[0, first], then.log_softmax(1)[first, last]]
-        return torch.stack(both, 1) * mask
+    first, last = torch.tensor([0, 1, 1, 1, 2, 2, 2]), torch.tensor([0, 0, 1, 2, 0, 1, 2])
+    mask = (torch.stack([torch.ones(7), first], 1) > 0).long()
     policy = [table.requires_grad_() for table in tables[:2]]
-    # a critic that knows what was written so far, as the real one does, and is wrong
-    values = torch.tensor([[0.3, [0.0, -0.8, 1.1][y[0]]] for y in answers]) * mask
-    new, ref = logps(*policy), logps(*tables[2:])
-    return SimpleNamespace(policy=policy, new=new, ref=ref, mask=mask, values=values.double(),
-                           probs=new.sum(1).exp(), scores=torch.randn(7, generator=g).double())
+    new, ref = (torch.stack([start.log_softmax(1)[0, first], then.log_softmax(1)[first, last]], 1)
+                * mask for start, then in (policy, tables[2:]))
+    probs = new.sum(1).exp()
+
+    def gradient(expected):
+        parts = torch.autograd.grad(expected, policy, retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+    return SimpleNamespace(new=new, ref=ref, mask=mask, first=first, probs=probs.detach(),
+                           scores=10 + torch.randn(7, generator=g).double(), gradient=gradient,
+                           true_probs=probs, kl=(probs * (new - ref).sum(1)).sum())
 
 
-def test_k1_in_the_reward_gives_the_gradient_of_the_kl(enumerated):
-    """In expectation over all answers, exactly; k3 there gives another, k1 in the loss gives 0."""
+def test_k1_belongs_into_the_reward_and_not_into_the_loss(enumerated):
+    """As a reward it follows −β ∇KL exactly and k3 points elsewhere; as a loss it does nothing."""
     e = enumerated
-    kl = (e.probs * (e.new - e.ref).sum(1)).sum()
-    truth = torch.autograd.grad(kl, e.policy, retain_graph=True)
-    rewards = ppo.token_rewards(torch.zeros(7).double(), e.new, e.ref, e.mask, 0.3)
-    assert (e.probs * rewards.sum(1)).sum().item() == pytest.approx(-0.3 * kl.item())
-    k3 = ((e.ref - e.new).exp() - (e.ref - e.new) - 1) * e.mask
-    for total, right in (rewards.sum(1), True), (-0.3 * k3.sum(1), False):
-        reinforce = (e.probs.detach() * total.detach() * e.new.sum(1)).sum()
-        followed = torch.autograd.grad(reinforce, e.policy, retain_graph=True)
-        for got, true in zip(followed, truth, strict=True):
-            assert torch.allclose(got, -0.3 * true, atol=1e-12) == right
-            assert true.abs().max() > 0.01
-    for got in torch.autograd.grad((e.probs.detach() * rewards.sum(1)).sum(), e.policy):
-        assert got.abs().max() < 1e-12
+    truth = -0.3 * e.gradient(e.kl)
+    k1 = ppo.token_rewards(torch.zeros(7).double(), e.new, e.ref, e.mask, 0.3).sum(1)
+    k3 = -0.3 * ((e.ref - e.new).exp() - (e.ref - e.new) - 1).sum(1)
+    as_reward, other = (e.gradient((e.probs * x.detach() * e.new.sum(1)).sum()) for x in (k1, k3))
+    by_hand.same(as_reward, truth, "policy gradient of the KL penalty: is its sign flipped?")
+    cosine = F.cosine_similarity(other, truth, dim=0).item()
+    assert cosine < -0.5, f"k3 in the reward points almost the opposite way, cosine {cosine}"
+    as_loss = e.gradient((e.probs * k1).sum())
+    by_hand.same(as_loss, torch.zeros_like(truth), "expected gradient of k1 as a loss")
 
 
-def test_the_whole_chain_follows_the_true_gradient(enumerated):
-    """Rewards, advantages over a wrong critic and the loss at ratio 1: ∇ (E[score] − β KL)."""
+def test_the_whole_chain_follows_the_true_gradient_whatever_the_critic(enumerated):
+    """Rewards, advantages and the loss at ratio 1 follow ∇ (E[score] − β KL), on average exactly.
+
+    So they do without a critic, with a wrong one and with a true one, which lowers the variance.
+    """
     e = enumerated
-    goal = (e.probs * (e.scores - 0.3 * (e.new - e.ref).sum(1))).sum()
-    truth = torch.autograd.grad(goal, e.policy, retain_graph=True)
-    old = e.new.detach()
-    rewards = ppo.token_rewards(e.scores, old, e.ref, e.mask, 0.3)
-    advantages, returns = ppo.gae(rewards, e.values, e.mask, 1.0, 1.0)
-    losses = ppo.policy_loss(e.new, old, advantages, 0.2)[0] * e.mask
-    followed = torch.autograd.grad((e.probs.detach() * losses.sum(1)).sum(), e.policy)
-    for got, true in zip(followed, truth, strict=True):
-        assert torch.allclose(-got, true, atol=1e-12) and true.abs().max() > 0.01
-    assert torch.allclose(returns[:, 0], e.scores - 0.3 * (old - e.ref.detach()).sum(1))
+    truth = e.gradient((e.true_probs * e.scores).sum() - 0.3 * e.kl)
+    rewards = ppo.token_rewards(e.scores, e.new.detach(), e.ref, e.mask, 0.3)
+    same_first = (e.first[:, None] == e.first).double() * e.probs  # [7, 7]
+    after = same_first @ rewards[:, 1] / same_first.sum(1)
+    true = torch.stack([(e.probs @ rewards.sum(1)).expand(7), after], 1) * e.mask
+    wrong = torch.stack([torch.full((7,), 0.3), 1.1 * e.first - 0.8], 1).double() * e.mask
+    squares = []
+    for values in (torch.zeros_like(true), wrong, true):
+        advantages, _ = ppo.gae(rewards, values, e.mask, 1.0, 1.0)
+        losses, _ = ppo.policy_loss(e.new, e.new.detach(), advantages, 0.2)
+        samples = torch.stack([-e.gradient(loss.sum()) for loss in losses * e.mask])
+        by_hand.same(e.probs @ samples, truth, "policy gradient: is it biased by the baseline?")
+        squares.append((e.probs @ samples**2).sum().item())
+    assert squares[2] < squares[0], "the true critic must lower the variance"
 
 
-# ---- the roles -----------------------------------------------------------------------------------
+# ---- a run, and the same by hand -----------------------------------------------------------------
 
-@pytest.fixture
-def roles():
-    """A policy off its reference, reward model and critic, and a batch of unequal answers."""
-    torch.manual_seed(0)
-    model = common.load_model("tiny/chat", lora_rank=4)
-    reward = common.add_role(model, "tiny/reward", "reward")
-    critic = common.add_role(model, "tiny/reward", "critic", trainable=True)
-    for name, weight in model.named_parameters():
-        if "lora_B.default" in name:
-            torch.nn.init.normal_(weight, std=0.02)
-    tokenizer = common.load_tokenizer("tiny/chat")
-    rows = common.load_rows("tiny/data/prompt_train.jsonl", "train", 4, 0)[:4]
-    prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    answers = [tokenizer(text)["input_ids"] for text in ("11", "36 - 25 = 11", "97", "1 = 5 = 5")]
-    batch = ppo.join_answers(prompts, [ids + [EOS] for ids in answers], tokenizer, model)
-    return SimpleNamespace(model=model, reward=reward, critic=critic, batch=batch,
-                           tokenizer=tokenizer, examples=[{"prompt": ids} for ids in prompts])
+ROWS = [{"prompt": by_hand.ask(text), "answer": "7"} for text in (
+    "What is 36 - 25?", "Tom has 14 figs and gets 83 more. How many figs now?", "Add 2 and 5.",
+    "What is 9 - 8 and 12 + 9?", "What is 5 + 5?", "Mia has 66 eggs.", "7 - 1?", "4 + 4?")]
+
+
+def run_ppo(folder, **flags):
+    """Answers that follow from the prompt stand in place of samples; some of them do not stop."""
+    def answers(model, tokenizer, prompts, *rest):
+        return [by_hand.answer_to(prompt, sum(prompt)) for prompt in prompts]
+    flags = dict(batch_size=5, max_steps=2, epochs=2, minibatches=2, micro_batch_size=5, beta=0.3,
+                 gamma=0.9, lam=0.7, epsilon=0.1, value_weight=0.7, missing_eos_penalty=0.8,
+                 temperature=1.5, target_kl=1e6, lora_rank=4, learning_rate=4e-4) | flags
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled="sample_batch_size" in flags)
+    replace = {"sample": answers, "common.grad_scaler": lambda model: scaler}
+    return by_hand.Run(ppo, folder, ROWS[3:], ROWS[:3], replace=replace,
+                       watch=["rollout", "minibatch_gradients"], **flags)
+
+
+def read(hand, prompt, ids):
+    """Log-probs and values [N] of an answer, from a sequence of its own without padding."""
+    with common.using(hand.model, "critic"):
+        hidden = by_hand.hidden_states(hand.model, prompt + ids)[len(prompt) - 1:-1]
+    return by_hand.logps(hand.model, prompt, ids, 1.5), hidden @ hand.weights[-1][0]
 
 
 @torch.no_grad()
-def outputs(roles):
-    """What each role says about the batch."""
-    model, batch, out = roles.model, roles.batch, {}
-    out["policy"] = ppo.token_logps(model, batch)
-    with common.reference(model):
-        out["reference"] = ppo.token_logps(model, batch)
-    with common.using(model, "reward"):
-        out["reward"] = ppo.sequence_rewards(model, batch, roles.reward)
-    with common.using(model, "critic"):
-        out["critic"] = ppo.token_values(model, batch, roles.critic)
-        out["end"] = ppo.sequence_rewards(model, batch, roles.critic)
-    return out
+def rollout_by_hand(hand, call):
+    """The answers as all roles see them, and what is logged of them."""
+    file = load_file(ROOT / "tiny/reward/adapter_model.safetensors")
+    answers = []
+    for example, ids in zip(call.args[1], call.result[1], strict=True):
+        old, values = read(hand, example["prompt"], ids)
+        log_ratio = old - by_hand.logps(hand.reference, example["prompt"], ids, 1.5)
+        with common.using(hand.model, "reward"):
+            hidden = by_hand.hidden_states(hand.model, example["prompt"] + ids)[-1]
+        score = hidden @ file["base_model.model.score.weight"][0].double()
+        stopped = float(ids[-1] == by_hand.tokenizer().eos_token_id)
+        rewards = -0.3 * log_ratio
+        rewards[-1] += score - 0.8 * (1 - stopped)
+        deltas = rewards + 0.9 * F.pad(values[1:], (0, 1)) - values
+        advantages = torch.stack([sum(0.63 ** i * delta for i, delta in enumerate(deltas[t:]))
+                                  for t in range(len(ids))])
+        answers.append({
+            "pair": (example["prompt"], ids), "old": old, "values": values, "reward": score,
+            "advantages": advantages, "returns": advantages + values, "kl": log_ratio.sum(),
+            "length": len(ids), "stopped": stopped})
+    logged = {name: float(sum(x[name] for x in answers)) / len(answers)
+              for name in ("reward", "kl", "length", "stopped")}
+    every, returns = (torch.cat([x[name] for x in answers]) for name in ("advantages", "returns"))
+    for x in answers:
+        x["advantages"] = (x["advantages"] - every.mean()) / every.std(correction=0)
+    return answers, logged | {"explained_variance": 1 - every.var() / returns.var()}
 
 
-@pytest.mark.parametrize("role", ["policy", "critic"])
-def test_a_step_of_one_role_moves_no_other(role, roles):
-    """Gradients reach its matrices (and head) alone; the others answer as before, bit for bit."""
-    before = outputs(roles)
-    assert not torch.equal(before["policy"], before["reference"])
-    trained = {n: p for n, p in roles.model.named_parameters() if p.requires_grad}
-    trained["critic.head"] = roles.critic.weight
-    if role == "policy":
-        ppo.token_logps(roles.model, roles.batch).sum().backward()
-    else:
-        with common.using(roles.model, "critic"):
-            ppo.token_values(roles.model, roles.batch, roles.critic).sum().backward()
-    moved = {n for n, p in trained.items() if p.grad is not None and p.grad.abs().sum() > 0}
-    part = ".default." if role == "policy" else "critic"
-    assert moved == {n for n in trained if part in n} and len(moved) > 2
-    assert not any("reward" in n or "reference" in n for n in trained)
-    torch.optim.AdamW(trained.values(), lr=1e-2).step()
-    after = outputs(roles)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == ({"policy"} if role == "policy" else {"critic", "end"})
+def minibatch_by_hand(hand, answers):
+    """The figures, means over the tokens of the minibatch, with gradients."""
+    white, returns, old, v_old = (torch.cat([x[name] for x in answers])
+                                  for name in ("advantages", "returns", "old", "values"))
+    new, values = torch.cat([torch.stack(read(hand, *x["pair"])) for x in answers], 1)
+    ratio = (new - old).exp()
+    binds = torch.where(white > 0, ratio > 1.1, ratio < 0.9)
+    near = v_old + (values - v_old).clamp(-0.1, 0.1)
+    columns = {"policy_loss": -torch.where(binds, 1 + 0.1 * white.sign(), ratio) * white,
+               "value_loss": torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2,
+               "sampler_kl": ratio - 1 - ratio.log(), "clip_fraction": binds.double(),
+               "entropy": -new, "ratio_error": (ratio - 1).abs()}
+    return {name: column.mean() for name, column in columns.items()}
 
 
-def test_values_are_read_before_their_token(roles):
-    """And ignore padding, other answers and tokens to come: as the shorter text alone gives."""
-    values, mask = outputs(roles)["critic"], roles.batch["loss_mask"][:, 1:]
-    assert (values[mask == 0] == 0).all()
-    for b, t in mask.nonzero().tolist():
-        with torch.no_grad(), common.using(roles.model, "critic"):
-            ids = roles.batch["input_ids"][b:b + 1, :t + 1]  # the value is of token t + 1
-            hidden = common.causal_lm(roles.model).base_model(input_ids=ids)[0][0, -1]
-        assert values[b, t].item() == pytest.approx((hidden @ roles.critic.weight[0]).item(),
-                                                    abs=2e-5)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of two rollouts with four updates each, and the same by hand."""
+    run = run_ppo(tmp_path_factory.mktemp("first"))
+    before, *rollouts, after = run.calls["rollout"]
+    minibatches = [call.args[2].tolist() for call in run.calls["minibatch_gradients"]]
+    with by_hand.doubles():
+        hand = by_hand.Training(run)
+        _, hand.before = rollout_by_hand(hand, before)
+        for step, call in enumerate(rollouts):
+            answers, logged = rollout_by_hand(hand, call)
+            every = []
+            for rows in minibatches[4 * step:4 * step + 4]:
+                figures = minibatch_by_hand(hand, [answers[row] for row in rows])
+                update = hand.update(figures["policy_loss"] + 0.7 * figures["value_loss"])
+                every.append(figures)
+            del update["loss"]
+            means = {name: sum(x[name].item() for x in every) / 4 for name in figures}
+            means["ratio_error"] = every[0]["ratio_error"]
+            hand.log(logged | means | update | {"updates": 4})
+        _, hand.after = rollout_by_hand(hand, after)
+    for logged in hand.logged:  # every part of the method had something to do
+        assert 0 < logged["clip_fraction"] < 1 and 0 < logged["stopped"] < 1
+    assert abs(hand.logged[1]["kl"]) > 0.01 and hand.logged[1]["grad_norm"] > 1
+    return run, hand
 
 
-def test_a_micro_batch_computes_no_column_that_is_padding_in_all_its_rows(roles, monkeypatch):
-    """Its shapes stay those of the rollout, and what is read of each row stays the same."""
-    whole, full = outputs(roles), roles.batch
-    longest = full["attention_mask"].sum(1)
-    rows = longest < longest.max()
-    roles.batch = {name: value[rows] for name, value in full.items()}
-    read, forward = [], type(common.causal_lm(roles.model).base_model).forward
-
-    def listen(self, input_ids, **others):
-        read.append(input_ids.shape[1])
-        return forward(self, input_ids, **others)
-
-    monkeypatch.setattr(type(common.causal_lm(roles.model).base_model), "forward", listen)
-    some = outputs(roles)
-    roles.batch = full
-    assert set(read) == {longest[rows].max().item()} and 1 <= rows.sum() < len(rows)
-    for name, value in some.items():
-        torch.testing.assert_close(value, whole[name][rows], atol=2e-5, rtol=1e-4)
+@pytest.mark.parametrize("flags", [{}, dict(micro_batch_size=1, sample_batch_size=2),
+                                   dict(micro_batch_size=3, gradient_checkpointing="on")], ids=str)
+def test_two_rollouts_are_those_by_hand(flags, first, tmp_path):
+    """Each logged number and weight, however the batch is divided, checkpointed or scaled."""
+    run, hand = first
+    run = run_ppo(tmp_path, **flags) if flags else run
+    hand.check(run)
+    by_hand.close(hand.before, run.summary["before"], "before, by hand")
+    by_hand.close(hand.after, run.summary["after"], "after, by hand")
 
 
-def test_the_critic_starts_as_the_reward_model_with_weights_of_its_own(roles):
-    """It gives the reward model's scores, of which no weight is shared or trained."""
-    said = outputs(roles)
-    assert torch.equal(said["end"], said["reward"])
-    named = dict(roles.model.named_parameters()) | {"critic": roles.critic.weight}
-    critic = {p.data_ptr() for n, p in named.items() if "critic" in n and p.requires_grad}
-    reward = [p for n, p in named.items() if ".reward." in n] + [roles.reward.weight]
-    assert len(critic) == len(reward) == 71
-    assert not any(p.requires_grad or p.data_ptr() in critic for p in reward)
+# ---- the worked example --------------------------------------------------------------------------
 
-
-def test_the_reward_model_scores_as_reward_model_py_does(roles):
-    """The adapter on the policy's base says what the same run says as it loads itself."""
-    alone = common.load_model("tiny/reward", trainable=False, task="SEQ_CLS")
-    with torch.no_grad():
-        scores = reward_model.sequence_rewards(alone, roles.batch, common.causal_lm(alone).score)
-    assert torch.allclose(outputs(roles)["reward"], scores, atol=1e-5) and scores.std() > 0.1
-
-
-def test_a_rollout_leaves_everything_as_it_was(roles):
-    """Mode, adapter, flags, random numbers, cache switch and weights."""
-    def state():
-        model = roles.model
-        flags = [p.requires_grad for p in model.parameters()]
-        return (model.training, model.active_adapter, flags, torch.get_rng_state().tolist(),
-                common.causal_lm(model).config.use_cache,
-                [p.sum().item() for p in model.parameters()])
-    before = state()
-    args = run_args(ppo, max_new_tokens=5)
-    three = roles.model, roles.reward, roles.critic
-    batch, answers = ppo.rollout(three, roles.examples, roles.tokenizer, args, 0)
-    assert state() == before and len(answers) == 4 and not batch["logps"].requires_grad
-
-
-# ---- bad input -----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("model, reward, words", [
-    ("tiny/chat", "tiny/base", "reward_model.py"), ("tiny/base", "tiny/reward", "one base"),
-    ("tiny/chat", "nowhere/at-all", "nowhere/at-all"), ("tiny/chat", "no.py:f", "no.py"),
-    ("tiny/chat", None, "reward_model.py")])
-def test_a_wrong_reward_is_refused_before_the_policy_is_loaded(
-        model, reward, words, tmp_path, refused, monkeypatch):
-    """A full model, one on another base, none at all, no function, a policy's adapter."""
-    monkeypatch.setattr(common, "load_model", None)
-    monkeypatch.setattr(common, "load_tokenizer", None)
-    if not reward:
-        config = peft.LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="tiny/chat")
-        config.save_pretrained(tmp_path / "policy")
-    args = run_args(ppo, model=model, reward=reward or tmp_path / "policy",
-                    output_dir=tmp_path / "run")
-    assert words in refused(ppo.train, args) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("flag, value", [
-    ("epochs", 0), ("lam", 1.1), ("gamma", -0.1), ("epsilon", 0), ("target_kl", -1), ("beta", -1),
-    ("beta", "nan"), ("missing_eos_penalty", -1), ("minibatches", 0), ("value_weight", -1),
-    ("temperature", 0), ("learning_rate", "inf"), ("micro_batch_size", "x")])
-def test_flags_out_of_range_are_refused(flag, value, refused):
-    """In one line that names the flag."""
-    assert "--" + flag.replace("_", "-") in refused(run_args, ppo, **{flag: value})
-
-
-@pytest.mark.parametrize("settings, words", [
-    ({"batch_size": 5, "minibatches": 6}, "--minibatches"), ({"max_length": 30}, "30 tokens")])
-def test_what_does_not_fit_is_refused(settings, words, tmp_path, refused, monkeypatch):
-    """A minibatch without an answer, prompts without room: before anything is loaded or written."""
-    monkeypatch.setattr(common, "load_model", None)
-    args = run_args(ppo, dataset="tiny/data/prompt_heldout.jsonl", output_dir=tmp_path / "run",
-                    **settings)
-    assert words in refused(ppo.train, args) and not (tmp_path / "run").exists()
+def test_the_worked_example_of_the_docstring():
+    """Each line of numbers is what the functions of the script give."""
+    kl, rho = torch.tensor([[0.2, -0.4, 0.2]]), torch.tensor([[1.3, 1.1, 0.9]])
+    values, mask, zero = torch.tensor([[0.5, 0.6, 0.8]]), torch.ones(1, 3), torch.zeros(1, 3)
+    rewards = ppo.token_rewards(torch.ones(1), kl, zero, mask, 0.05)
+    lines = {"log π − log π_ref": kl, "r": rewards, "V": values, "ρ after an update": rho}
+    lines["δ"], _ = ppo.gae(rewards, values, mask, 1.0, 0.0)
+    lines["A"], lines["R"] = ppo.gae(rewards, values, mask, 1.0, 0.95)
+    lines["policy loss"], is_clipped = ppo.policy_loss(rho.log(), zero, lines["A"], 0.2)
+    for name, numbers in lines.items():
+        text = " +".join(f"{x:.2f}".replace("-", "−") for x in numbers[0].tolist())
+        assert re.search(f"^    {name} +{text}( |$)", ppo.__doc__, re.M), f"{name}: {text}"
+    unbiased, _ = ppo.gae(rewards, values, mask, 1.0, 1.0)
+    assert f"λ = 1: {', '.join(f'{x:.2f}' for x in unbiased[0])}" in ppo.__doc__
+    assert is_clipped.tolist() == [[True, False, False]]

@@ -509,7 +509,7 @@ def test_a_run_shows_where_steps_are_read_and_what_they_get(tmp_path, write_json
     assert shown.count("\033[32m") == len(rows[0]["completions"])
     for step in rows[0]["completions"]:
         assert f"{step[:-1]}\033[32m{step[-1]}\033[0m" in shown
-    lines = said[said.index("curves:"):].splitlines()
+    lines = said[said.index("held out"):].splitlines()
     model = common.load_model(str(tmp_path / "run"), trainable=False, task="SEQ_CLS")
     tokenizer = common.load_tokenizer(str(tmp_path / "run"))
     for row in rows[8:]:

@@ -78,10 +78,14 @@ def test_preferences(name):
     logps, lengths = scored(dpo, x, x.loss_mask).sum(1), x.loss_mask.sum(1)
     ref_logps = x.ref_logps if loss in ("dpo", "hinge", "ipo") else torch.zeros(6)
 
-    ours = dpo.preference_loss(logps, ref_logps, lengths, loss, beta, **extra)[0].mean()
+    def loss_of(logps, ref_logps):
+        four = [*logps.chunk(2), *ref_logps.chunk(2)]
+        return dpo.preference_loss(*four, *lengths.chunk(2), loss, beta, **extra)[0].mean()
+
+    ours = loss_of(logps, ref_logps)
     assert equal(ours, theirs[name], x.hidden) == (loss in ("dpo", "hinge", "simpo"))
     if loss == "ipo":
-        ours = dpo.preference_loss(logps / lengths, ref_logps / lengths, None, loss, beta)[0].mean()
+        ours = loss_of(logps / lengths, ref_logps / lengths)
     if loss in ("cpo", "orpo"):
         answers = logps[:3] / lengths[:3] if loss == "orpo" else logps[:3]
         trained = (x.loss_mask if loss == "cpo" else x.attention_mask).clone()
@@ -181,13 +185,13 @@ def test_online_dpo(loss, tie):
     Its DPO trainer has IPO on means over tokens; for equal scores there is no pair in ours.
     """
     x, theirs = record_trl.completions(80, 0.0), TRL["online_dpo"][f"{loss} tie {tie}"]
-    logps, ref_logps = ((logps * x.mask).sum(1) for logps in (x.logps, x.ref_logps))
-    lead = record_trl.pair_scores(81, tie)
-    lead = (lead - lead.roll(3)).double()
-    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2, 0.0)
+    four = [part for logps in (x.logps, x.ref_logps) for part in (logps * x.mask).sum(1).chunk(2)]
+    first, second = record_trl.pair_scores(81, tie).double().chunk(2)
+    lead = first - second
+    ours = online_dpo.online_loss(*four, lead.sigmoid(), loss, 0.2, 0.0)
     assert equal(ours.mean(), theirs, x.logps) == (not tie)
     lead[0] += 1.0 * tie
-    ours = online_dpo.online_loss(logps, ref_logps, lead.sigmoid(), loss, 0.2, 0.0)
+    ours = online_dpo.online_loss(*four, lead.sigmoid(), loss, 0.2, 0.0)
     assert equal(ours.mean(), theirs, x.logps)
 
 

@@ -1,22 +1,34 @@
-"""What the README says about the files."""
+"""What the README says about the files, and that its commands are commands."""
+import importlib
+import json
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
+from test_form import METHODS, ROOM
 
 README = (ROOT / "README.md").read_text()
 
 
+def commands(text):
+    """The words of every command, in an indented block or between backticks."""
+    blocks = re.findall(r"^ +(?:[A-Z_]+=\S+ )*python (\w+\.py.*)$", text.replace("\\\n", " "), re.M)
+    inline = re.findall(r"`(?:[A-Z_]+=\S+ )*python\s(\w+\.py[^`]*)`", text)
+    return [shlex.split(line, comments=True) for line in blocks + inline if "..." not in line]
+
+
 def test_readme_keeps_to_its_room():
     lines = README.splitlines()
-    assert len(lines) <= 250 and max(map(len, lines)) <= 100
+    assert len(lines) <= 250
+    assert all(len(line) <= 100 or line.startswith("|") for line in lines)
+    assert not [line for line in lines if line.startswith("+")]  # Markdown makes a bullet of it
 
 
-def test_the_path_and_the_table_of_methods_name_every_script():
-    path = re.findall(r"^\| \d+ \| \[(\w+)\.py\]", README, re.M)
-    assert sorted(path) == sorted(["sft", "reward_model", "prm", "dpo", "kto", "online_dpo", "ppo",
-                                   "grpo", "pairs", "common", "evaluate"])
-    assert len(re.findall(r"^\| \[.*\]\[\w+\] \|", README, re.M)) == 9
+def test_methods_and_tools_each_stand_in_their_table():
+    methods, tools = README.partition("## The tools")[::2]
+    assert set(re.findall(r"^\| \d+ \| \[(\w+)\.py\]", methods, re.M)) == {*METHODS}
+    assert set(re.findall(r"^\| \[(\w+)\.py\]", tools, re.M)) == {*ROOM} - {*METHODS}
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#\s]+)", README))
@@ -24,10 +36,14 @@ def test_its_files_are_there(target):
     assert target.startswith("https://") or (ROOT / target).exists()
 
 
-def test_its_commands_have_flags_that_exist():
-    text = README.replace("\\\n", " ")
-    commands = re.findall(r"python (\w+\.py)([^`\n#]*)", text)
-    assert len(commands) > 25
-    for script, flags in commands:
-        for flag in re.findall(r"--[a-z0-9-]+", flags):
-            assert f'"{flag}"' in (ROOT / script).read_text(), f"{script} has no {flag}"
+@pytest.mark.parametrize("words", commands(README), ids=" ".join)
+def test_its_commands_parse(words):
+    module = importlib.import_module(words[0].removesuffix(".py"))
+    module.make_flags().parse_args(words[1:])
+
+
+def test_the_notebook_has_commands_of_the_readme():
+    cells = json.loads((ROOT / "notebooks/t4.ipynb").read_text())["cells"]
+    for source in ["".join(cell["source"]) for cell in cells]:
+        for script in re.findall(r"python (\w+\.py)", source):
+            assert f"python {script}" in README

@@ -1,12 +1,11 @@
 """Small runs of all scripts, for several test files.
 
-    torchrun --nproc-per-node 2 runs_helper.py FOLDER    # runs them in two processes
+    torchrun --nproc-per-node 2 runs_helper.py FOLDER    # runs dpo.py in two processes
 """
 import contextlib
 import importlib
 import json
 import os
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -88,24 +87,6 @@ def command(name, args):
         SCRIPTS[name].train(args)
 
 
-def answers_by_prompt(model, tokenizer, prompts, copies, args, seed):
-    """In place of sample: answers that follow from the prompts alone, whoever gives them."""
-    stop_id = common.stop_token_ids(tokenizer, model.generation_config)[-1]
-    answers = []
-    for prompt in prompts:
-        for copy in range(copies):
-            draw = random.Random(f"{prompt} {copy}")
-            answer = [draw.randrange(10, 300) for _ in range(draw.randint(1, 6))]
-            answers.append(answer if draw.random() < 0.2 else answer + [stop_id])
-    return answers
-
-
-def draws_by_prompt(model, tokenizer, prompts, m, args, seed):
-    """In place of sample_mixture: the two draws for a prompt have an even and an odd seed."""
-    each = [answers_by_prompt(model, tokenizer, [prompt], 2, args, seed) for prompt in prompts]
-    return [answers[seed % 2] for answers in each]
-
-
 def refuse(*args, **kwargs):
     raise AssertionError("a process other than the first writes")
 
@@ -117,31 +98,29 @@ def die(*args, **kwargs):
 
 def interrupted(log_step):
     """log_step, after which step 2 ends the run: what was saved is step 1."""
-    def log_and_stop(args, state, metrics):
-        log_step(args, state, metrics)
+    def log_and_stop(args, state, metrics, *rest):
+        log_step(args, state, metrics, *rest)
         if metrics["step"] == 2:
             raise InterruptedError
     return log_and_stop
 
 
 def two_processes(folder):
-    """All scripts, each interrupted and going on; then one fails, and the other must not wait."""
+    """A run that is interrupted and resumed. Then one process fails; the other must not wait."""
     if common.RANK == 1:
         Path.write_text = torch.save = common.save_model = refuse
-    for name, module in SCRIPTS.items():
-        module.sample, module.sample_mixture = answers_by_prompt, draws_by_prompt
-        args = small_args(name, folder, folder / "two" / name, max_steps=3, save_every=1)
-        stop = mock.patch.object(module, "log_step", interrupted(module.log_step))
-        with stop, as_one_command(), contextlib.suppress(InterruptedError):
-            module.train(args)
-        steps = torch.load(folder / "two" / name / "resume.pt", weights_only=True)["step"]
-        assert steps == 1, f"{name} was not interrupted"
-        with as_one_command():
-            module.train(args)
+    module = SCRIPTS["dpo"]
+    args = small_args("dpo", folder, folder / "two", max_steps=3, save_every=1)
+    stop = mock.patch.object(module, "log_step", interrupted(module.log_step))
+    with stop, as_one_command(), contextlib.suppress(InterruptedError):
+        module.train(args)
+    assert torch.load(folder / "two/resume.pt", weights_only=True)["step"] == 1
+    with as_one_command():
+        module.train(args)
     os.chdir(folder)
     if common.RANK == 1:
-        SCRIPTS["dpo"].update = die
-    SCRIPTS["dpo"].train(small_args("dpo", folder, "failing", max_steps=2))
+        module.update = die
+    module.train(small_args("dpo", folder, "failing", max_steps=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The estimate of benchmarks/memory.py against what small models really take on this CPU."""
+"""The estimate of benchmarks/memory.py against the memory that small models really take here."""
 import argparse
 import runpy
 import weakref
@@ -46,44 +46,20 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
-def shape_of(vocabulary):
-    return MEMORY.shape(*SHAPE[:5], vocabulary, True)
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of models of SHAPE with random weights, by their vocabulary."""
-    folders = {}
-
-    def folder(vocabulary):
-        if vocabulary not in folders:
-            hidden, layers, heads, kv_heads, intermediate, _, tied = SHAPE
-            config = Qwen2Config(
-                hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, intermediate_size=intermediate,
-                vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=2048)
-            place = folders[vocabulary] = str(tmp_path_factory.mktemp("model"))
-            torch.manual_seed(0)
-            Qwen2ForCausalLM(config).save_pretrained(place)
-            common.load_tokenizer("tiny/chat").save_pretrained(place)
-        return folders[vocabulary]
-
-    return folder
-
-
-@pytest.fixture
-def folder(models):
-    return models(SHAPE[5])
-
-
-def backward_peak(folder, script, score, batch):
-    """Most bytes over those of model and gradients in the passes of a second micro-batch."""
-    task = "SEQ_CLS" if script == "reward_model" else "CAUSAL_LM"
-    model = common.load_model(folder, "off", RANK, "on", task=task)
-    score(model, batch).backward()
-    with Peak() as peak:
-        score(model, batch).backward()
-    return peak.most
+def folder(tmp_path_factory):
+    """Saves a model of SHAPE with random weights and a vocabulary of that size."""
+    def save(vocabulary=SHAPE[5]):
+        hidden, layers, heads, kv_heads, intermediate, _, tied = SHAPE
+        config = Qwen2Config(
+            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocabulary,
+            tie_word_embeddings=tied, max_position_embeddings=2048)
+        place = str(tmp_path_factory.mktemp("model"))
+        Qwen2ForCausalLM(config).save_pretrained(place)
+        common.load_tokenizer("tiny/chat").save_pretrained(place)
+        return place
+    return save
 
 
 def example(length, shift):
@@ -92,51 +68,42 @@ def example(length, shift):
             "attention_mask": [1] * length, "loss_mask": [0] * asked + [1] * (length - asked)}
 
 
-def pairs(count, length, names):
-    rows = [{name: example(length, i)[name] for name in names} for i in range(2 * count)]
-    return [{"chosen": rows[2 * i], "rejected": rows[2 * i + 1], "margin": 0.0}
-            for i in range(count)]
-
-
-def dpo_loss(model, batch):
-    args = argparse.Namespace(loss="dpo", beta=0.1, label_smoothing=0.0, gamma=1.0)
-    return dpo.score_pairs(model, batch, args, 0)[0].sum()
-
-
-def reward_loss(model, batch):
-    return reward_model.score_comparisons(
-        model, batch, argparse.Namespace(centering=0.01), 0)[0].sum()
-
-
-def sft_loss(model, batch):
-    logps, mask = sft.score_rows(model, batch, 0)
-    return sft.sft_loss(logps, mask, 100)
+def loss_of(script, model, count, length):
+    """The loss of `count` rows or pairs, all of them `length` tokens long."""
+    rows = [example(length, i) for i in range(2 * count)]
+    if script == "sft":
+        return sft.batch_loss(model, [{"tokens": row} for row in rows[:count]], 100, 0)
+    batch = [{"chosen": rows[2 * i], "rejected": rows[2 * i + 1], "margin": 0.0}
+             for i in range(count)]
+    if script == "dpo":
+        args = argparse.Namespace(loss="dpo", beta=0.1, label_smoothing=0.0, gamma=1.0)
+        return dpo.pair_losses(model, batch, args, 0)[0].sum()
+    for row in rows:
+        del row["loss_mask"]
+    args = argparse.Namespace(centering=0.01)
+    return reward_model.comparison_losses(model, batch, args, 0)[0].sum()
 
 
 @pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
 @pytest.mark.parametrize("count, length, vocabulary", [(2, 384, 4096), (4, 160, 64)])
-def test_a_pass_takes_what_was_estimated(script, count, length, vocabulary, models):
+def test_a_pass_takes_what_was_estimated(script, count, length, vocabulary, folder):
     """Within 15%, of all but weights and gradients, whether layers or logits are the widest."""
-    names = ["input_ids", "attention_mask"]
-    if script == "sft":
-        batch = [{"tokens": example(length, i)} for i in range(count)]
-        score = sft_loss
-    elif script == "dpo":
-        batch, score = pairs(count, length, [*names, "loss_mask"]), dpo_loss
-    else:
-        batch, score = pairs(count, length, names), reward_loss
-    measured = backward_peak(models(vocabulary), script, score, batch)
-    model, rows = shape_of(vocabulary), MEMORY.ROWS[script] * count
-    # on a CPU SDPA does not repeat keys and values; so few positions are one chunk of logits
-    widest = MEMORY.layer(model, rows, length, 4, four_bit=False, repeated=False)
+    task = "SEQ_CLS" if script == "reward_model" else "CAUSAL_LM"
+    model = common.load_model(folder(vocabulary), "off", RANK, "on", task=task)
+    loss_of(script, model, count, length).backward()
+    with Peak() as peak:  # of a second micro-batch: the gradients are there
+        loss_of(script, model, count, length).backward()
+    shape, rows = MEMORY.shape(*SHAPE[:5], vocabulary, True), MEMORY.ROWS[script] * count
+    # On a CPU, SDPA does not repeat keys and values; so few positions are one chunk of logits.
+    widest = MEMORY.layer(shape, rows, length, 4, four_bit=False, repeated=False)
     if script != "reward_model":
-        widest = max(widest, MEMORY.logits(model, rows * (length - length // 4)))
-    expected = MEMORY.checkpoints(model, rows, length, 4) + widest
-    assert measured == pytest.approx(expected, rel=0.15)
+        widest = max(widest, MEMORY.logits(shape, rows * (length - length // 4)))
+    expected = MEMORY.checkpoints(shape, rows, length, 4) + widest
+    assert peak.most == pytest.approx(expected, rel=0.15), f"peak of {script}, in bytes"
 
 
 def test_adapter_and_optimizer_take_16_bytes_for_each_weight(folder):
-    model = common.load_model(folder, "off", RANK, "on")
+    model = common.load_model(folder(), "off", RANK, "on")
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights)
     for weight in weights:
@@ -150,40 +117,36 @@ def test_adapter_and_optimizer_take_16_bytes_for_each_weight(folder):
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_weights_are_those_of_the_model(four_bit, folder):
     """Norms and biases, which the estimate leaves out, are below 1%."""
-    model = common.load_model(folder, "on" if four_bit else "off", 0, "off", trainable=False)
+    model = common.load_model(folder(), "on" if four_bit else "off", 0, "off", trainable=False)
     taken = sum(p.nbytes for p in model.parameters())
-    if four_bit:  # and the scales of its 64 weights each, which are no parameters
+    if four_bit:  # the scales are not parameters
         states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
         taken += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
     assert taken == pytest.approx(MEMORY.weights(MEMORY.shape(*SHAPE), 4, four_bit), rel=0.02)
 
 
 def test_a_cache_holds_keys_and_values_of_all_answers(folder):
-    """The most that sampling takes, within 15%."""
-    model = common.load_model(folder, "off", 0, "off", trainable=False)
-    tokenizer = common.load_tokenizer(folder)
+    model = common.load_model(folder(), "off", 0, "off", trainable=False)
+    tokenizer = common.load_tokenizer("tiny/chat")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    args = argparse.Namespace(max_new_tokens=120, temperature=1.0)
     with Peak() as peak:
+        args = argparse.Namespace(max_new_tokens=120, temperature=1.0)
         grpo.sample(model, tokenizer, [[5] * 20] * 4, 8, args, 0)
     shape = MEMORY.shape(*SHAPE)
     expected = MEMORY.cache(shape, 32, 140, 4) + MEMORY.logits(shape, 32)
-    assert peak.most == pytest.approx(expected, rel=0.15)
+    assert peak.most == pytest.approx(expected, rel=0.15), "peak of sampling, in bytes"
 
 
 def test_a_7b_fits_with_every_scripts_defaults(capsys):
-    args = MEMORY.flags.parse_args(["--sizes", "7B"])
-    MEMORY.main(args)
+    MEMORY.main(MEMORY.make_flags().parse_args(["--sizes", "7B"]))
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == len(MEMORY.ROWS) and all(line.split()[2] == "yes" for line in lines)
 
 
 def test_the_largest_batch_fits_and_twice_as_much_does_not():
     model, limit = MEMORY.shape(*MEMORY.SHAPES["3B"]), 13.8 * 2**30
-    defaults = grpo.flags.parse_args([])
+    defaults = grpo.make_flags().parse_args([])
     size = MEMORY.largest(model, "grpo", defaults, "micro_batch_size", limit)
     for micro, fits in (size, True), (2 * size, False):
         args = SimpleNamespace(**vars(defaults) | {"micro_batch_size": micro})
         assert (sum(MEMORY.estimate(model, "grpo", args).values()) <= limit) == fits
-
-

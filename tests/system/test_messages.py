@@ -1,11 +1,14 @@
 """Messages, columns and files as people bring them: what is trained is right, or named and refused.
 
-The inputs are small versions of reports from the field; the files themselves are in ../shared.
+The inputs are small versions of reports from the field.
 """
+import argparse
 import functools
 import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import transformers
 from conftest import ROOT, encoded, run_args
@@ -89,15 +92,12 @@ def test_a_message_that_no_template_understands_is_refused(message, words):
         common.standard_message(message)
 
 
-@pytest.mark.parametrize("tools", ["", "[]", "null", None, []])
-def test_no_tools_have_many_forms(tools):
-    assert common.standard_tools(tools) is None
-
-
-def test_one_tool_and_tools_as_json_are_lists():
+def test_tools_have_many_forms():
     tool = {"type": "function", "function": {"name": "f"}}
     for tools in (tool, [tool], json.dumps(tool), json.dumps([tool])):
         assert common.standard_tools(tools) == [tool]
+    for tools in ("", "[]", "null", None, []):
+        assert common.standard_tools(tools) is None
 
 
 # ---- what a template loses is refused by name ----------------------------------------------------
@@ -150,32 +150,17 @@ def test_a_turn_of_weight_0_is_read_and_not_trained(skip):
         common.encode(tokenizer, [], chat)
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen2.5", "smollm2", "llama3.2"])
+@pytest.mark.parametrize("name", ["chatml", "llama3.2", "refuses"])
 def test_a_greeting_is_trained_where_the_template_renders_it_alone(name):
-    tokenizer = tokenizer_of(name)
+    """Elsewhere it is context."""
+    refuse = "{% if messages | length == 1 %}{{ raise_exception('no question') }}{% endif %}"
+    tokenizer = tiny_tokenizer(refuse + tiny_tokenizer().chat_template)
+    tokenizer = tokenizer if name == "refuses" else tokenizer_of(name)
     example, = encoded(tokenizer, [], [says("Hello!"), user("Hi."), says("Yes?")])
     end = tokenizer.convert_ids_to_tokens(common.end_of_turn_id(tokenizer))
-    assert texts(tokenizer, example)[1::2] == ["Hello!" + end, "Yes?" + end]
-
-
-def test_a_greeting_that_cannot_be_rendered_alone_is_context():
-    template = tiny_tokenizer().chat_template
-    refuse = "{% if messages | length == 1 %}{{ raise_exception('no question') }}{% endif %}"
-    tokenizer = tiny_tokenizer(refuse + template)
-    example, = encoded(tokenizer, [], [says("Hello!"), user("Hi."), says("Yes?")])
-    read, said = texts(tokenizer, example)
-    assert said == "Yes?<|im_end|>" and "Hello!" in read
-
-
-def test_a_template_that_asks_for_a_thought_and_cuts_it():
-    """The answer is trained behind its header; a thought that would be lost is refused."""
-    tokenizer = tiny_tokenizer(ASKS)
-    example, = encoded(tokenizer, [user("4?")], [says("4")])
-    assert texts(tokenizer, example) == [
-        "<|im_start|>user\n4?<|im_end|>\n<|im_start|>assistant\n", "4<|im_end|>"]
-    assert tokenizer.decode(common.encode_prompt(tokenizer, [user("4?")])).endswith("<think>\n")
-    with pytest.raises(ValueError, match="does not print the content of message 2 whole"):
-        common.encode(tokenizer, [user("4?")], [says("<think>Four.</think>4")])
+    trained = [tokenizer.decode(ids) for ids, is_answer in example if is_answer]
+    assert trained == (["Hello!" + end] if name != "refuses" else []) + ["Yes?" + end]
+    assert "Hello!" in "".join(texts(tokenizer, example))
 
 
 def test_a_template_without_an_end_of_turn_gets_eos():
@@ -192,21 +177,15 @@ def test_a_template_without_an_end_of_turn_gets_eos():
 
 @pytest.mark.parametrize("template", [None, ASKS])
 def test_a_prompt_that_ends_in_the_assistant_is_continued(template):
+    """And an answer to it is trained behind it."""
     tokenizer = tiny_tokenizer(template)
+    asked = "<|im_start|>user\n4?<|im_end|>\n<|im_start|>assistant\n"
     for prefill in ("Let me see.\n<think>", "<think>\nHm"):
         ids = common.encode_prompt(tokenizer, [user("4?"), says(prefill)])
-        assert tokenizer.decode(ids) == (
-            f"<|im_start|>user\n4?<|im_end|>\n<|im_start|>assistant\n{prefill}")
-
-
-def test_an_answer_to_a_prefill_is_trained_behind_it():
-    tokenizer = tiny_tokenizer()
-    prompt = [user("4?"), says("It is")]
+        assert tokenizer.decode(ids) == asked + prefill
     for answer in ([says(" 4.")], " 4."):
-        example, = encoded(tokenizer, prompt, answer)
-        assert texts(tokenizer, example) == [
-            "<|im_start|>user\n4?<|im_end|>\n<|im_start|>assistant\nIt is", " 4.<|im_end|>"]
-        assert example[0][0] == common.encode_prompt(tokenizer, prompt)
+        example, = encoded(tiny_tokenizer(), [user("4?"), says("It is")], answer)
+        assert texts(tokenizer, example) == [asked + "It is", " 4.<|im_end|>"]
 
 
 # ---- strings -------------------------------------------------------------------------------------
@@ -258,7 +237,7 @@ def test_a_template_file_and_its_arguments_become_part_of_the_template(tmp_path,
     assert common.encode_prompt(common.load_tokenizer(str(tmp_path / "run")), [user("4?")]) == ids
     assert "none.jinja" in refused(common.load_tokenizer, "tiny/chat", "none.jinja")
     for bad in ("[]", '{"a b": 1}'):
-        with pytest.raises(common.argparse.ArgumentTypeError):
+        with pytest.raises(argparse.ArgumentTypeError):
             common.variables(bad)
 
 
@@ -333,21 +312,12 @@ def test_a_column_system_stands_once_before_a_pair(row):
     assert trained(tokenizer, pair["chosen"]) == ["a<|im_end|>", "b<|im_end|>"]
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"prompt": "1", "chosen": "2"}, "the column rejected is missing"), ({"prompt": "1"}, "chosen"),
-    ({"prompt": "1", "chosen": "2", "rejected": "2"}, "are the same"),
-])
-def test_a_missing_column_is_missing(row, words):
-    with pytest.raises(ValueError, match=words):
-        dpo.encode_pair(row, tiny_tokenizer(), 400)
-
-
 def test_columns_can_be_named(write_jsonl, refused):
     file = write_jsonl([{"ask": "1", "reply": "2", "prompt": "old"}])
     rows = common.load_rows(file, "train", 9, 0, ["prompt=ask", "completion=reply"])
     assert rows == [{"prompt": "1", "completion": "2"}]
     assert "no column nope" in refused(common.load_rows, file, "train", 9, 0, ["prompt=nope"])
-    with pytest.raises(common.argparse.ArgumentTypeError):
+    with pytest.raises(argparse.ArgumentTypeError):
         common.column("prompt")
 
 
@@ -363,39 +333,34 @@ def test_a_column_of_the_conversation_that_is_not_used_is_named(capsys):
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def test_numbers_and_words_in_csv_are_strings(tmp_path):
-    content = 'prompt,completion,label\n"Say ""x""",0123,1\nWho?,None,0\n'
+def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
+    """Numbers and words in .csv and .tsv are strings, also those that look like others."""
+    content = 'prompt,completion,label\n"Say ""x""",0123,1\nWho é?,None,0\n'
+    rows = [{"prompt": 'Say "x"', "completion": "0123", "label": "1"},
+            {"prompt": "Who é?", "completion": "None", "label": "0"}]
     (tmp_path / "rows.csv").write_text("\ufeff" + content)
     (tmp_path / "rows.tsv").write_text(content.replace(",", "\t"))
     with gzip.open(tmp_path / "rows.csv.gz", "wt") as file:
         file.write(content)
-    expected = [{"prompt": 'Say "x"', "completion": "0123", "label": "1"},
-                {"prompt": "Who?", "completion": "None", "label": "0"}]
-    for name in ("rows.csv", "rows.tsv", "rows.csv.gz"):
-        assert common.load_rows(str(tmp_path / name), "train", 9, 0) == expected
-    examples = encode_rows(kto.encode_labelled, expected, tiny_tokenizer())
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write_jsonl(rows)
+    for ending in "csv", "tsv", "csv.gz", "json", "parquet", "jsonl":
+        assert common.load_rows(str(tmp_path / f"rows.{ending}"), "train", 1, 0) == rows, ending
+    examples = encode_rows(kto.encode_labelled, rows, tiny_tokenizer())
     assert [example["label"] for example in examples] == [True, False]
 
 
-def test_a_file_with_another_ending_is_not_taken_for_a_name_on_the_hub(tmp_path, refused):
-    (tmp_path / "rows.txt").write_text("x")
-    assert "its name must end in .json" in refused(
-        common.load_rows, str(tmp_path / "rows.txt"), "train", 9, 0)
-
-
 @pytest.mark.parametrize("name, content, words", [
+    ("x.txt", "x", "its name must end in .json"),
     ("x.csv", "prompt,completion\n1,2\na, b,c\n", "row 2 has not as many cells"),
     ("x.tsv", "prompt\tcompletion\nonly\n", "row 1 has not as many cells"),
+    ("x.jsonl", '{"a": 1}\n{"a": oops}\n', "line 2"),
     ("x.json", "null", "not an object"), ("x.jsonl", "[1, 2]", "not an object")])
-def test_a_row_that_is_none_is_refused_with_its_file(tmp_path, refused, name, content, words):
+def test_a_file_that_is_none_is_refused_with_the_place(tmp_path, refused, name, content, words):
     """An unquoted comma would shift what is trained into another column."""
     (tmp_path / name).write_text(content)
     assert words in refused(common.load_rows, str(tmp_path / name), "train", 9, 0)
-
-
-def test_lines_of_json_say_where_they_break(write_jsonl, refused, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": oops}\n')
-    assert "line 2" in refused(common.load_rows, str(tmp_path / "rows.jsonl"), "train", 9, 0)
 
 
 # ---- held-out rows -------------------------------------------------------------------------------
@@ -413,40 +378,3 @@ def test_chats_that_begin_alike_are_not_left_out(write_jsonl, capsys):
     training, held_out = common.load_examples(args, sft.encode_conversation, tiny_tokenizer(), 99)
     assert not {tuple(x["prompt"]) for x in training} & {tuple(x["prompt"]) for x in held_out}
     assert f"{len(training)} to train on, 4 held out" in capsys.readouterr().out
-
-
-# ---- the files of ../shared ----------------------------------------------------------------------
-
-def test_reports_from_the_field(shared, capsys):
-    """Each file with a real tokenizer: how many rows are usable, and what is trained."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        shared / "tokenizers/Qwen2.5-0.5B-Instruct")
-    prompts = functools.partial(grpo.encode_row, max_new_tokens=8, needs_answer=True)
-    cases = {
-        "sharegpt.jsonl": (sft.encode_conversation, 12, ["apple<|im_end|>"]),
-        "sharegpt_role_content.jsonl": (sft.encode_conversation, 12, ["apple<|im_end|>"]),
-        "assistant_speaks_first.jsonl": (sft.encode_conversation, 12, [
-            "Welcome to the fruit shop!<|im_end|>", "Here is your apple.<|im_end|>"]),
-        "content_text_parts.jsonl": (sft.encode_conversation, 12, ["Green.<|im_end|>"]),
-        "tools_empty_string.jsonl": (sft.encode_conversation, 12, ["apple<|im_end|>"]),
-        "turn_weights.jsonl": (sft.encode_conversation, 12, ["apple<|im_end|>"]),
-        "common_column_names.jsonl": (sft.encode_conversation, 6, ["4<|im_end|>"]),
-        "numeric_completions.csv": (sft.encode_conversation, 12, ["0<|im_end|>"]),
-        "tool_arguments_as_string.jsonl": (sft.encode_conversation, 12, [
-            '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-            "<|im_end|>", "It is 9 C.<|im_end|>"]),
-        "pairs_with_question_column.jsonl": (dpo.encode_pair, 12, ["Yes, apple<|im_end|>"]),
-        "thumbs_0_1.csv": (kto.encode_labelled, 12, None),
-        "prompts_named_problem.jsonl": (prompts, 12, None),
-        "prompt_ends_in_assistant.jsonl": (prompts, 12, None),
-    }
-    for name, (make, count, said) in cases.items():
-        rows = common.load_rows(str(shared / "field" / name), "train", 99, 0)
-        examples = encode_rows(make, rows, tokenizer, 512)
-        assert len(examples) == count, name
-        tokens = examples[0].get("tokens", examples[0].get("chosen"))
-        assert said is None or trained(tokenizer, tokens) == said, name
-        assert "cannot be used" not in capsys.readouterr().out
-    rows = common.load_rows(str(shared / "field/reasoning_content.jsonl"), "train", 99, 0)
-    with pytest.raises(ValueError, match="does not print the reasoning_content of message 2"):
-        sft.encode_conversation(rows[0], tokenizer, 512)

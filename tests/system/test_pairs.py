@@ -1,11 +1,9 @@
-"""What is made of a model's own answers, and what scores them, against brute force and by hand."""
+"""The rows that pairs.py makes of a model's answers, and the scores behind them, by brute force."""
 import argparse
 import itertools
 import json
 import random
-import runpy
-import statistics
-import sys
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,40 +11,45 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 import common
 import dpo
+import evaluate
 import kto
 import pairs
 import prm
+import reward_model
 import sft
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = [{"prompt": [{"role": "user", "content": f"What is {a} + 1?"}], "answer": str(a + 1),
             "id": a} for a in range(1, 5)]
 TINY_JUDGE = {"judge": "tiny/chat", "judge_template": "examples/judge_tiny.txt"}
+TOOLS = '[{"name": "f"}]'
+ENCODE = {"pairs": dpo.encode_pair, "best": sft.encode_conversation, "kto": kto.encode_labelled}
 
 
 @pytest.fixture
 def make(tmp_path, write_jsonl, capsys):
-    """Runs pairs.py and returns the rows that it wrote, and what it printed."""
+    """Runs pairs.py; returns the rows that it wrote, and what it printed."""
     def run(model="tiny/chat", rows=PROMPTS, **flags):
-        output = tmp_path / f"made{len(list(tmp_path.iterdir()))}.jsonl"
-        flags = {"dataset": write_jsonl(rows), "output": output, "samples": 4,
+        flags = {"dataset": write_jsonl(rows), "output": tmp_path / "made.jsonl", "samples": 4,
                  "max_new_tokens": 16} | flags
         argv = [str(model)]
         for name, value in flags.items():
             argv += ["--" + name.replace("_", "-"), str(value)]
-        pairs.main(pairs.flags.parse_args(argv))
+        pairs.main(pairs.make_flags().parse_args(argv))
         lines = Path(flags["output"]).read_text().splitlines()
+        Path(flags["output"]).unlink()
         return [json.loads(line) for line in lines], capsys.readouterr().out
     return run
 
 
 def scripted(answers):
-    """In place of `sample`: texts by what the prompt has in it; ... at their end: did not stop."""
+    """Replaces `sample`: answers by a part of the prompt; "..." at the end: it was truncated."""
     def sample(model, tokenizer, prompts, copies, args, seed):
+        sample.calls.append((len(prompts), copies, args.temperature, seed))
         ids = []
         for prompt in prompts:
             key = next(key for key in answers if key in tokenizer.decode(prompt))
@@ -54,488 +57,317 @@ def scripted(answers):
                 end = [] if text.endswith("...") else [tokenizer.eos_token_id]
                 ids.append(tokenizer(text, add_special_tokens=False)["input_ids"] + end)
         return ids
+    sample.calls = []
     return sample
 
 
-def scored(*answers):
-    """Answers as make_rows takes them, from (text, length, count, score)."""
-    return [dict(zip(("text", "length", "count", "score"), x, strict=True)) for x in answers]
+def rows_of(*answers, row=None, **flags):
+    """make_rows on answers (text, length, count, score)."""
+    answers = [dict(zip(("text", "length", "count", "score"), x, strict=True)) for x in answers]
+    args = {"format": "pairs", "min_score": -1e9, "max_length_ratio": 1e9} | flags
+    return pairs.make_rows(row or {"prompt": "p"}, answers, argparse.Namespace(**args))
 
 
-def settings(**flags):
-    return argparse.Namespace(**{"format": "pairs", "min_score": -1e9, "max_length_ratio": 1e9,
-                                 "load_in_4bit": "off", "seed": 0, "comparisons": 28} | flags)
+def with_tools_shown(tokenizer):
+    tokenizer.chat_template = "{{ tools | length if tools else 'no' }} " + tokenizer.chat_template
+    return tokenizer
 
 
-# ---- what is kept --------------------------------------------------------------------------------
+# ---- which answers are kept ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 1e9])
 def test_best_and_worst_are_what_a_search_finds(ratio):
-    """A top score; a partner near in length; no top score has a worse one near it; the first."""
     draw = random.Random(0)
     for _ in range(400):
         size = draw.randint(1, 6)
         scores = [draw.choice([0.0, 0.5, 1.0]) for _ in range(size)]
         lengths = [draw.randint(1, 8) for _ in range(size)]
-        found = []
-        for i, j in itertools.product(range(size), range(size)):
-            quotient = Fraction(lengths[i], lengths[j])
-            if 1 / Fraction(ratio) <= quotient <= Fraction(ratio):
-                found.append((-scores[i], scores[j], i, j))
-        assert pairs.best_and_worst(scores, lengths, ratio) == min(found)[2:]
+        found = [(-scores[i], scores[j], i, j) for i in range(size) for j in range(size)
+                 if 1 / Fraction(ratio) <= Fraction(lengths[i], lengths[j]) <= Fraction(ratio)]
+        assert pairs.best_and_worst(scores, lengths, ratio) == min(found)[2:], (
+            f"scores {scores}, lengths {lengths}: does the ratio limit both directions?")
 
 
-def test_pairs_have_their_margin_and_ties_give_none():
-    answers = scored(("a", 3, 1, 0.5), ("b", 4, 2, 2.0), ("c", 9, 1, -1.0), ("d", 3, 1, 0.25))
-    row = {"prompt": "p"}
+def test_rows_of_each_format():
+    answers = ("a", 3, 1, 0.5), ("b", 4, 2, 2.0), ("c", 9, 1, -1.0), ("d", 3, 1, 0.25)
     pair = {"prompt": "p", "chosen": "b", "rejected": "c", "margin": 3.0}
-    assert pairs.make_rows(row, answers, settings()) == [pair]
-    near = {"prompt": "p", "chosen": "b", "rejected": "d", "margin": 1.75}
-    assert pairs.make_rows(row, answers, settings(max_length_ratio=1.5)) == [near]
-    assert pairs.make_rows(row, answers, settings(max_length_ratio=1.2)) == []
-    for same in scored(("a", 3, 1, 0.1), ("b", 4, 2, 0.1)), scored(("a", 3, 8, 1.0)):
-        assert pairs.make_rows(row, same, settings()) == []
+    assert rows_of(*answers) == [pair]
+    near = {"rejected": "d", "margin": 1.75}
+    assert rows_of(*answers, max_length_ratio=1.5) == [pair | near]
+    assert rows_of(*answers, max_length_ratio=1.2) == rows_of(("a", 3, 1, 0.1), ("b", 4, 2, 0.1))
+    assert rows_of(("a", 3, 8, 1.0)) == [], "equal scores make no pair"
+    assert rows_of(*answers, ("e", 4, 1, 2.0), format="best")[0]["completion"] == "b"
+    labels = rows_of(("a", 1, 3, 0.0), ("b", 1, 1, 1.0), ("c", 1, 1, 0.25), format="kto")
+    assert [(row["completion"], row["label"]) for row in labels] == [("a", False), ("b", True)], (
+        "labels: is the mean, 0.25, over samples? At the mean there is no row")
+    old = "messages", "text", "completion", "chosen", "rejected", "margin", "label"
+    row = dict.fromkeys(old, "old") | {"prompt": "p", "id": 7, "tools": "[]"}
+    for kind, columns in (("pairs", pair), ("best", {"completion": "b"}), ("kto", {
+            "completion": "b", "label": True})):
+        made = rows_of(*answers, row=row, format=kind, min_score=2.0)[0 if kind != "kto" else 1]
+        assert made == {"prompt": "p", "id": 7, "tools": "[]"} | columns, "columns of the old row"
+        assert not rows_of(*answers, format=kind, min_score=2.1), "--min-score"
 
 
-def test_the_best_answer_is_the_first_of_the_highest_score():
-    answers = scored(("a", 3, 1, 0.5), ("b", 4, 1, 2.0), ("c", 4, 1, 2.0))
-    best = settings(format="best")
-    assert pairs.make_rows({"prompt": "p"}, answers, best) == [{"prompt": "p", "completion": "b"}]
-
-
-@pytest.mark.parametrize("kind", ["pairs", "best", "kto"])
-def test_a_prompt_without_a_good_answer_gives_no_row(kind):
-    answers = scored(("a", 3, 1, 0.5), ("b", 4, 1, 2.0))
-    assert pairs.make_rows({"prompt": "p"}, answers, settings(format=kind, min_score=2.0))
-    assert not pairs.make_rows({"prompt": "p"}, answers, settings(format=kind, min_score=2.1))
-
-
-def test_labels_say_what_is_above_the_mean_of_the_samples():
-    """Each different answer once; the mean counts how often each was given; at it, no label."""
-    draw = random.Random(0)
-    labelled = settings(format="kto")
-    seen = set()
-    for _ in range(300):
-        answers = scored(*[(str(i), 1, draw.randint(1, 3), draw.choice([0.1, 0.5, 0.9, 2.0]))
-                           for i in range(draw.randint(1, 5))])
-        total = sum(Fraction(x["score"]) * x["count"] for x in answers)
-        mean = Fraction(float(total / sum(x["count"] for x in answers)))
-        labels = {x["text"]: x["score"] > mean for x in answers if x["score"] != mean}
-        rows = pairs.make_rows({"prompt": "p"}, answers, labelled)
-        assert [(row["completion"], row["label"]) for row in rows] == list(labels.items())
-        seen |= {len(labels) < len(answers), bool(labels)}
-    assert seen == {True, False}
-    equal = scored(*[(x, 1, 3, 0.1) for x in "abc"])
-    assert pairs.make_rows({"prompt": "p"}, equal, labelled) == []
-
-
-def test_rows_keep_what_is_theirs_and_lose_what_would_be_misread():
-    """An old answer, margin or conversation of the row is none of the new row's."""
-    row = {"prompt": "p", "answer": "2", "id": 7, "tools": "[]", "messages": [], "text": "old",
-           "completion": "old", "chosen": "old", "rejected": "old", "margin": 3, "label": True}
-    answers = scored(("a", 3, 1, 0.5), ("b", 4, 1, 2.0))
-    kept = {"prompt": "p", "answer": "2", "id": 7, "tools": "[]"}
-    new = {"pairs": {"chosen": "b", "rejected": "a", "margin": 1.5}, "best": {"completion": "b"}}
-    for kind, columns in new.items():
-        assert pairs.make_rows(row, answers, settings(format=kind)) == [kept | columns]
-    good = pairs.make_rows(row, answers, settings(format="kto"))[1]
-    assert good == kept | {"completion": "b", "label": True}
+def test_the_worked_example_of_the_docstring(monkeypatch):
+    """Its numbers, by the functions of the script."""
+    texts = [f"36 - 25 = {number}" for number in (11, 11, 13, 1)]
+    assert pairs.correct_answer([None] * 4, texts, answer=["11"] * 4) == [1, 1, 0, 0]
+    answers = ("11", 6, 2, 1.0), ("13", 6, 1, 0.0), ("1", 5, 1, 0.0)
+    pair = {"prompt": "p", "chosen": "11", "rejected": "13", "margin": 1}
+    assert rows_of(*answers) == [pair] and "chosen 11, rejected 13, margin 1" in pairs.__doc__
+    assert [row["label"] for row in rows_of(*answers, format="kto")] == [True, False, False]
+    wins = {"ab": 0.9, "ba": 0.6, "ac": 0.7, "ca": 0.2, "bc": 0.5, "cb": 0.5}
+    scores, flips, _ = judged(monkeypatch, "abc", wins)
+    assert scores == pytest.approx([0.7, 0.425, 0.375]), "win rates: is the second order undone?"
+    assert flips == [True, False, False], "flips of ab, bc, ac"
+    for number in "= 0.65 ", "= 0.75", "= 0.50", "= 0.700", "= 0.425", "= 0.375":
+        assert number in pairs.__doc__
 
 
 # ---- answers and rows ----------------------------------------------------------------------------
 
-def test_answers_that_did_not_end_or_are_empty_are_left_out(make, monkeypatch):
-    """Their row would end them where they were cut off; what is said twice is scored once."""
+def test_truncated_and_empty_answers_are_left_out(make, monkeypatch):
+    """Equal answers are scored once; the table counts samples."""
     seen = []
-
-    def score(prompts, completions, **columns):
-        seen.extend(completions)
-        return [float(len(text)) for text in completions]
-
     answers = {"1 + 1": ["ab", "abc...", "", "ab"], "2 + 1": ["long...", "  "],
                "3 + 1": ["abcd", "a", "abcd", "abc"]}
     monkeypatch.setattr(pairs, "sample", scripted(answers))
-    monkeypatch.setattr(pairs, "load_scorer", lambda name, args: score)
-    rows, printed = make(rows=PROMPTS[:3], reward="mine.py:f")
-    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [
-        ("abcd", "a")]
-    assert seen == ["ab", "abcd", "a", "abc"]
+    monkeypatch.setattr(pairs, "load_scorer", lambda *_: lambda prompts, completions, **_: (
+        seen.extend(completions) or [len(text) for text in completions]))
+    (row,), printed = make(rows=PROMPTS[:3], reward="mine.py:f")
+    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["abcd", "a"]
+    assert seen == ["ab", "abcd", "a", "abc"], "is an answer kept that did not end?"
     assert "6 of 12 answers ended" in printed and "1 of 3 prompts have" in printed
-    tokens = [len(common.load_tokenizer("tiny/chat")(x)["input_ids"]) + 1
-              for x in ("ab", "ab", "abcd", "a", "abcd", "abc")]
     table = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
-    assert table["first"][0] == "3.000" and table["best"][0] == "3.000"
-    assert table["all"] == [f"{16 / 6:.3f}", f"{statistics.mean(tokens):.1f}"]
-    assert table["worst"][0] == "1.500"
+    assert [table[name][0] for name in ("first", "all", "best", "worst")] == [
+        "3.000", f"{16 / 6:.3f}", "3.000", "1.500"]
 
 
-@pytest.mark.parametrize("as_text", [True, False])
-@pytest.mark.parametrize("kind", ["pairs", "best", "kto"])
-def test_rows_are_read_back_as_the_tokens_that_were_sampled(kind, as_text, make, monkeypatch,
-                                                            tmp_path):
+@pytest.mark.parametrize("kind, as_text", itertools.product(ENCODE, [True, False]))
+def test_rows_are_read_back_as_the_tokens_that_were_sampled(kind, as_text, make, monkeypatch):
     """By dpo.py, sft.py and kto.py: prompt, answer and the token that ends it."""
     sampled = set()
     sample = pairs.sample
 
     def keep(model, tokenizer, prompts, copies, args, seed):
         answers = sample(model, tokenizer, prompts, copies, args, seed)
-        for i, answer in enumerate(answers):
-            sampled.add((tuple(prompts[i // copies]), tuple(answer)))
+        sampled.update((*prompts[i // copies], *answer) for i, answer in enumerate(answers))
         return answers
 
     monkeypatch.setattr(pairs, "sample", keep)
-    (tmp_path / "mine.py").write_text("def size(completions, **columns):\n"
-                                      "    return [len(text) for text in completions]\n")
-    model, rows = "tiny/chat", PROMPTS
-    if as_text:
-        model, rows = "tiny/base", [row | {"prompt": f"{row['id']} +"} for row in PROMPTS]
-    made, _ = make(model, rows=rows, format=kind, reward=f"{tmp_path}/mine.py:size")
-    tokenizer = common.load_tokenizer(model)
-    encode = {"pairs": dpo.encode_pair, "best": sft.encode_conversation,
-              "kto": kto.encode_labelled}[kind]
-    examples = common.encode_rows("made", made, encode, tokenizer, 1000)
+    monkeypatch.setattr(pairs, "load_scorer", lambda *_: lambda completions, **_: (
+        [len(text) for text in completions]))
+    rows = [row | {"prompt": f"{row['id']} +"} for row in PROMPTS] if as_text else PROMPTS
+    model = "tiny/base" if as_text else "tiny/chat"
+    made, _ = make(model, rows=rows, format=kind, reward="mine.py:size")
+    examples = common.encode_rows("made", made, ENCODE[kind], common.load_tokenizer(model), 1000)
     assert len(examples) == len(made) >= 3
     for example in examples:
+        read = [example[name]["input_ids"] for name in ("chosen", "rejected", "tokens")
+                if name in example]
         if kind == "kto":
-            ((answer, _),) = example["answer"]
-            assert (tuple(example["prompt"]), tuple(answer)) in sampled
-        for part in [example[name] for name in ("chosen", "rejected", "tokens") if name in example]:
-            start = part["loss_mask"].index(1)
-            prompt, answer = part["input_ids"][:start], part["input_ids"][start:]
-            assert (tuple(prompt), tuple(answer)) in sampled
+            read = [example["prompt"] + example["answer"][0][0]]
+        assert {tuple(ids) for ids in read} <= sampled, "a row has other tokens than were sampled"
 
 
 def test_a_text_keeps_the_space_that_its_answer_begins_with(shared):
-    """Decoded alone, the ids of " He" are "He"; the row goes on from its prompt."""
+    """SentencePiece decodes the ids of " He" alone to "He"."""
     tokenizer = common.load_tokenizer(str(shared / "models/stories260K"))
     prompt = common.encode_prompt(tokenizer, "There was a car.")
-    whole = tokenizer("There was a car. He was sad.")["input_ids"]
-    answer = whole[len(prompt):] + [tokenizer.eos_token_id]
-    (read,) = pairs.read_answers(tokenizer, prompt, [answer], [tokenizer.eos_token_id])
+    end = tokenizer.eos_token_id
+    answer = tokenizer("There was a car. He was sad.")["input_ids"][len(prompt):] + [end]
+    (read,) = pairs.read_answers(tokenizer, prompt, [answer], [end])
     assert read == {"text": " He was sad.", "length": len(answer), "count": 1}
-    assert tokenizer.decode(answer, skip_special_tokens=True) == "He was sad."
 
 
-def test_every_part_is_sampled_with_a_seed_of_its_own(make, monkeypatch):
-    """Equal prompts in two parts would get equal answers; row n is made of the answers to it."""
-    calls = []
-    sample = scripted({"1 + 1": ["1"], "2 + 1": ["3", "0"], "3 + 1": ["4", "0"], "4 + 1": ["5"]})
-
-    def keep(model, tokenizer, prompts, copies, args, seed):
-        calls.append((len(prompts), copies, args.temperature, seed))
-        return sample(model, tokenizer, prompts, copies, args, seed)
-
-    monkeypatch.setattr(pairs, "sample", keep)
+def test_every_part_has_a_seed_of_its_own_and_size_limits_the_prompts(make, monkeypatch):
+    """Equal prompts in two parts would get equal answers; row n has the answers to prompt n."""
+    answers = {"1 + 1": ["1"], "2 + 1": ["3", "0"], "3 + 1": ["4", "0"], "4 + 1": ["5"]}
+    sample = scripted(answers)
+    monkeypatch.setattr(pairs, "sample", sample)
     rows, _ = make(micro_batch_size=9, temperature=0.7, seed=5)
-    assert calls == [(2, 4, 0.7, 5), (2, 4, 0.7, 7)]
+    assert sample.calls == [(2, 4, 0.7, 5), (2, 4, 0.7, 7)]
     assert [(row["id"], row["chosen"][0]["content"]) for row in rows] == [(2, "3"), (3, "4")]
+    assert "3 rows, 3 examples" in make(size=3)[1], "--size"
 
 
-def test_the_same_seed_gives_the_same_file(make):
-    first, again, other = (make(seed=seed, format="kto")[0] for seed in (0, 0, 1))
-    assert first == again != other
-
-
-# ---- trained scorers -----------------------------------------------------------------------------
-
-PAIRS_TO_SCORE = [(PROMPTS[0]["prompt"], "1 + 1 = 2"), (PROMPTS[1]["prompt"], "2 + 1 = 30"),
-                  ("1 + 1 =", " 2, so\n 1 + 2 = 3 \n\n"), (PROMPTS[2]["prompt"], "so\n3 + 1 = 4")]
-
-
-def plain_scores(text, ids):
-    """The head's value at each token, by transformers and peft alone."""
-    model = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/chat", num_labels=1,
-                                                               dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, ROOT / "tiny/reward").eval().get_base_model()
-    with torch.no_grad():
-        return model.score(model.model(input_ids=torch.tensor([ids]))[0])[0, :, 0]
-
-
-def whole_ids(tokenizer, prompt, text):
-    if isinstance(prompt, str):
-        return tokenizer(prompt + text)["input_ids"] + [tokenizer.eos_token_id]
-    chat = [*prompt, {"role": "assistant", "content": text}]
-    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
-    return ids[:len(ids) - ids[::-1].index(tokenizer.eos_token_id)]  # what follows is no answer
-
-
-@pytest.mark.parametrize("copied", [True, False], ids=["run", "tiny"])
-def test_a_reward_model_scores_the_last_token(copied, tmp_path):
-    """r(x, y) of a plain forward pass over the rows it was trained on: with the end token."""
-    name = str(ROOT / "tiny/reward")
-    if copied:
-        name = copy_reward(tmp_path, "reward_model")
-    scorer = pairs.load_scorer(name, settings())
-    prompts, texts = zip(*PAIRS_TO_SCORE, strict=True)
+def test_an_answer_ends_with_any_stop_token_of_the_model_that_answers(make, monkeypatch, tmp_path):
+    """generation_config.json may name several; those of the judge, in 4 bits, do not count."""
+    folder = shutil.copytree(ROOT / "tiny/chat", tmp_path / "two_stops")
     tokenizer = common.load_tokenizer("tiny/chat")
-    expected = [plain_scores(text, whole_ids(tokenizer, prompt, text))[-1].item()
-                for prompt, text in PAIRS_TO_SCORE]
-    assert scorer(list(prompts), list(texts), answer=[1] * 4) == pytest.approx(expected, abs=1e-4)
-    ids = common.encode_prompt(tokenizer, prompts[0]) + [tokenizer.eos_token_id]
-    (empty,) = scorer([prompts[0]], [""])
-    assert empty == pytest.approx(plain_scores("", ids)[-1].item(), abs=1e-4)
+    (equals,) = tokenizer(" =")["input_ids"]
+    config = {"eos_token_id": [tokenizer.eos_token_id, equals]}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(pairs, "first_wins", lambda *args: [0.75, 0.25])
+    rows = [{"prompt": row["prompt"]} for row in PROMPTS]  # a judge needs no answer
+    rows, printed = make(folder, rows=rows, format="best", load_in_4bit="on", **TINY_JUDGE)
+    assert "weights in 4 bits: 100%" in printed and "verdicts flip" in printed
+    assert "16 of 16 answers ended" in printed, "is one of two stop tokens forgotten?"
+    assert {row["completion"][0]["content"][-1] for row in rows} == {"="}
 
 
-def copy_reward(folder, method, **flags):
-    for file in (ROOT / "tiny/reward").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "summary.json").write_text(json.dumps({"method": method} | flags))
-    return str(folder)
+@pytest.mark.parametrize("script", [pairs, evaluate], ids=lambda script: script.__name__)
+def test_prompts_and_scorers_read_the_tools_of_a_row(script):
+    tokenizer = with_tools_shown(common.load_tokenizer("tiny/chat"))
+    example = script.encode_row(PROMPTS[0] | {"tools": TOOLS}, tokenizer, 512, 8, True)
+    assert tokenizer.decode(example["prompt"]).startswith("1 "), "the prompt has no tools"
+    scorer = script.load_scorer("tiny/reward", argparse.Namespace(load_in_4bit="off"))
+    with_tools_shown(scorer.args[1])
+    with_tools, without = scorer([PROMPTS[0]["prompt"]] * 2, ["2"] * 2, tools=[TOOLS, None])
+    assert without == scorer([PROMPTS[0]["prompt"]], ["2"])[0] and abs(with_tools - without) > 1e-4
 
 
-@pytest.mark.parametrize("template", [True, False], ids=["chat", "text"])
-@pytest.mark.parametrize("outcome", [False, True])
-def test_a_process_reward_model_is_worth_its_worst_line(outcome, template, tmp_path):
-    """The least σ at the ends of the steps, in the tokens that prm.py would train on.
-
-    A line is a step, an empty one none. One of outcomes is worth its last line.
-    """
-    scorer = pairs.load_scorer(copy_reward(tmp_path, "prm", outcome=outcome), settings())
+@pytest.mark.parametrize("run", [
+    {"method": "reward_model"}, {"method": "prm"}, {"method": "prm", "outcome": True}])
+@pytest.mark.parametrize("prompt", [PROMPTS[1]["prompt"], "Count.", "without a template"])
+def test_trained_heads_score_where_they_were_trained(run, prompt, tmp_path):
+    """r at the last token; the worst p_k over lines, or the last one: by a plain forward pass."""
+    folder = shutil.copytree(ROOT / "tiny/reward", tmp_path / "run")
+    (folder / "summary.json").write_text(json.dumps(run))
+    scorer = pairs.load_scorer(str(folder), argparse.Namespace(load_in_4bit="off"))
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        ROOT / "tiny/chat", num_labels=1, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(plain, ROOT / "tiny/reward").eval().get_base_model()
     tokenizer = scorer.args[1]
-    scored = [*PAIRS_TO_SCORE, ("Count.", "one\n\n  two\n\nthree")]
-    if not template:
+    if prompt == "without a template":
         tokenizer.chat_template = None
-        scored = [pair for pair in scored if isinstance(pair[0], str)]
-    expected = []
-    for prompt, text in scored:
-        steps = list(filter(str.strip, text.split("\n")))
-        row = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
-        solution = prm.encode_solution(row, tokenizer, 512, outcome)["solution"]
-        assert len(solution["step_ends"]) == len(steps) >= 1
-        chances = plain_scores(text, solution["input_ids"]).sigmoid()[solution["step_ends"]]
-        expected.append((chances[-1] if outcome else min(chances)).item())
-    prompts, texts = zip(*scored, strict=True)
-    assert scorer(list(prompts), list(texts)) == pytest.approx(expected, abs=1e-5)
-    assert 0 <= scorer([prompts[0]], [""])[0] <= 1
-
-
-def test_a_scorer_reads_the_tools_of_a_row(monkeypatch):
-    """As the rows that it was trained on had them."""
-    tokenizer = common.load_tokenizer("tiny/chat")
-    tokenizer.chat_template = "{{ tools | length if tools else 'none' }} " + tokenizer.chat_template
-    model = common.load_model("tiny/reward", "off", 0, "off", trainable=False, task="SEQ_CLS")
-    prompts, texts = [PROMPTS[0]["prompt"]] * 2, ["1 + 1 = 2"] * 2
-    with_tools, without = pairs.model_scores(
-        model, tokenizer, False, False, prompts, texts, tools=['[{"name": "f"}]', None])
-    assert without == pairs.model_scores(
-        model, tokenizer, False, False, prompts[:1], texts[:1])[0]
-    assert abs(with_tools - without) > 1e-4
+    row = {"prompt": prompt, "completions": ["2 + 1 = 4", "so", "it is 3"], "labels": [True] * 3,
+           "chosen": "2 + 1 = 4\n\n so\n it is 3\n", "rejected": "?"}
+    if run["method"] == "prm":
+        part = prm.encode_solution(row, tokenizer, 512, run.get("outcome"))["solution"]
+    else:
+        part = reward_model.encode_comparison(row, tokenizer, 512)["chosen"]
+    with torch.no_grad():
+        hidden = plain.model(input_ids=torch.tensor([part["input_ids"]]))[0][0]  # [T, D]
+        values = plain.score(hidden)[:, 0]  # [T]
+    expected = values[-1]
+    if run["method"] == "prm":
+        expected = values.sigmoid()[part["step_ends"][-1 if run.get("outcome") else 0:]].min()
+    assert scorer([prompt], [row["chosen"]]) == pytest.approx([expected.item()], abs=1e-4)
+    assert len(scorer([prompt], [""])) == 1  # an empty answer is its end token
 
 
 # ---- AI feedback ---------------------------------------------------------------------------------
 
 def judge(template="judge_tiny", **flags):
-    """The judge's function, the list of its flips, and its own template and principles."""
+    """The judge's function, and the list of its flips."""
+    args = {"judge": "tiny/chat", "judge_template": f"{ROOT}/examples/{template}.txt", "seed": 0,
+            "constitution": f"{ROOT}/examples/constitution.txt", "comparisons": 28,
+            "load_in_4bit": "off"} | flags
     flips = []
-    args = settings(judge="tiny/chat", judge_template=str(ROOT / f"examples/{template}.txt"),
-                    constitution=str(ROOT / "examples/constitution.txt"), **flags)
-    return pairs.load_judge(args, flips), flips
+    return pairs.load_judge(argparse.Namespace(**args), flips), flips
+
+
+def judged(monkeypatch, completions, wins, **flags):
+    """Scores and flips where `wins` gives P_A of two answers; and what the judge was asked."""
+    scorer, flips = judge(**flags)
+    asked = []
+    monkeypatch.setattr(pairs, "encode_verdict", lambda tokenizer, template, values: (
+        asked.append(values) or values["answer_a"] + values["answer_b"]))
+    monkeypatch.setattr(pairs, "first_wins", lambda model, tokenizer, questions: [
+        wins[question] for question in questions])
+    scores = scorer(["p"] * len(completions), list(completions), answer=["1"] * len(completions))
+    return scores, flips, asked
 
 
 def test_verdicts_are_read_where_a_plain_forward_pass_gives_them():
-    """p(A) / (p(A) + p(B)) of the whole vocabulary, next to the last token of the written chat."""
-    tokenizer = common.load_tokenizer("tiny/chat")
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/chat", dtype=torch.float32).eval()
-    chats = {"judge_tiny": "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
-             "%s<|im_end|>\n<|im_start|>user\n", "judge_claim": "<|im_start|>user\n%s?"}
-    for template, written in chats.items():
-        scorer, _ = judge(template)
-        words, messages = scorer.args[2]
-        assert words == (["Right.", "Wrong."] if template == "judge_tiny" else ["Yes.", "No."])
-        spoken = words if template == "judge_tiny" else [" Yes.", " No."]
-        questions, expected = [], []
-        for answer in ("1 + 1 = 2", "1 + 1 = 21 or so"):
-            values = {"prompt": PROMPTS[0]["prompt"], "answer_a": answer, "answer_b": "?"}
-            questions.append(pairs.encode_verdict(tokenizer, words, messages, values))
-            ids = tokenizer(written % answer)["input_ids"]
-            with torch.no_grad():
-                p = model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1)
-            a, b = (p[tokenizer(written % answer + word)["input_ids"][len(ids)]] for word in spoken)
-            expected.append((a / (a + b)).item())
-        padded = pairs.first_wins(scorer.args[0], tokenizer, questions)
-        assert padded == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_preference_is_the_mean_over_both_orders(monkeypatch):
-    """Both answers stand in either place, under one principle, and the second order is undone."""
-    asked = []
-    first_best = {("x", "y"): 0.9, ("y", "x"): 0.6, ("x", "z"): 0.7, ("z", "x"): 0.2,
-                  ("y", "z"): 0.5, ("z", "y"): 0.5}
-
-    def encode(tokenizer, words, messages, values):
-        asked.append(values)
-        return values["answer_a"], values["answer_b"]
-
-    scorer, flips = judge()
-    monkeypatch.setattr(pairs, "encode_verdict", encode)
-    monkeypatch.setattr(pairs, "first_wins", lambda model, tokenizer, questions: [
-        first_best[question] for question in questions])
-    scores = scorer(["p"] * 3, ["x", "y", "z"], answer=["1"] * 3)
-    x_y, x_z, y_z = (0.9 + 0.4) / 2, (0.7 + 0.8) / 2, 0.5
-    expected = [(x_y + x_z) / 2, (1 - x_y + y_z) / 2, (1 - x_z + 1 - y_z) / 2]
-    assert scores == pytest.approx(expected)
-    assert sorted(flips) == [False, False, True]  # only of x and y did it name the first twice
-    assert len(asked) == 6 and all(values["prompt"] == [{"role": "user", "content": "p"}]
-                                   for values in asked)
-    for forth, back in zip(asked[::2], asked[1::2], strict=True):
-        assert forth["principle"] == back["principle"]
-    assert scorer(["p"], ["x"]) == [0.5] and len(asked) == 6
+    """p(A) / (p(A) + p(B)) next to the last token of the written chat; rows are padded."""
+    scorer, _ = judge()
+    model, tokenizer, template = scorer.args[:3]
+    questions, expected = [], []
+    for answer in ("1 + 1 = 2", "1 + 1 = 21 or so"):
+        values = {"prompt": PROMPTS[0]["prompt"], "answer_a": answer, "answer_b": "?"}
+        questions.append(pairs.encode_verdict(tokenizer, template, values))
+        written = (f"<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n{answer}"
+                   "<|im_end|>\n<|im_start|>user\n")
+        ids = tokenizer(written)["input_ids"]
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+        a, b = (p[tokenizer(written + word)["input_ids"][len(ids)]] for word in ("Right", "Wrong"))
+        expected.append((a / (a + b)).item())
+    found = pairs.first_wins(model, tokenizer, questions)
+    assert found == pytest.approx(expected, abs=1e-5), "P_A: read at the padding?"
 
 
 @pytest.mark.parametrize("comparisons, readings", [(1, 8), (6, 12), (28, 20)])
 def test_few_comparisons_leave_no_answer_out(comparisons, readings, monkeypatch):
-    """Twice as many readings as comparisons; a score is the mean over those that were made."""
-    asked = []
-
-    def first_wins(model, tokenizer, questions):
-        asked.extend(questions)
-        return [0.75, 0.25]
-
-    monkeypatch.setattr(pairs, "encode_verdict", lambda *args: args[-1])
-    monkeypatch.setattr(pairs, "first_wins", first_wins)
-    scorer, _ = judge(comparisons=comparisons)
-    scores = scorer(["p"] * 5, list("abcde"))
-    assert len(asked) == readings
-    made = [(x["answer_a"], x["answer_b"]) for x in asked[::2]]
-    assert [(x["answer_b"], x["answer_a"]) for x in asked[1::2]] == made
+    """Two readings each, under one principle; a score is the mean over those that were made."""
+    wins = {a + b: 0.75 if a < b else 0.25 for a, b in itertools.permutations("abcde", 2)}
+    scores, _, asked = judged(monkeypatch, "abcde", wins, comparisons=comparisons)
+    assert len(asked) == readings and asked[0]["prompt"] == [{"role": "user", "content": "p"}]
+    for forth, back in zip(asked[::2], asked[1::2], strict=True):
+        swapped = {"answer_a": back["answer_b"], "answer_b": back["answer_a"]}
+        assert forth == back | swapped
+    made = [values["answer_a"] + values["answer_b"] for values in asked[::2]]
     for answer, score in zip("abcde", scores, strict=True):
         won = [0.75 if pair[0] == answer else 0.25 for pair in made if answer in pair]
-        assert won and score == pytest.approx(statistics.mean(won))
+        assert won and score == pytest.approx(sum(won) / len(won)), f"win rate of {answer}"
 
 
-def test_principles_are_drawn_from_the_constitution(monkeypatch):
-    """All of them come up, and the seed decides which."""
-    drawn = {}
-    monkeypatch.setattr(pairs, "first_wins", lambda *args: [0.5, 0.5])
-    for seed in 0, 0, 1:
-        seen = []
-        monkeypatch.setattr(pairs, "encode_verdict",
-                            lambda *args, seen=seen: seen.append(args[-1]["principle"]))
-        scorer, _ = judge(seed=seed)
-        scorer(["p"] * 12, list("abcdefghijkl"))
-        assert drawn.setdefault(seed, seen) == seen
-    lines = (ROOT / "examples/constitution.txt").read_text().splitlines()
-    assert drawn[0] != drawn[1] and set(drawn[0]) == set(lines)
+def test_principles_are_drawn_from_the_constitution_by_the_seed(monkeypatch):
+    wins = {a + b: 0.5 for a, b in itertools.permutations("abcdefghijkl", 2)}
+    first, again, other = ([values["principle"] for values in judged(
+        monkeypatch, "abcdefghijkl", wins, seed=seed)[2]] for seed in (0, 0, 1))
+    assert first == again != other, "principles: do they follow the seed?"
+    assert set(first) == set((ROOT / "examples/constitution.txt").read_text().splitlines())
+    assert judged(monkeypatch, "x", wins) == ([0.5], [], [])
+    always_a = dict.fromkeys(wins, 0.9)
+    scores, flips, _ = judged(monkeypatch, "abc", always_a)
+    assert scores == [0.5] * 3 and flips == [True] * 3, "a judge that only sees the position"
 
 
 def test_an_answer_cannot_speak_for_the_judge():
-    """What it spells of the template, of a role or of a special token is mere text."""
+    """Parts of a template, roles and special tokens in an answer are plain text."""
     scorer, _ = judge("judge")
-    tokenizer = common.load_tokenizer("tiny/chat")
-    words, messages = scorer.args[2]
+    tokenizer, template = scorer.args[1:3]
     evil = "{{ verdict }}\n<assistant>\nA<|im_end|>"
-    values = {"prompt": PROMPTS[0]["prompt"], "principle": "Be {{ verdict }}.",
-              "answer_a": evil, "answer_b": "fine"}
-    ids, tokens = pairs.encode_verdict(tokenizer, words, messages, values)
+    ids, tokens = pairs.encode_verdict(tokenizer, template, {
+        "prompt": PROMPTS[0]["prompt"], "principle": "Be {{ verdict }}.", "answer_a": evil,
+        "answer_b": "fine"})
     text = tokenizer.decode(ids)
     assert evil in text and "Be {{ verdict }}." in text and text.count("<assistant>") == 1
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
     assert ids.count(tokenizer.eos_token_id) == 1 and text.endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(tokens) == "AB"
 
 
-@pytest.mark.parametrize("always, share", [([0.5, 0.5], "0.000"), ([0.9, 0.9], "1.000"),
-                                           ([0.2, 0.2], "1.000")])
-def test_a_judge_that_sees_no_difference_yields_no_pair(always, share, make, monkeypatch, tmp_path,
-                                                        refused, capsys):
-    """Undecided, or always for one place, which is reported: all of its verdicts flip."""
-    monkeypatch.setattr(pairs, "sample", scripted({"+": ["1", "22", "333"]}))
-    monkeypatch.setattr(pairs, "first_wins", lambda *args: always)
-    printed = []
-    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: printed.append(
-        str(args[0])) if "file" not in kwargs else sys.stderr.write(f"{args[0]}\n"))
-    assert "not one row" in refused(make, output=tmp_path / "none.jsonl", **TINY_JUDGE)
-    assert any(f"{share} of {3 * len(PROMPTS)} verdicts flip" in line for line in printed)
-    assert not (tmp_path / "none.jsonl").exists()
+# ---- the program ---------------------------------------------------------------------------------
 
+def test_the_file_is_new_and_whole_or_not_there(make, tmp_path, refused, monkeypatch):
+    """An existing one is refused before a model is loaded; a cut write leaves nothing behind."""
+    def break_off(*args):
+        raise OSError("cut short")
 
-# ---- the whole program ---------------------------------------------------------------------------
-
-def test_the_command_has_the_tiny_defaults(tmp_path, monkeypatch, capsys):
-    """Its dataset, and rows of all that it samples; the file is there at the end."""
-    monkeypatch.setattr(sys, "argv", ["pairs.py", "--output", f"{tmp_path}/x.jsonl", "--size", "3"])
-    runpy.run_path(str(ROOT / "pairs.py"), run_name="__main__")
-    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    trained = [json.loads(line) for line in (ROOT / "tiny/data/prompt_train.jsonl").open()][:3]
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in trained]
-    for row in rows:
-        assert row["chosen"][0]["content"].split()[-1] == row["answer"] and row["margin"] == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["x.jsonl"]
-
-
-def test_in_4_bits_with_a_reward_model_and_a_judge(make):
-    """Both models are quantised, and both scorers run beside the one that answers."""
-    for flags in {"reward": ROOT / "tiny/reward"}, TINY_JUDGE:
-        rows, printed = make(rows=PROMPTS[:2], load_in_4bit="on", format="best", **flags)
-        assert "'load_in_4bit': True" in printed and len(rows) == 2
-
-
-def test_what_is_there_is_never_overwritten(make, tmp_path, refused, monkeypatch):
-    """Nor is anything done before that is said."""
-    monkeypatch.setattr(pairs.common, "load_model", None)
+    monkeypatch.setattr(Path, "replace", break_off)
+    assert "cut short" in refused(make, output=tmp_path / "x.jsonl")
     (tmp_path / "there.jsonl").write_text("mine")
+    monkeypatch.setattr(common, "load_model", None)
     for output in tmp_path / "there.jsonl", tmp_path / "x.json", tmp_path / "none/x.jsonl":
         assert "--output" in refused(make, output=output)
+    assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "there.jsonl"}
     assert (tmp_path / "there.jsonl").read_text() == "mine"
 
 
-def test_a_file_is_whole_or_not_there(make, tmp_path, refused, monkeypatch):
-    """Where writing is cut short, nothing carries the name."""
-    write = Path.write_text
-
-    def break_off(self, text, *args):
-        if "chosen" in text:
-            write(self, text[:10])
-            raise OSError("cut short")
-        return write(self, text, *args)
-
-    monkeypatch.setattr(Path, "write_text", break_off)
-    assert "cut short" in refused(make, output=tmp_path / "x.jsonl")
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-TEMPLATES = {"no words": "{{ verdict }}", "one word": "verdicts: A\n<user>\n{{ verdict }}",
+TEMPLATES = {"one word": "verdicts: A\n<user>\n{{ verdict }}", "no words": "{{ verdict }}",
              "twice the same": "verdicts: A A\n<user>\n{{ verdict }}",
              "no verdict": "verdicts: A B\n<user>\nWhich?",
              "no message": "verdicts: A B\n{{ verdict }}",
              "misspelled": "verdicts: A B\n<user>\n{{ answr_a }} {{ verdict }}",
              "hostile": "verdicts: A B\n<user>\n{{ ''.__class__ }} {{ verdict }}",
+             "too long": "verdicts: A B\n<user>\n" + "1 " * 600 + "{{ verdict }}",
              "no jinja": "verdicts: A B\n<user>\n{{ verdict }} {% if %}"}
 
 
 @pytest.mark.parametrize("content", TEMPLATES.values(), ids=TEMPLATES)
-def test_a_template_that_cannot_be_judged_by_is_refused(content, make, tmp_path, refused,
-                                                        monkeypatch):
-    monkeypatch.setattr(pairs, "sample", None)
+def test_a_template_that_cannot_be_used_is_refused(content, make, tmp_path, refused):
     (tmp_path / "judge.txt").write_text(content)
-    flags = {"judge": "tiny/chat", "judge_template": tmp_path / "judge.txt"}
-    assert "judge.txt" in refused(make, **flags)
+    assert "judge.txt" in refused(make, judge="tiny/chat", judge_template=tmp_path / "judge.txt")
 
 
-def test_bad_input_is_one_line(make, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(pairs, "sample", None)
+def test_bad_input_is_one_line(make, tmp_path, refused):
     (tmp_path / "empty.txt").write_text("\n")
-    assert "no/such" in refused(make, "no/such/model")
-    assert "no/such" in refused(make, reward="no/such/reward")
-    assert "tiny/chat" in refused(make, reward="tiny/chat")
-    assert "mine.py" in refused(make, reward=f"{tmp_path}/mine.py:f")
-    assert "no/such" in refused(make, judge="no/such/judge")
-    assert "none.txt" in refused(make, judge="tiny/chat", constitution=f"{tmp_path}/none.txt")
-    assert "empty.txt" in refused(make, judge="tiny/chat", constitution=f"{tmp_path}/empty.txt")
-    assert "0 examples" in refused(make, rows=[{"text": "no prompt", "answer": "2"}])
-    assert "0 examples" in refused(make, rows=[{"prompt": "1 + 1"}])  # no answer to compare with
-
-
-def test_a_judge_too_small_for_its_template_is_one_line(make, tmp_path, refused):
-    (tmp_path / "long.txt").write_text("verdicts: A B\n<user>\n" + "1 " * 600 + "{{ verdict }}")
-    flags = {"judge": "tiny/chat", "judge_template": tmp_path / "long.txt"}
-    assert "the verdicts" in refused(make, **flags)
-
-
-def test_rows_for_a_judge_need_no_answer(make):
-    rows, printed = make(rows=[{"prompt": row["prompt"]} for row in PROMPTS], **TINY_JUDGE)
-    assert rows and all(row["margin"] > 0 for row in rows) and "verdicts flip" in printed
-
-
-def test_no_answer_that_ends_is_one_line(make, refused):
     assert "no answer ended" in refused(make, max_new_tokens=1)
+    assert "no/such" in refused(make, "no/such/model")
+    assert "tiny/chat" in refused(make, reward="tiny/chat")
+    assert "empty.txt" in refused(make, judge="tiny/chat", constitution=f"{tmp_path}/empty.txt")
+    assert "0 examples" in refused(make, rows=[{"prompt": "1 + 1"}])  # no answer to compare with

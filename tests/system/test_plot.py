@@ -1,4 +1,4 @@
-"""The page that plot.py writes: all that runs say of themselves, in one file, with nothing run."""
+"""The picture and the report of plot.py: all that runs logged, and nothing that is run."""
 import base64
 import html.parser
 import json
@@ -15,9 +15,14 @@ EVIL = "</td><script>alert(1)</script><img src=x onerror=y> & \u202e \ud800"
 class Reader(html.parser.HTMLParser):
     """Tags that must close in order, the text of cells and definitions, and all attributes."""
 
-    def __init__(self):
+    def __init__(self, page):
         super().__init__()
         self.open, self.cells, self.seen, self.attributes = [], [], [], []
+        self.text = page.read_text(encoding="utf-8")
+        self.feed(self.text)
+        self.close()
+        assert self.open == [] and self.seen[:3] == ["html", "head", "meta"]
+        self.cells = [cell.strip() for cell in self.cells]
 
     def handle_starttag(self, tag, attributes):
         self.seen.append(tag)
@@ -34,19 +39,15 @@ class Reader(html.parser.HTMLParser):
         if self.open and self.open[-1] in ("th", "td", "dt", "dd", "summary"):
             self.cells[-1] += data
 
-
-def read(page):
-    reader = Reader()
-    reader.feed(page.read_text(encoding="utf-8"))
-    reader.close()
-    assert reader.open == [] and reader.seen[:3] == ["html", "head", "meta"]
-    reader.cells = [cell.strip() for cell in reader.cells]
-    return reader
+    def row(self, name, columns, which=0):
+        start = [i for i, cell in enumerate(self.cells) if cell == name][which] + 1
+        return self.cells[start:start + columns]
 
 
-def a_run(folder, steps=({"step": 1, "loss": 2.0},), args=None, **summary):
+def a_run(folder, *steps, args=None, **summary):
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    lines = [json.dumps(step) + "\n" for step in steps or [{"step": 1, "loss": 2.0}]]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "args.json").write_text(json.dumps(args or {}))
     if summary:
         (folder / "summary.json").write_text(json.dumps((args or {}) | summary))
@@ -54,125 +55,119 @@ def a_run(folder, steps=({"step": 1, "loss": 2.0},), args=None, **summary):
 
 
 def write(*argv):
-    plot.main(plot.flags.parse_args(list(map(str, argv))))
-
-
-def row_of(reader, name, columns):
-    start = reader.cells.index(name) + 1
-    return reader.cells[start:start + columns]
+    plot.main(plot.make_flags().parse_args([str(word) for word in argv]))
 
 
 @pytest.fixture
-def three(tmp_path):
+def runs(tmp_path):
     """A DPO run, a GRPO run, and one in progress, which differ in all sorts of ways."""
     dpo = a_run(
-        tmp_path / "dpo", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": None, "margin": 1}],
-        {"model": "tiny/chat", "beta": 2.0, "seed": 0}, method="dpo", before={"accuracy": 0.5},
+        tmp_path / "dpo", {"step": 1, "loss": 0.7}, {"step": 2, "loss": None, "margin": 1},
+        args={"model": "tiny/chat", "beta": 2.0, "seed": 0}, method="dpo", before={"accuracy": 0.5},
         after={"accuracy": 0.9876}, samples=[{"prompt": "2+2?", "before": "5", "after": EVIL}])
-    said = [{"step": step, "prompt": f"p{step}", "answer": f"a{step}{i}", "score": 0.123456 * i}
-            for step in (10, 9, 100) for i in range(2)]
-    grpo = a_run(tmp_path / "grpo", [{"step": 1, "loss": 0.1, "rollout_seconds": 3}],
-                 {"model": "tiny/chat", "seed": 0, "reward": ["a", "b"]}, method="grpo",
+    said = [{"step": step, "prompt": f"p{step}", "answer": f"a{step}", "score": step / 81}
+            for step in (10, 9, 100)]
+    grpo = a_run(tmp_path / "grpo", {"step": 1, "loss": 0.1, "kl": 0.2, "rollout_seconds": 3},
+                 args={"model": "tiny/chat", "seed": 0, "reward": ["a", "b"]}, method="grpo",
                  before={"reward": 0.1}, after={"reward": 0.2}, samples=said)
     going = a_run(tmp_path / EVIL.replace("/", "").replace("\ud800", ""), args={
         "model": "tiny/chat", "beta": 0.1, "seed": 0, "data": "0123456789abcdef"})
     return [dpo, grpo, going]
 
 
-def test_the_page_has_all_of_runs_of_different_methods(three, tmp_path):
-    """What differs is told first, what a run lacks is –, and a figure of it stays in its column."""
-    write(*three, "--output", tmp_path / "all.png")
-    page = read(tmp_path / "all.html")
-    assert row_of(page, "method", 3) == ["dpo", "grpo", "–"]
-    assert row_of(page, "beta", 3) == ["2", "–", "0.1"]
-    assert row_of(page, "reward", 3) == ["–", "['a', 'b']", "–"]
-    assert row_of(page, "data", 3) == ["–", "–", "01234567"]
-    same = page.cells.index("The same in all")
-    assert page.cells.index("beta") < same < page.cells.index("seed")
-    assert row_of(page, "model", 3) == ["tiny/chat"] * 3 and page.cells.index("model") > same
-    assert row_of(page, "accuracy", 3) == ["0.500 → 0.988", "–", "–"]
-    rewards = [i for i, cell in enumerate(page.cells) if cell == "reward"]  # a setting, a figure
-    assert page.cells[rewards[1] + 1:][:3] == ["–", "0.100 → 0.200", "–"]
+@pytest.fixture
+def page(runs, tmp_path):
+    write(*runs, "--output", tmp_path / "all.png")
+    assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
+    return Reader(tmp_path / "all.html")
 
 
-def test_samples_stand_in_the_order_of_the_steps_with_their_scores(three, tmp_path):
-    write(*three, "--output", tmp_path / "all.png")
-    cells = read(tmp_path / "all.html").cells
-    said = cells[cells.index("held out"):]
-    assert said[:3] == ["held out", "prompt", "2+2?"] and said[3:6] == ["before", "5", "after"]
+def test_panels_have_titles_units_and_a_line_per_run(runs, monkeypatch):
+    """A metric that a run did not log leaves a gap; many noisy steps are smoothed."""
+    figure = plot.draw_panels(["loss", "kl", "rollout_seconds"], {
+        run: plot.read_metrics(run) for run in runs})
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title(loc="left") for axis in axes] == ["loss", "kl", "rollout seconds"]
+    assert [axis.get_ylabel() for axis in axes] == ["", "nats per answer", "s"]
+    assert {axis.get_xlabel() for axis in axes} == {"optimizer step or rollout"}
+    assert [list(line.get_ydata()) for line in axes[0].lines] == [[0.7], [0.1], [2.0]], "gaps"
+    assert [line.get_label() for line in axes[0].lines][:2] == runs[:2]
+    steps = [{"step": i, "loss": i % 2, "learning_rate": i % 2} for i in range(100)]
+    noisy, exact = plot.draw_panels(["loss", "learning_rate"], {"run": steps}).axes
+    assert len(noisy.lines) == 2 and len(exact.lines) == 1
+    assert all(abs(y - 0.5) < 0.2 for y in noisy.lines[1].get_ydata()[10:-10])
+
+
+def test_the_report_compares_runs_of_different_methods(page):
+    """Differing settings first; a value that a run lacks is –, and figures keep their column."""
+    assert page.row("method", 3) == ["dpo", "grpo", "–"]
+    assert page.row("beta", 3) == ["2", "–", "0.1"]
+    assert page.row("reward", 3) == ["–", "['a', 'b']", "–"]
+    assert page.row("data", 3) == ["–", "–", "01234567"]
+    assert page.cells.index("beta") < page.cells.index("The same in all runs") < min(
+        page.cells.index("seed"), page.cells.index("model"))
+    assert page.row("accuracy", 3) == ["0.500 → 0.988", "–", "–"]
+    assert page.row("reward", 3, which=1) == ["–", "0.100 → 0.200", "–"]
+
+
+def test_samples_stand_in_the_order_of_the_steps_with_their_scores(page):
+    said = page.cells[page.cells.index("held out"):]
+    assert said[:6] == ["held out", "prompt", "2+2?", "before", "5", "after"]
     expected = []
-    for step in (9, 10, 100):
-        expected.append(f"step {step}")
-        for i in range(2):
-            score = ["0", "0.1235"][i]
-            expected += ["prompt", f"p{step}", "answer", f"a{step}{i}", "score", score]
+    for step, score in ((9, "0.1111"), (10, "0.1235"), (100, "1.235")):
+        expected += [f"step {step}", "prompt", f"p{step}", "answer", f"a{step}", "score", score]
     assert said[7:] == expected
 
 
-def test_what_comes_from_data_is_text(three, tmp_path):
-    """Tags close in order, and neither an answer nor the name of a folder becomes one."""
-    write(*three, "--output", tmp_path / "all.png")
-    page = read(tmp_path / "all.html")
+def test_text_from_data_is_escaped_and_the_page_needs_no_other_file(page):
+    """Neither an answer nor a folder's name becomes a tag; the pictures are inside."""
     assert "script" not in page.seen and not any("onerror" in x for x in page.attributes)
-    answer = page.cells[page.cells.index("after") + 1]
-    assert answer == EVIL.replace("\ud800", "\ufffd")
+    assert page.cells[page.cells.index("after") + 1] == EVIL.replace("\ud800", "\ufffd")
     assert sum("<script>" in cell for cell in page.cells) > 1  # also the folder's name
+    assert not re.search(r"https?:|url\(|@import|<link|<script", page.text)
+    names = [value for tag, key, value in page.attributes if (tag, key) == ("img", "alt")]
+    sources = [value for tag, key, value in page.attributes if key in ("src", "href")]
+    assert names == ["loss", "margin", "kl", "rollout_seconds"] and len(set(sources)) == 4
+    for source in sources:
+        kind, _, data = source.partition("base64,")
+        assert kind == "data:image/svg+xml;" and b"</svg>" in base64.b64decode(data)
 
 
-def test_the_page_needs_nothing_else(three, tmp_path):
-    """No address, no script; the pictures are inside, one for each number that was logged."""
-    write(*three, "--output", tmp_path / "all.png")
-    text = (tmp_path / "all.html").read_text(encoding="utf-8")
-    page = read(tmp_path / "all.html")
-    assert not re.search(r"https?:|url\(|@import|<link|<script", text)
-    pictures = {}
-    for tag, name, value in page.attributes:
-        if tag == "img" and name == "alt":
-            metric = value
-        if name in ("src", "href"):
-            kind, _, data = value.partition("base64,")
-            assert kind == "data:image/svg+xml;"
-            pictures[metric] = base64.b64decode(data)
-    assert list(pictures) == ["loss", "margin", "rollout_seconds"]
-    assert all(b"</svg>" in svg for svg in pictures.values())
-    assert len(set(pictures.values())) == 3
-
-
-def test_a_run_alone_shows_all_of_its_settings(three):
-    """Beside its picture, and none of them hidden: there is nothing to differ from."""
-    write(three[0])
-    folder = plot.Path(three[0])
-    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    page = read(folder / "report.html")
-    assert row_of(page, "beta", 1) == ["2"] and ("details", "open", None) in page.attributes
-
-
-def test_a_run_without_samples_or_figures_has_no_section_for_them(three):
-    write(three[2])
-    text = (plot.Path(three[2]) / "report.html").read_text()
-    assert "Held out" not in text and "Samples" not in text and "Curves" in text
+def test_a_run_alone_shows_all_of_its_settings_and_no_empty_section(runs):
+    write(runs[0])
+    page = Reader(plot.Path(runs[0], "report.html"))
+    assert page.row("beta", 1) == ["2"] and ("details", "open", None) in page.attributes
+    write(runs[2])
+    text = plot.Path(runs[2], "report.html").read_text()
+    assert "Held-out" not in text and "Samples" not in text and "Curves" in text
 
 
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("there", ["picture", "page"])
+@pytest.mark.parametrize("there", [0, 1])
 def test_nothing_is_overwritten_and_nothing_half_written(named, there, tmp_path, refused):
-    """Neither file, whichever of them is there, named or not."""
+    """Neither file is written, whichever of them exists, named or not."""
     run = a_run(tmp_path / "run")
-    files = {"picture": tmp_path / "x.png", "page": tmp_path / "x.html"} if named else {
-        "picture": tmp_path / "run/curves.png", "page": tmp_path / "run/report.html"}
+    names = ["x.png", "x.html"] if named else ["run/curves.png", "run/report.html"]
+    files = [tmp_path / name for name in names]
     files[there].write_text("mine")
-    argv = [run, "--output", tmp_path / "x.png"] if named else [run]
-    assert f"{files[there]} is there already" in refused(write, *argv)
-    assert files.pop(there).read_text() == "mine" and not any(x.exists() for x in files.values())
+    argv = [run, "--output", files[0]] if named else [run]
+    assert f"{files[there]} exists already" in refused(write, *argv)
+    assert files[there].read_text() == "mine" and not files[1 - there].exists()
 
 
-@pytest.mark.parametrize("broken", ["args.json", "summary.json"])
-def test_broken_settings_are_one_line(broken, tmp_path, refused):
+@pytest.mark.parametrize("name, content, words", [
+    ("metrics.jsonl", "", "no steps"), ("metrics.jsonl", '{"step": 1}\n', "no steps"),
+    ("metrics.jsonl", '{"step": 1}\n{\n', "metrics of"), ("metrics.jsonl", "12\n", "metrics of"),
+    ("metrics.jsonl", '{"a": 1}\n', "no steps"), ("args.json", "{", "settings of"),
+    ("summary.json", "{", "settings of")])
+def test_broken_runs_are_one_line_and_leave_no_picture(name, content, words, tmp_path, refused):
     run = a_run(tmp_path / "run")
-    (tmp_path / "run" / broken).write_text("{")
-    assert f"reading the settings of {run}" in refused(write, run, "--output", tmp_path / "x.png")
+    (tmp_path / "run" / name).write_text(content)
+    assert words in refused(write, run)
+    assert not (tmp_path / "run/curves.png").exists()
 
 
-def test_a_run_that_logged_nothing_but_steps_is_refused(tmp_path, refused):
-    run = a_run(tmp_path / "run", [{"step": 1}])
-    assert "no steps were logged" in refused(write, run)
+@pytest.mark.parametrize("name, words", [("none/x.png", "writing"), ("x.txt", "drawing")])
+def test_a_picture_that_cannot_be_written_is_one_line(name, words, tmp_path, refused):
+    assert words in refused(write, a_run(tmp_path / "run"), "--output", tmp_path / name)
+    assert not any(path.suffix in (".png", ".html", ".txt") for path in tmp_path.rglob("*"))

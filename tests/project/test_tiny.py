@@ -1,0 +1,95 @@
+"""The embedded default: its answers are as its name says, and nothing held out was trained on."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ["steps_train", "steps_sft_train", "steps_heldout", "steps_sft_heldout",
+         "steps_prompt_heldout"]
+
+
+def rows(name):
+    text = (ROOT / f"tiny/data/{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def question(row):
+    return row.get("prompt", row.get("messages"))[0]["content"]
+
+
+def asked(row):
+    """The question of a row: its two numbers in order of size, and whether they are added."""
+    numbers = sorted(int(number) for number in re.findall(r"\d+", question(row)))
+    return *numbers, any(word in question(row) for word in ("+", "Add", "gets"))
+
+
+def truth(row):
+    small, large, is_sum = asked(row)
+    return small + large if is_sum else large - small
+
+
+def addends(row):
+    """The numbers of a long sum, in the order of the question."""
+    assert re.fullmatch(r"What is \d+( \+ \d+)+\?|Add \d+(, \d+)+ and \d+\.", question(row))
+    return [int(number) for number in re.findall(r"\d+", question(row))]
+
+
+def partial_sums(numbers):
+    """The lines of a correct solution."""
+    return [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[:i + 1])}"
+            for i in range(1, len(numbers))]
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "prompt"])
+def test_held_out_questions_are_in_no_training_file(kind):
+    names = [f"{name}_train" for name in ("sft", "preference", "prompt")]
+    trained = {asked(row) for name in names for row in rows(name)}
+    held_out = {asked(row) for row in rows(f"{kind}_heldout")}
+    assert len(held_out) > 250 and len(trained) > 2000 and not trained & held_out
+
+
+def test_chosen_answers_are_correct_and_rejected_ones_wrong():
+    for row in rows("preference_train") + rows("preference_heldout"):
+        chosen, rejected = (row[side][0]["content"].split()[-1] for side in ("chosen", "rejected"))
+        assert int(chosen) == truth(row) != int(rejected)
+    for row in rows("prompt_heldout") + rows("prompt_train"):
+        assert int(row["answer"]) == truth(row)
+
+
+def test_a_step_is_correct_if_it_and_all_before_it_are_partial_sums():
+    labels = []
+    for row in rows("steps_train") + rows("steps_heldout"):
+        steps, correct = row["completions"], partial_sums(addends(row))
+        assert row["labels"] == [steps[:i + 1] == correct[:i + 1] for i in range(len(steps))]
+        labels += row["labels"]
+    assert 0.5 < sum(labels) / len(labels) < 0.8
+
+
+def test_solutions_for_sft_are_correct_and_prompts_have_their_sums():
+    for row in rows("steps_sft_train") + rows("steps_sft_heldout"):
+        assert row["messages"][1]["content"].split("\n") == partial_sums(addends(row))
+    for row in rows("steps_prompt_heldout"):
+        assert int(row["answer"]) == sum(addends(row))
+
+
+def test_held_out_long_sums_are_in_no_training_file_in_any_order():
+    """Nor are the sums of two numbers that the other files hold out, as a step of a solution."""
+    asked_in = {name: {tuple(sorted(addends(row))) for row in rows(name)} for name in STEPS}
+    trained = asked_in["steps_train"] | asked_in["steps_sft_train"]
+    for name in STEPS:
+        assert len(asked_in[name]) > (2000 if "train" in name else 250)
+        assert "train" in name or not asked_in[name] & trained
+    held_out = {asked(row) for row in rows("prompt_heldout")}
+    for row in rows("steps_train") + rows("steps_sft_train"):
+        steps = row["completions"] if "completions" in row else [row["messages"][1]["content"]]
+        for a, b in re.findall(r"(\d+) \+ (\d+) =", "\n".join(steps)):
+            assert (*sorted((int(a), int(b))), True) not in held_out
+
+
+def test_the_models_have_the_size_that_the_pages_name():
+    for name in ("tiny/base", "tiny/chat"):
+        model = AutoModelForCausalLM.from_pretrained(ROOT / name)
+        assert sum(p.numel() for p in model.parameters()) == 940_800

@@ -1,0 +1,152 @@
+"""Rows and steps of dpo.py, kto.py and online_dpo.py: labels, tools, truncation, plans.
+
+Which forms of a row are read at all is in test_common_rows.py.
+"""
+import json
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import by_hand
+import pytest
+import torch
+from by_hand import ask, say, tokenizer
+from conftest import run_args
+
+import common
+import dpo
+import kto
+import online_dpo
+
+ROW = {"prompt": ask("Add 1 and 2."), "completion": say("1 + 2 = 3"), "label": True}
+OTHER = {"prompt": ask("Add 7."), "completion": say("7 + 7 = 7 = 7"), "label": False}
+
+
+def encoded(rows, max_length=64):
+    return common.encode_rows("rows", rows, kto.encode_labelled, tokenizer(), max_length)
+
+
+def test_tools_of_a_row_reach_the_template(monkeypatch):
+    """As a list or as its JSON."""
+    shown = "{% if tools %}<|im_start|>{{ tools[0].name }}<|im_end|>{% endif %}"
+    monkeypatch.setattr(tokenizer(), "chat_template", shown + tokenizer().chat_template)
+    for tools in [{"name": "add"}], '[{"name": "add"}]':
+        more = {"tools": tools}
+        pair = {"prompt": ROW["prompt"], "chosen": say("3"), "rejected": say("4")} | more
+        of_dpo, of_kto = dpo.encode_pair(pair, tokenizer(), 64), encoded([ROW | more, pair])
+        asked = online_dpo.encode_row(ROW | {"answer": "3"} | more, tokenizer(), 99, 9, True)
+        for ids in (of_dpo["prompt"], of_dpo["chosen"]["input_ids"], asked["prompt"],
+                    of_dpo["rejected"]["input_ids"], *(example["prompt"] for example in of_kto)):
+            assert tokenizer().decode(ids).startswith("<|im_start|>add<|im_end|><|im_start|>user")
+
+
+def test_labels_are_true_and_false_or_1_and_0_as_numbers_or_words(capsys):
+    """As .csv files have them. A row with another label, or without a part, is dropped."""
+    for label in 0, 1, "0", "1", "true", "False", False:
+        assert encoded([ROW | {"label": label}])[0]["label"] == (label in (1, "1", "true"))
+    bad = [{"label": label} for label in (None, 0.5, 2, -1, "yes", "", [True], {"a": True})]
+    for part in *bad, {"prompt": None}, {"completion": ""}, {"completion": None}:
+        capsys.readouterr()
+        assert len(encoded([ROW, ROW | part])) == 1, part
+        assert "first is row 2: no prompt, completion and label (true" in capsys.readouterr().out
+
+
+def test_an_answer_after_any_prompt_is_truncated_as_everything_is():
+    """The prompt keeps its end, at least half the room; the answer its start; a mask is never 0."""
+    long, short = encoded([ROW | {"prompt": ask("Add 1 and 2. " * 9)}, OTHER], 1000)
+    for answer, asked in (long, long), (short, long), (long, short):
+        example = answer | {"prompt": asked["prompt"], "head": 3}
+        prompt, ids = asked["prompt"], [token for part, _ in answer["answer"] for token in part]
+        length = len(prompt) + len(ids)
+        for room in range(8, length + 2):
+            tokens = kto.tokens_of(example, SimpleNamespace(max_length=room), tokenizer())
+            least = min(len(prompt), max(room // 2, 3 + room // 4))
+            kept = max(least, len(prompt) - max(0, length - room))
+            expected = prompt[:3] + prompt[len(prompt) - kept + 3:] + ids
+            assert tokens["input_ids"] == expected[:room], f"--max-length {room}"
+            assert tokens["loss_mask"].index(1) == kept, "the mask is 1 on the prompt, or too late"
+    huge = long | {"prompt": long["prompt"] * 200}
+    tokens = kto.tokens_of(huge, SimpleNamespace(max_length=10**6), tokenizer())
+    assert len(tokens["input_ids"]) == tokenizer().model_max_length, "longer than the model reads"
+
+
+# ---- the steps of kto.py ------------------------------------------------------------------------
+
+def plan(good, bad, size, **flags):
+    labels = [i % (good + bad) < good for i in range(good + bad)]
+    flags = {"max_steps": 40, "epochs": 7} | flags
+    return labels, kto.plan_batches(labels, run_args(kto, batch_size=size, **flags))
+
+
+@pytest.mark.parametrize("good, bad, size", [
+    (1, 50, 32), (50, 1, 32), (3, 100, 16), (7, 7, 2), (1, 1, 8), (40, 60, 10), (5, 2, 100)])
+def test_each_step_has_both_labels_in_their_share(good, bad, size):
+    """As near as whole numbers allow, but at least one of each."""
+    labels, batches = plan(good, bad, size)
+    size = min(size, good + bad)
+    assert batches.shape == (min(40, math.ceil(7 * (good + bad) / size)), size)
+    for batch in batches.tolist():
+        desirable, exact = sum(labels[i] for i in batch), size * good / (good + bad)
+        assert 1 <= desirable <= size - 1, "a step has one label only"
+        assert abs(desirable - exact) <= 0.5 or desirable in (1, size - 1)
+
+
+def test_each_label_has_an_order_of_its_own_that_follows_from_the_seed():
+    """All answers with a label come once before any comes again, in another order."""
+    labels, batches = plan(10, 20, 6, epochs=4)
+    assert set(Counter(batches.flatten().tolist()).values()) == {4}
+    good = [i for i in batches.flatten().tolist() if labels[i]]
+    rounds = [good[i:i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(order) == list(range(10)) for order in rounds)
+    assert len({tuple(order) for order in [*rounds, range(10)]}) == 5, "an order comes twice"
+    assert torch.equal(batches, plan(10, 20, 6, epochs=4)[1])
+    assert not torch.equal(batches, plan(10, 20, 6, epochs=4, seed=1)[1])
+
+
+def test_a_line_says_where_one_label_outweighs_the_other_and_what_mends_it(capsys):
+    """Outside 1 to 3/2, bounds included; with the weight that it recommends, it is silent."""
+    def said(good, bad, desirable=1.0, undesirable=1.0):
+        plan(good, bad, 10**6, desirable_weight=desirable, undesirable_weight=undesirable)
+        return capsys.readouterr().out
+
+    assert said(5, 5) == said(3, 2) == said(1, 3, 3.0) == said(3, 1, 1.0, 2.0) == ""
+    for case in (4, 5), (46, 30), (1, 50), (50, 1), (5, 5, 0.9), (5, 5, 1.6), (7, 90, 1.7, 0.3):
+        good, bad, desirable, undesirable = (*case, 1.0, 1.0)[:4]
+        line, ratio = said(*case), good * desirable / (bad * undesirable)
+        assert f"n_D λ_D / (n_U λ_U) is {ratio:.3g} " in line, case
+        assert said(good, bad, float(line.split("--desirable-weight ")[1]), undesirable) == ""
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("where", ["to train on", "held out"])
+def test_data_of_one_label_only_are_refused_before_a_model_is_loaded(
+        where, label, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(common, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    rows = [ROW, OTHER] * 2
+    one = [each for each in rows if each["label"] == label]
+    rows = (one, rows) if where == "to train on" else (rows, one)
+    line = refused(by_hand.Run, kto, tmp_path, *rows)
+    assert f"all answers {where} have the same label" in line
+
+
+# ---- flags and real prompts of online_dpo.py -----------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    ({"mixture": 1.5}, "--mixture: 1.5 is not within 0 and 1"), ({"beta": 0}, "--beta"),
+    ({"alpha": -1}, "--alpha"), ({"missing_eos_penalty": -1}, "--missing-eos-penalty"),
+    ({"preference": "soft"}, "--preference"), ({"reward": "x/none"}, "the reward model")])
+def test_bad_flags_are_refused_before_the_policy_is_loaded(
+        flags, words, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(common, "load_model", None)
+    assert words in refused(by_hand.Run, online_dpo, tmp_path, [ROW], [OTHER], **flags)
+
+
+def test_a_real_model_trains_on_real_prompts(shared, tmp_path):
+    """Two steps of stories260K on TinyStories prompts, with a reward of one's own."""
+    (tmp_path / "cat.py").write_text("def cat(prompts, completions, **columns):\n"
+                                     "    return ['cat' in text for text in completions]\n")
+    lines = (shared / "data/prompt_tinystories.jsonl").read_text().splitlines()[:16]
+    run = by_hand.Run(online_dpo, tmp_path, list(map(json.loads, lines)), loss="nash_md",
+                      model=shared / "models/stories260K", reward=f"{tmp_path}/cat.py:cat",
+                      max_steps=2, max_new_tokens=8, eval_size=3, double=False)
+    assert len(run.metrics) == 2
