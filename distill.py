@@ -139,7 +139,7 @@ LOGITS_PER_CHUNK = 2**23  # 32 MiB in fp32, of which the divergence holds severa
 # ---- data: prompts, and answers with a mask on the tokens that are trained -----------------------
 
 def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
-    """The row, and the ids of its prompt. ValueError if it cannot be answered or scored."""
+    """The row and the token ids of its prompt. A row that cannot be used raises ValueError."""
     prompt = common.prompt_of(row, tokenizer)
     ids = common.encode_prompt(tokenizer, prompt, row.get("tools"))
     if len(ids) + max_new_tokens > max_length:
@@ -165,12 +165,13 @@ def encode_example(row, tokenizer, max_length, max_new_tokens, needs_answer):
 
 
 def join_answers(prompts, answers, tokenizer, model):
-    """Prompts and answers as [B, T] tensors, padded on the right; the loss mask is 1 on answers."""
+    """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    # The mask follows from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
-    batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)
+    batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     batch["stopped"] = torch.tensor([ids[-1] in stop_ids for ids in answers])  # [B]
     return {name: value.to(model.device) for name, value in batch.items()}
@@ -179,24 +180,39 @@ def join_answers(prompts, answers, tokenizer, model):
 # ---- the method ----------------------------------------------------------------------------------
 
 def token_logps(model, batch, temperature=1.0):
-    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0."""
+    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
+
+    The same as these two lines, which would hold the logits of all positions in memory at once:
+
+        logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
+        return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
+
+    Here logits are computed only where the mask is 1, for C positions at a time, and `checkpoint`
+    computes them once more in the backward pass instead of storing them.
+    """
     causal = common.causal_lm(model)
-    used = batch["attention_mask"].any(0)  # [T]: the L columns that are not padding in every row
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
+    used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
-    scored = batch["loss_mask"][:, 1:].bool()  # [B, T-1]: position t predicts token t+1
-    hidden = hidden[:, :-1][scored[:, used[1:]]]  # [N, D]
-    targets = batch["input_ids"][:, 1:][scored]  # [N]
+    # The hidden state at position t predicts token t+1, so targets start at the second token.
+    is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
+    targets = batch["input_ids"][:, 1:][is_target]  # [N]
+    hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
+    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, 2**24 // vocabulary)  # 64 MiB of logits: all, [N, V], would fill a T4
+    chunk = max(1, 2**24 // vocabulary)
     logps = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):  # [C, D], [C]
-        logps.append(checkpoint(chunk_logps, h, y, causal, temperature, use_reentrant=False))
-    return torch.zeros(scored.shape, device=hidden.device).masked_scatter(scored, torch.cat(logps))
+    for piece, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logps.append(checkpoint(
+            chunk_logps, piece, target, causal, temperature, use_reentrant=False))  # [C]
+    zeros = torch.zeros(is_target.shape, device=hidden.device)  # [B, T-1]
+    return zeros.masked_scatter(is_target, torch.cat(logps))
 
 
 def chunk_logps(hidden, targets, causal, temperature):
-    # 16 bits would be too coarse
+    """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
+    # The softmax is computed in fp32, because 16 bits would be too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -277,6 +293,15 @@ def distillation_losses(model, teacher, batch, args):
     return torch.cat(losses), {name: torch.cat(values) for name, values in figures.items()}
 
 
+def read_tokens(model, teacher, batch, args):
+    """Losses [N] and figures of the answers' tokens, with log π_ref of the student's start."""
+    with common.autocast(model):
+        losses, figures = distillation_losses(model, teacher, batch, args)
+        with torch.no_grad(), common.reference(model):
+            figures["start_logp"] = token_logps(model, batch, args.temperature)
+    return losses, figures
+
+
 def load_teacher(args, model, tokenizer):
     """The teacher: a frozen model, or one more adapter on the student's base (one more role).
 
@@ -313,7 +338,7 @@ def moments(x, mask):
 
 
 def mean(x):
-    """Over all processes."""
+    """The mean of x over all processes, in fp64."""
     return moments(x, torch.ones_like(x))[0]
 
 
@@ -321,21 +346,22 @@ def mean(x):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, copies, args, seed):
-    """`copies` answers to each of P prompts, grouped by prompt, as lists of ids.
+    """Samples `copies` answers to each of P prompts; returns lists of ids, grouped by prompt.
 
-    From exactly softmax(logits / temperature): no top-k, no top-p, no penalties. Each answer ends
-    with its stop token, unless it ran into --max-new-tokens.
+    Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no penalties.
+    An answer ends with its stop token, unless it reached --max-new-tokens.
     """
     was_training = model.training
-    model.eval()  # in train mode gradient checkpointing would silently drop the cache
+    model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache
     causal = common.causal_lm(model)
     generator = torch.Generator(causal.device).manual_seed(seed)
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     stops = torch.tensor(stop_ids, device=causal.device)
+    # Left padding: all prompts end in the last column, where the first token is predicted.
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     mask = batch["attention_mask"].to(causal.device)  # [P, T]
     logits, cache = common.read(causal, batch["input_ids"].to(causal.device), mask)  # [P, V]
-    # each prompt was read once, for all of its answers: from here on B = P × copies
+    # Each prompt is read once. Its KV cache is then repeated, so that B = P × copies rows follow.
     rows = torch.arange(len(mask), device=causal.device).repeat_interleave(copies)  # [B]
     cache.reorder_cache(rows)
     logits, mask = logits[rows], mask[rows]  # [B, V], [B, T]
@@ -346,10 +372,11 @@ def sample(model, tokenizer, prompts, copies, args, seed):
         token = torch.multinomial(probs, 1, generator=generator)  # [alive, 1]
         for i, new in zip(alive.tolist(), token[:, 0].tolist(), strict=True):
             answers[i].append(new)
-        going = ~torch.isin(token[:, 0], stops)
+        going = ~torch.isin(token[:, 0], stops)  # [alive]
         if length == args.max_new_tokens or not going.any():
             break
-        if not going.all():  # answers that have ended leave the batch
+        # Answers that have ended leave the batch, and their rows leave the KV cache.
+        if not going.all():
             alive, token, mask = alive[going], token[going], mask[going]
             cache.reorder_cache(going.nonzero()[:, 0])
         mask = F.pad(mask, (0, 1), value=1)
@@ -361,10 +388,12 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 # ---- the held-out reward, where rows have an answer that is a number -----------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
-    """1 where the last number of the completion is the row's column `answer`, else 0."""
-    said = [last_number(text) for text in completions]
-    truth = [plain_number(text) for text in answer]
-    return [float(t is not None and s == t) for s, t in zip(said, truth, strict=True)]
+    """1 where the last number of the completion equals the row's column `answer`, else 0."""
+    scores = []
+    for completion, truth in zip(completions, answer, strict=True):
+        number = plain_number(truth)
+        scores.append(float(number is not None and last_number(completion) == number))
+    return scores
 
 
 # 1,000 is a number, 1,2345 are two, .5 is a half.
@@ -372,13 +401,15 @@ NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
 def last_number(text):
-    """The last number in a text, or None; 7-3 are two numbers, -$3 is one below 0."""
+    """The last number in a string, or None. "7-3" holds 7 and 3; "-$3" is a negative number."""
     found = re.findall(r"(?:(?<![\w)])[-−]\$?)?" + NUMBER, text)
-    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-")) if found else None
+    if not found:
+        return None
+    return Decimal(re.sub("[,$]", "", found[-1]).replace("−", "-"))
 
 
 def plain_number(text):
-    r"""The number that a row's answer is, alone or after its last ####. None for \frac{3}{4}."""
+    r"""The answer of a row, alone or after its last ####, as a number. None for \frac{3}{4}."""
     alone = str(text).rpartition("####")[2].strip().removesuffix(".")
     is_plain = re.fullmatch(rf"([-−+]?\$?|\$[-−]){NUMBER} ?%?", alone)
     return last_number(alone) if is_plain else None
@@ -386,47 +417,40 @@ def plain_number(text):
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def some_samples(tokenizer, step, examples, answers, scores):
-    """A few prompts, what the policy answers, and what that is worth."""
-    some = list(zip(examples, answers, scores.tolist(), strict=False))[:4]
-    return [{"step": step, "prompt": common.visible(tokenizer.decode(example["prompt"])),
-             "answer": common.visible(tokenizer.decode(answer)), "score": score}
-            for example, answer, score in some]
-
-
 def rollout(model, examples, tokenizer, args, seed):
-    """An answer of the student to each prompt: a batch [B, T], and the answers as ids."""
+    """An answer of the student to each prompt, as ids."""
     answers = []
     for i in range(0, len(examples), args.sample_batch_size):
         prompts = [example["prompt"] for example in examples[i:i + args.sample_batch_size]]
         with common.autocast(model):
             answers += sample(model, tokenizer, prompts, 1, args, seed + i)
+    return answers
+
+
+def make_batch(model, examples, answers, tokenizer):
+    """Prompts and answers as tensors [B, T]; `rewards` [B] is 1 on correct answers.
+
+    It is NaN where the row has no number as its answer. Rewards are logged, not trained on.
+    """
     prompts = [example["prompt"] for example in examples]
-    return join_answers(prompts, answers, tokenizer, model), answers
-
-
-def micro_batches(batch, args):
-    """The batch, --micro-batch-size answers at a time."""
-    for rows in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
-        yield {name: value[rows] for name, value in batch.items()}
-
-
-@torch.no_grad()
-def start_logps(model, micro, args):
-    """log π_ref of the answers' tokens, [B, T-1]; π_ref is the student before distillation."""
-    with common.reference(model):
-        return token_logps(model, micro, args.temperature)
+    batch = join_answers(prompts, answers, tokenizer, model)
+    truth = [example["row"].get("answer") for example in examples]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    rewards = torch.tensor(correct_answer(None, texts, truth), device=model.device)
+    has_truth = [plain_number(answer) is not None for answer in truth]
+    batch["rewards"] = rewards.where(torch.tensor(has_truth, device=model.device), math.nan)
+    return batch
 
 
 def accumulate_gradients(model, teacher, batch, scaler, args):
     """Adds up the gradients of all micro-batches; returns the sums of the figures, {name: sum}."""
+    # Every token counts 1 / tokens, whichever process and micro-batch it is in.
     tokens = batch["loss_mask"].sum()
-    sum_over_processes([tokens])  # each token counts 1 / tokens, whatever micro-batch it is in
+    sum_over_processes([tokens])
     sums = {}
-    for micro in micro_batches(batch, args):
-        with common.autocast(model):
-            losses, figures = distillation_losses(model, teacher, micro, args)  # [N]
-            figures["start_logp"] = start_logps(model, micro, args)
+    for rows in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
+        micro = {name: value[rows] for name, value in batch.items()}
+        losses, figures = read_tokens(model, teacher, micro, args)
         scaler.scale(losses.sum() / tokens).backward()
         add_up(sums, figures)
     return sums
@@ -434,32 +458,27 @@ def accumulate_gradients(model, teacher, batch, scaler, args):
 
 @torch.no_grad()
 def evaluate(model, teacher, examples, tokenizer, args):
-    """One answer to each held-out prompt; `reward` is the share that is correct, if rows tell."""
-    batch, answers = rollout(model, examples, tokenizer, args, args.seed)
+    """One answer to each held-out prompt, with the same random numbers each time."""
+    answers = rollout(model, examples, tokenizer, args, args.seed)
+    batch = make_batch(model, examples, answers, tokenizer)
     sums = {}
-    for micro in micro_batches(batch, args):
-        with common.autocast(model):
-            _, figures = distillation_losses(model, teacher, micro, args)
-            figures["start_logp"] = start_logps(model, micro, args)
+    for rows in torch.arange(len(answers)).split(args.micro_batch_size):
+        micro = {name: value[rows] for name, value in batch.items()}
+        _, figures = read_tokens(model, teacher, micro, args)
         add_up(sums, figures)
-    rewards = {}
-    truth = [example["row"].get("answer") for example in examples]
-    if all(plain_number(answer) is not None for answer in truth):
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        correct = torch.tensor(correct_answer(None, texts, truth), device=model.device)
-        rewards = {"reward": mean(correct)}
-    return rewards | describe(batch, sums)
+    return describe(batch, sums)
 
 
 def describe(batch, sums):
     """Means over the tokens, or over the answers, of all processes; kl in nats per answer."""
-    device = batch["input_ids"].device
-    ones = torch.ones(len(batch["input_ids"]), device=device)
-    totals = over_processes(sums | {"tokens": batch["loss_mask"].sum(), "answers": ones.sum()},
-                            (*FIGURES, "tokens", "answers"), device)
-    means = {name: totals[name] / totals["tokens"] for name in FIGURES[:5]}
+    sums = sums | {"tokens": batch["loss_mask"].sum(), "answers": len(batch["input_ids"])}
+    totals = over_processes(sums, (*FIGURES, "tokens", "answers"), batch["input_ids"].device)
+    means = {"length": mean(batch["loss_mask"].sum(1)), "stopped": mean(batch["stopped"])}
     means["kl"] = (totals["logp"] - totals["start_logp"]) / totals["answers"]
-    return means | {"length": mean(batch["loss_mask"].sum(1)), "stopped": mean(batch["stopped"])}
+    for name in ("loss", "divergence", "agreement", "student_entropy", "teacher_entropy"):
+        means[name] = totals[name] / totals["tokens"]
+    reward = mean(batch["rewards"])
+    return {"reward": reward} | means if math.isfinite(reward) else means
 
 
 def train(args):
@@ -478,18 +497,18 @@ def train(args):
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
     teacher = load_teacher(args, model, tokenizer)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)  # `update` sets the learning rate
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # `update` sets the learning rate.
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     scaler = common.grad_scaler(model)  # for fp16 (a T4), where small gradients round to 0
-    print(common.settings(model))
+    common.print_settings(model)
 
     # 3. Start a new run, or resume an interrupted one.
     open_run(args, [examples, held_out])
-    parts = {"weights": torch.nn.ParameterList(weights), "optimizer": optimizer, "scaler": scaler}
-    state = restore(args, parts)
+    state = restore(args, weights, optimizer, scaler)
     if "before" not in state:
         state["before"] = evaluate(model, teacher, held_out, tokenizer, args)
-    # Prompts and random numbers follow from seed and step, so that a resumed run sees the same.
+    # Prompts and random numbers depend only on seed and step, so a resumed run sees the same ones.
     generator = torch.Generator().manual_seed(args.seed)
     passes = range(math.ceil(wanted / len(examples)))
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in passes])
@@ -497,162 +516,84 @@ def train(args):
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
-        # 4. The student answers the prompts of this process, or the answers of the rows are taken.
+        # 4. The student answers the prompts of this process; an off-policy step takes the answers
+        # of the rows instead.
         began = time.time()
         picked = order[(step - 1) * args.batch_size:step * args.batch_size]
         mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
         if is_on_policy[step - 1]:
             seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
-            batch, answers = rollout(model, mine, tokenizer, args, seed)
+            answers = rollout(model, mine, tokenizer, args, seed)
         else:
             answers = [example["answer"] for example in mine]
-            prompts = [example["prompt"] for example in mine]
-            batch = join_answers(prompts, answers, tokenizer, model)
+        batch = make_batch(model, mine, answers, tokenizer)
         metrics = {"step": step, "on_policy": float(is_on_policy[step - 1]),
                    "rollout_seconds": time.time() - began}
 
-        # 5. Both models read every answer. The gradient of the divergence at each token adds up.
+        # 5. Both models read all answers. The gradients of the divergence at each token add up.
         sums = accumulate_gradients(model, teacher, batch, scaler, args)
 
         # 6. Take one optimizer step on the gradient, summed over processes and clipped.
         lr = learning_rate(step, args.max_steps, args.learning_rate)
         updated = update(optimizer, scaler, lr)
 
-        # 7. Log, show some answers, and save a checkpoint.
+        # 7. Log the means, print some answers, and save a checkpoint.
         metrics |= {**describe(batch, sums), **updated, "seconds": time.time() - began}
-        progress.set_postfix(divergence=metrics["divergence"], refresh=False)
-        log_step(args, state, metrics)
+        tokens = batch["attention_mask"].sum()
+        sum_over_processes([tokens])
+        log_step(args, state, metrics, tokens.item(), progress, ("divergence", "agreement"))
         if step % args.save_every == 0 or step in (1, args.max_steps):
-            agreed = torch.zeros(len(answers))
-            state["samples"] += some_samples(tokenizer, step, mine, answers, agreed)
-            save(args, state, parts)
+            tqdm.write(f"\nanswers of step {step}, in green:")
+            for example, answer in zip(mine[:4], answers, strict=False):
+                sample = {"step": step, "prompt": common.shown_text(tokenizer, example["prompt"]),
+                          "answer": common.shown_text(tokenizer, answer)}
+                state["samples"].append(sample)
+                tqdm.write("{prompt}\033[32m{answer}\033[0m\n".format(**sample))
+            save(args, state, weights, optimizer, scaler)
 
-    # 8. Evaluate again on the same held-out prompts with the same random numbers, then save.
+    # 8. Evaluate again on the same held-out prompts, and save the adapter.
     finish(args, state, model, tokenizer, evaluate(model, teacher, held_out, tokenizer, args))
+    show_next(args)
+
+
+# ---- the optimizer step --------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up to `peak` over 10% of the steps, then cosine decay; never exactly 0."""
+    warm_up = step / (round(0.1 * steps) + 1)
+    decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+    return peak * min(warm_up, decay)
+
+
+def update(optimizer, scaler, lr):
+    """Sums the gradients over all processes, clips them and takes a step; returns what to log."""
+    weights = optimizer.param_groups[0]["params"]
+    # A process without a share of the batch has no gradients, but takes part in the sum.
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    sum_over_processes([weight.grad for weight in weights])
+    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+        common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
+    optimizer.param_groups[0]["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": lr,
+            "loss_scale": scaler.get_scale()}
 
 
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
-def learning_rate(step, steps, highest):
-    """Rises over a tenth of the steps almost to `highest`, then falls along a cosine; never 0."""
-    falling = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
-    return highest * min(step / (round(0.1 * steps) + 1), falling)
-
-
 def sum_over_processes(tensors):
-    for tensor in tensors if dist.is_initialized() else []:
-        dist.all_reduce(tensor)
-
-
-def update(optimizer, scaler, rate):
-    """Sums the gradients over processes, clips them, takes a step; returns what to log of it."""
-    weights = optimizer.param_groups[0]["params"]
-    for weight in weights:  # a process without a share of the batch has no gradient
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    sum_over_processes([weight.grad for weight in weights])
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1
-    if not math.isfinite(norm) and scaler.get_scale() <= 1:
-        common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
-    optimizer.param_groups[0]["lr"] = rate
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return {"grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rate,
-            "loss_scale": scaler.get_scale()}
-
-
-def open_run(args, examples):
-    """--output-dir: a new folder, or that of an interrupted run with the same flags and inputs."""
-    if common.RANK > 0:
-        return
-    folder = Path(args.output_dir)
-    file = folder / "args.json"
-    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
-    text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
-    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
-        folder.mkdir(parents=True, exist_ok=True)
-        # the lock ends with the process, however that ends; its file may stay
-        open_run.lock = filelock.FileLock(folder / "run.lock")
-        open_run.lock.acquire(blocking=False)
-        ignored = (".new", ".log", ".txt", ".out", ".lock")
-        names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
-        is_new = not names
-        if names == {file.name}:  # a start that failed before its first step has nothing to lose
-            is_new = '"output_dir"' in file.read_text()
-        if is_new:
-            write(file, text)
-        if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another")
-
-
-def write(file, text):
-    """Whole or not at all, whenever the run is killed."""
-    file.with_suffix(".new").write_text(text)
-    file.with_suffix(".new").replace(file)
-
-
-def restore(args, parts):
-    """The state of the run, at its start or where it was interrupted; `parts` are put back."""
-    file, state = Path(args.output_dir, "resume.pt"), {"step": 0, "metrics": [], "samples": []}
-    names = state.keys()
-    if file.exists():
-        with common.phase(f"reading {file}"):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state.pop(name))
-            finite = all(weight.isfinite().all() for weight in parts["weights"])
-            if not finite or not names <= state.keys():
-                raise ValueError("it lacks a part, or its weights are not finite numbers")
-    for weight in parts["weights"] if dist.is_initialized() else []:
-        dist.broadcast(weight.data, 0)
-    return state
-
-
-def save(args, state, parts):
-    """What the same command needs to go on."""
-    if common.RANK == 0:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state | states, Path(args.output_dir, "resume.new"))
-        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
-
-
-def log_step(args, state, metrics):
-    if torch.cuda.is_available():
-        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    state["step"] = metrics["step"]
-    state["metrics"].append(metrics)
-    if common.RANK == 0:
-        lines = [json.dumps(step) + "\n" for step in state["metrics"]]
-        write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
-        if args.track:
-            importlib.import_module(args.track).log(metrics, step=metrics["step"])
-
-
-def finish(args, state, model, tokenizer, after):
-    """Saves the adapter and the summary; only then is anything printed that could fail."""
-    if common.RANK == 0:
-        common.save_model(model, tokenizer, args.output_dir)
-        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
-        summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
-        summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
-        write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
-        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-        if args.track:
-            importlib.import_module(args.track).finish()
-    print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
-    for name, value in after.items():
-        print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
-    where = f"results: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
-    print(f"\n{common.visible(where)}")
+    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def add_up(sums, figures):
@@ -667,6 +608,123 @@ def over_processes(sums, names, device):
               for name in names}
     sum_over_processes(list(totals.values()))
     return {name: total.item() for name, total in totals.items()}
+
+
+def open_run(args, examples):
+    """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
+
+    The flags, a hash of the examples and a hash of the files of models and rewards stand in
+    args.json. A run is resumed only if all of them are the same.
+    """
+    if common.RANK > 0:
+        return
+    folder = Path(args.output_dir)
+    file = folder / "args.json"
+    data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
+    rewards = getattr(args, "reward", [])
+    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
+    if args.track:
+        with common.phase(f"--track {args.track}"):
+            tracker = importlib.import_module(args.track)
+            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
+    with common.phase(f"--output-dir {folder}, which is for one run at a time"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # The lock ends with the process, however the process ends. Its file may stay.
+        open_run.lock = filelock.FileLock(folder / "run.lock")
+        open_run.lock.acquire(blocking=False)
+        ignored = (".new", ".log", ".txt", ".out", ".lock")
+        names = {path.name for path in folder.iterdir() if path.suffix not in ignored}
+        is_new = not names
+        # A run that failed before its first checkpoint has nothing to lose, so it starts anew.
+        if names == {file.name}:
+            is_new = '"output_dir"' in file.read_text()
+        if is_new:
+            write(file, text)
+        if "summary.json" in names or not file.exists() or file.read_text() != text:
+            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
+                             "rewards, or other files: name another folder")
+
+
+def write(file, text):
+    """Writes atomically: a killed run leaves either the old file or the new one."""
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").replace(file)
+
+
+def restore(args, weights, optimizer, scaler):
+    """The state of a new run, or of an interrupted one from its checkpoint, resume.pt.
+
+    A checkpoint also holds the trained weights, {name: parameter}, and the states of optimizer
+    and scaler, which are loaded here.
+    """
+    state = {"step": 0, "metrics": [], "samples": []}
+    file = Path(args.output_dir, "resume.pt")
+    if file.exists():
+        with common.phase(f"reading {file}"):
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            common.copy_weights(saved.pop("weights"), weights)
+            optimizer.load_state_dict(saved.pop("optimizer"))
+            scaler.load_state_dict(saved.pop("scaler"))
+            if not state.keys() <= saved.keys():
+                raise ValueError("a part of it is missing")
+            state = saved
+    # Each process has drawn LoRA matrices of its own. All train those of the first.
+    if dist.is_initialized():
+        for weight in weights.values():
+            dist.broadcast(weight.data, 0)
+    return state
+
+
+def save(args, state, weights, optimizer, scaler):
+    """Writes a checkpoint, from which the same command resumes the run."""
+    if common.RANK == 0:
+        parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        parts["weights"] = {name: weight.data for name, weight in weights.items()}
+        torch.save(state | parts, Path(args.output_dir, "resume.new"))
+        Path(args.output_dir, "resume.new").replace(Path(args.output_dir, "resume.pt"))
+
+
+def log_step(args, state, metrics, tokens, progress, shown):
+    """Logs a step, in which all processes read `tokens` tokens, and shows some of its metrics."""
+    metrics["tokens_per_second"] = round(tokens / metrics["seconds"], 1)
+    metrics["peak_memory_gib"] = common.peak_memory()
+    postfix = {name: metrics[name] for name in shown}
+    postfix |= {"tokens/s": metrics["tokens_per_second"], "GiB": metrics["peak_memory_gib"]}
+    progress.set_postfix(postfix, refresh=False)
+    state["step"] = metrics["step"]
+    state["metrics"].append(metrics)
+    if common.RANK == 0:
+        lines = [json.dumps(step) + "\n" for step in state["metrics"]]
+        write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
+        if args.track:
+            importlib.import_module(args.track).log(metrics, step=metrics["step"])
+
+
+def finish(args, state, model, tokenizer, after):
+    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    if common.RANK == 0:
+        common.save_model(model, tokenizer, args.output_dir)
+        summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
+        summary["seconds"] = sum(metrics["seconds"] for metrics in state["metrics"])
+        summary |= {name: state[name] for name in ("step", "before", "samples")} | {"after": after}
+        common.write_card(args.output_dir, summary)
+        write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
+        Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
+        if args.track:
+            importlib.import_module(args.track).finish()
+    print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
+    for name, value in after.items():
+        print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
+
+
+def show_next(args):
+    """Prints where the results are, and what can be done with them next."""
+    use = "chat.py"
+    if Path(__file__).stem in ("reward_model", "prm"):
+        use = "pairs.py --output pairs.jsonl --reward"
+    print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
+                         f"\ntry it:  python {use} {args.output_dir}"))
 
 
 if __name__ == "__main__":
