@@ -1,17 +1,24 @@
-"""What every script shares: loading models and rows, and turning rows into token ids.
+"""What all scripts share: flags and errors, models and adapters, chat templates, rows of data.
 
-A model is a Hub name, a folder or a LoRA adapter (Hu et al. 2021, arXiv:2106.09685) on a frozen
-base, in 4 bits on a GPU (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). A row becomes pieces,
-(ids, is_answer), of which the scripts make examples. One that is of no use raises ValueError.
+A model is a name on the Hub, a local folder, or a LoRA adapter (Hu et al. 2021, arXiv:2106.09685)
+on a frozen base, which a GPU holds in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+
+A row of data becomes pieces, from which each script makes its examples. A piece is a list of token
+ids, and whether the model is to produce them. "Be brief." and "2 + 2?", answered by "4", are
+
+    [([1, 11, 42, 2], False), ([1, 12, 8, 5, 8, 2, 1, 13], False), ([9, 2], True)]
+      BOS, system message      question, header of the answer       answer, end of turn
+
+The first piece is the head, which truncation keeps; the second is the rest of the prompt. Further
+turns follow in the same way. A row that cannot be used raises ValueError with the reason.
 """
-# ruff: noqa: E402
 import argparse
 import contextlib
-import copy
 import csv
 import functools
 import gzip
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -23,89 +30,93 @@ import shlex
 import sys
 import time
 import traceback
+import types
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
-for chatty in "bitsandbytes", "huggingface_hub":  # they advertise a kernel and report every retry
-    logging.getLogger(chatty).setLevel(logging.CRITICAL)
-
-import bitsandbytes
-import datasets
 import huggingface_hub
-import jinja2
-import peft
-import pyarrow.parquet
 import torch
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
-from transformers.integrations import sdpa_attention
-from transformers.modeling_outputs import CausalLMOutputWithPast as ModelOutput
 
-# Since transformers 5.24, models call their cache `cache`.
-CACHE = "cache" if "cache" in ModelOutput.__dataclass_fields__ else "past_key_values"
+
+def later(name: str):
+    """A stand-in for a module that is imported at its first use, because that takes seconds.
+
+    `--help` and a misspelled flag need none of them, and are answered at once.
+    """
+    module = types.ModuleType(name)
+    module.__getattr__ = lambda attribute: getattr(importlib.import_module(name), attribute)
+    return module
+
+
+bitsandbytes = later("bitsandbytes")
+datasets = later("datasets")
+jinja2 = later("jinja2")
+parquet = later("pyarrow.parquet")
+peft = later("peft")
+transformers = later("transformers")
 HERE = Path(__file__).resolve().parent
-SCORE = "base_model.model.score.weight"  # a reward model's head in the file of its adapter
-QUOTE, MARK = "\ufdd0", "\ufdd1"  # code points that no text has
-FORMATS = (".json", ".jsonl", ".csv", ".tsv")
-# other names of roles whose meaning is certain, and keys of a message that are not for templates
-ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
-NOT_FOR_TEMPLATES = ("from", "value", "weight", "train", "tool_calls")
-# the usual names of columns, of which the first that a row has is read, and others of a chat
-QUESTIONS = ("prompt", "instruction", "question", "problem", "query", "input")
-ANSWERS = ("completion", "output", "response", "solution", "answer")
-SPOKEN = {*QUESTIONS, *ANSWERS, "system", "system_prompt", "context", "messages", "conversations",
-          "history", "text", "chosen", "rejected", "completions", "labels"}
-ANOTHER_BASE = "on another base: REWARD_MODEL=NAME, --reward examples/rewards.py:classifier"
-USER_FILES = set()  # files with reward functions: an error shows the line of theirs
-MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
-RANK = int(os.environ.get("RANK", 0))  # torchrun starts WORLD processes and gives each its RANK
+# torchrun starts WORLD processes and gives each of them its RANK. A single process has rank 0.
+RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
-
-transformers.logging.set_verbosity_error()
-# no bars for what is read from this disk: that takes seconds. Downloads show theirs
-transformers.logging.disable_progress_bar()
-if RANK == 0 and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:  # or it warns
-    huggingface_hub.utils.enable_progress_bars()
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs it also raises
-datasets.disable_progress_bars()
 
 
-# ---- errors and flags ----------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
+
+USER_FILES = set()  # files with reward functions: an error shows the line that raised it
+
+
+def need(condition, message: str):
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
 
 def visible(text: str) -> str:
-    """Text from data with its control characters spelled out: it cannot move the cursor."""
+    """Text with its control characters spelled out, so that data cannot move the cursor."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def fail(message: str):
-    """Ends the program over something that the user can mend: one line on stderr, exit code 2.
-
-    With TRACEBACK=1 in the environment, the traceback of what went wrong stands above the line.
-    """
-    # where all fail alike, the first speaks, and torchrun ends the rest
-    time.sleep(3 if RANK > 0 else 0)
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # so that the line is not glued to it
+def print_traceback():
+    """Prints where the current exception was raised, if TRACEBACK=1 is in the environment."""
     if os.environ.get("TRACEBACK") == "1" and sys.exc_info()[0]:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
+
+
+def fail(message: str):
+    """Ends the program because of something that the user can fix: one line and exit code 2."""
+    # If every process fails, rank 0 reports it, and torchrun stops the others meanwhile.
+    time.sleep(3 if RANK > 0 else 0)
+    # An open progress bar would stand on the same line.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print_traceback()
     print(f"error: {visible(' '.join(message.split())):.500}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
 def phase(doing: str):
-    """Whatever goes wrong inside becomes one line: libraries and users raise types of their own."""
+    """Turns an exception into one line that says what failed and why; TRACEBACK=1 shows where.
+
+    Libraries raise exceptions of all types when they read a broken file, and so do the reward
+    functions of users, of which the line shows the line that failed. What is left alone is what
+    `running` handles, and a NameError in a script, which is a bug that no input can cause.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [x for x in frames if x.filename in USER_FILES]
-        place = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}: " if own else ""
-        # `datasets` says only that "an error occurred"; an error may also be its own cause
+        places = [f"{frame.filename}:{frame.lineno}: {frame.line}: " for frame in frames
+                  if frame.filename in USER_FILES]
+        if isinstance(error, NameError) and not places:
+            raise
+        place = places[-1] if places else ""
+        # `datasets` hides the reason in the cause. An error may also be its own cause.
         for _ in range(9):
             error = error.__cause__ or error
         fail(f"{doing}: {place}{type(error).__name__}: {str(error) or 'no reason given'}")
@@ -115,22 +126,22 @@ RESUMES = "; the same command resumes an interrupted run"
 ADVICE = {"KeyboardInterrupt": "interrupted{resumes}",
           "BrokenPipe": "nobody reads the output any more{resumes}",
           "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {flags}",
-          # torch does not say why it could not write
+          # torch.save reports a full disk as an error of its inline_container
           "No space left|[Dd]isk quota|inline_container": "the disk is full{resumes}"}
 
 
 @contextlib.contextmanager
 def running(memory_flags: str, resumes: str = RESUMES):
-    """Around a whole run: its processes find each other, and what a user can mend is one line.
+    """Wraps a whole run: connects its processes, and turns errors that hit any part into a line.
 
-    `resumes` ends the lines of an interruption; it is "" for a program that cannot be resumed.
+    `resumes` ends the line of an interruption. It is "" for a program that cannot be resumed.
     """
-    # a closed stream is None, and the next file to be opened would get its number
+    # A closed stream is None, and the next file to be opened would get its number.
     sys.stdin = sys.stdin or open(os.devnull)
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if RANK > 0 or not sys.stdout:
         sys.stdout = open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
     if WORLD > 1:
         dist.init_process_group("nccl" if choose_device().type == "cuda" else "gloo")
     try:
@@ -138,23 +149,26 @@ def running(memory_flags: str, resumes: str = RESUMES):
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at its end
-        for sign, advice in ADVICE.items():
-            if re.search(sign, f"{type(error).__name__}: {error}"):
+            # Python flushes standard output once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        for pattern, advice in ADVICE.items():
+            if re.search(pattern, f"{type(error).__name__}: {error}"):
                 fail(advice.format(flags=memory_flags, resumes=resumes))
         raise
     if WORLD > 1:
         dist.destroy_process_group()
 
 
+# ---- flags ---------------------------------------------------------------------------------------
+
 def number(kind: type, low: float, high: float = 1e9):
-    """An argparse type that refuses what is out of range, NaN included."""
+    """An argparse type: a number within bounds, which NaN never is."""
     def within(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not within {low:g} and {high:g}")
         return kind(text)
 
-    within.__name__ = kind.__name__  # for argparse's message
+    within.__name__ = kind.__name__  # argparse prints it: "invalid int value"
     return within
 
 
@@ -165,153 +179,179 @@ weight = number(float, 0)
 share = number(float, 0, 1)
 
 
-def column(text: str) -> str:
-    """An argparse type: prompt=query, where the prompt stands in a column of another name."""
-    if not re.fullmatch("[^=]+=[^=]+", text):
-        raise argparse.ArgumentTypeError(f"{text} is not like prompt=query")
-    return text
-
-
 def variables(text: str) -> dict:
-    """An argparse type: a JSON object, for variables of a chat template."""
+    """An argparse type: variables of a chat template as a JSON object."""
     values = json.loads(text)
-    if not isinstance(values, dict) or not all(key.isidentifier() for key in values):
+    if not isinstance(values, dict) or not all(name.isidentifier() for name in values):
         raise argparse.ArgumentTypeError('it must be like {"enable_thinking": false}')
     return values
 
 
-LORA_RANK = {"default": 16, "help": "rank of new LoRA matrices, which are on all linear layers and "
-             "have an alpha of twice the rank; an adapter keeps its own rank"}
-COLUMNS = {"type": column, "nargs": "+", "default": [], "metavar": "NAME=COLUMN"}
+ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
+LORA_RANK = {"default": 16, "help": "rank of the LoRA matrices, which are added to all linear "
+             "layers with an alpha of twice the rank; an adapter keeps its own rank"}
+COLUMNS = {"nargs": "+", "default": [], "metavar": "NAME=COLUMN",
+           "help": "columns under other names: prompt=query reads `query` as the prompt"}
 VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
 
 
-def parse(flags: argparse.ArgumentParser, tiny: dict, by_loss: dict | None = None):
-    """The flags; the tiny model and each --loss may need other defaults than the rest."""
-    flags = copy.deepcopy(flags)  # its defaults change below; those of the next run must not
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a script's docstring as it is, and the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, [])
+        return super()._get_help_string(action) if has_default else action.help
+
+
+def parse(flags: argparse.ArgumentParser, tiny: dict | None = None, by_loss: dict | None = None):
+    """Parses the command line. The tiny model and some losses have defaults of their own."""
     flags.error = fail
     args = flags.parse_args()
-    flags.set_defaults(**by_loss[args.loss] if by_loss and args.loss in by_loss else {})
-    if is_tiny(args.model):
-        flags.set_defaults(**tiny)
-        if flags.parse_args().dataset != tiny["dataset"]:
-            flags.set_defaults(eval_dataset=None)  # the tiny world's held-out rows go with its own
-    if getattr(args, "lora_rank", None) == 0:  # all weights together take smaller steps
-        flags.set_defaults(learning_rate=flags.get_default("learning_rate") / 10)
-    args = flags.parse_args()
-    with phase(f"--output-dir {args.output_dir}"):
-        # the tokenizer, which is saved last, takes no other names
-        if not args.output_dir.encode() or Path(args.output_dir, "summary.json").exists():
-            raise ValueError("it is empty or holds a finished run: name another folder")
+    defaults = dict(by_loss.get(args.loss, {})) if by_loss else {}
+    if tiny and is_tiny(args.model):
+        defaults |= tiny
+        # The tiny world's held-out rows belong to its training rows.
+        if flags.parse_args(namespace=argparse.Namespace(**defaults)).dataset != tiny["dataset"]:
+            defaults["eval_dataset"] = None
+    if getattr(args, "lora_rank", None) == 0:
+        # Full fine-tuning needs smaller steps than LoRA.
+        peak = defaults.get("learning_rate", flags.get_default("learning_rate"))
+        defaults["learning_rate"] = peak / 10
+    # argparse leaves its own default out where the namespace has a value already.
+    args = flags.parse_args(namespace=argparse.Namespace(**defaults))
+    if "output_dir" in args:
+        with phase(f"--output-dir {args.output_dir}"):
+            # A name that is not UTF-8 fails here, not when the tokenizer is saved after training.
+            is_new = args.output_dir.encode() and not Path(args.output_dir, "summary.json").exists()
+            need(is_new, "it is empty or holds a finished run: name another folder")
     return args
 
 
-# ---- models --------------------------------------------------------------------------------------
+# ---- device and number format --------------------------------------------------------------------
 
 def choose_device() -> torch.device:
     """The GPU of this process (torchrun sets LOCAL_RANK), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # bitsandbytes and nccl use it
+    # bitsandbytes and NCCL use the current device.
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:
-    """fp32 on a CPU; bf16 from compute capability 8.0 on, which a T4 only emulates; else fp16."""
+    """fp32 on a CPU, bf16 from compute capability 8.0 on, else fp16: a T4 only emulates bf16."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def autocast(model):
-    """The number format of the forward passes; what is trained stays in fp32."""
+    """Context: forward passes compute in 16 bits on a GPU, while trained weights stay in fp32."""
     kind = model.device.type
     return torch.autocast(kind, choose_dtype(model.device), enabled=kind == "cuda")
 
 
 def grad_scaler(model):
-    """For fp16, in which small gradients round to 0. With bf16 and fp32 it does nothing."""
+    """Scales the loss in fp16, where small gradients round to 0. With bf16 and fp32 it is off."""
     fp16 = choose_dtype(model.device) == torch.float16
     scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
-    scaler.scale(torch.zeros((), device=model.device))  # its scale is made at first use
+    # It creates its scale at first use, and a checkpoint before that would lack it.
+    scaler.scale(torch.zeros((), device=model.device))
     return scaler
 
 
-def find(name: str) -> str:
-    """`name`, or what has that name beside this file: tiny/chat is found from any folder."""
-    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
-
-
-def adapter_config(name: str) -> peft.PeftConfig | None:
-    """The config of a LoRA adapter, or None for a full model."""
-    is_adapter = transformers.utils.peft_utils.find_adapter_config_file(find(name))
-    config = peft.PeftConfig.from_pretrained(find(name)) if is_adapter else None
-    if config and config.peft_type != "LORA":
-        raise ValueError(f"its adapter is of the kind {config.peft_type}: only LoRA is supported")
-    return config
-
-
-def base_of(name: str) -> str:
-    """Where the full model of `name` is: itself, or the base of an adapter."""
-    adapter = adapter_config(name)
-    return find(adapter.base_model_name_or_path if adapter else name)
-
-
-def fingerprint(*names: str) -> str:
-    """A hash of what models and FILE.py:function are made of.
-
-    Of a file above 256 MiB it takes 4 KiB of every MiB: training changes nearly all weights of a
-    matrix, and a model of 15 GB then takes 15,000 short reads.
-    """
-    digest = hashlib.sha256()
-    for name in [*names, base_of(names[0])]:
-        path = Path(find(re.sub(r"\.py:.*", ".py", name)))
-        files = [path] if path.is_file() else sorted(path.glob("*"))
-        for file in files:
-            if file.is_file() and file.suffix in (".py", *MODEL_FILES):
-                with phase(f"reading {file}"), file.open("rb") as opened:
-                    size = file.stat().st_size
-                    digest.update(f"{file.name} {size} ".encode())
-                    block = 2**20 if size <= 2**28 else 2**12
-                    for place in [*range(0, size, 2**20), max(0, size - block)]:
-                        opened.seek(place)
-                        digest.update(opened.read(block))
-        for config in ("config.json", "adapter_config.json") if not path.exists() else ():
-            # of a model of the Hub, the cache has each commit in a folder of that name
-            cached = huggingface_hub.try_to_load_from_cache(name, config)
-            digest.update(Path(cached).parent.name.encode() if isinstance(cached, str) else b"")
-    return digest.hexdigest()
-
-
-def is_tiny(name: str) -> bool:
-    """True for the embedded models and what was trained from them."""
-    with phase(f"loading the model {name}"):
-        base = Path(base_of(name))
-        if (base / "summary.json").exists():  # of a run that trained all weights
-            base = Path(find(json.loads((base / "summary.json").read_text()).get("model", name)))
-        return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
-
-
-def patch_libraries(device: torch.device):
-    """Changes to the behavior of libraries, each with its reason and the version that needs it."""
+def patch_libraries():
+    """Changes the behavior of libraries, each with its reason and the version that needs it."""
+    # These two advertise a kernel at their import, and report every retry.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    # These two log what they also raise.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
     # bitsandbytes 0.48: on a CPU with AVX512-BF16, a forward pass in evaluation mode repacks 4-bit
     # weights, and the next training step fails.
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     # transformers 5.0: it calls its own deprecated method when gradient checkpointing is turned on.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-    # peft 0.17: it only warns where the file of an adapter lacks weights, which would stay random.
+    # peft 0.17: if the file of an adapter lacks weights, which stay random, peft only warns.
     warnings.filterwarnings("error", "Found missing adapter keys")
-    if choose_dtype(device) == torch.float16:
+    if choose_dtype(choose_device()) == torch.float16:
         # transformers 5.0: it sets enable_gqa, which before Ampere sends SDPA to its slow math
         # kernel. Without it, transformers repeats the keys itself.
+        from transformers.integrations import sdpa_attention
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+    # Reading from the disk needs no progress bar. Downloads do, and transformers turns theirs off.
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    if RANK == 0 and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+SCORE = "base_model.model.score.weight"  # a reward model's head in the file of its adapter
+ANOTHER_BASE = "on another base: REWARD_MODEL=NAME, --reward examples/rewards.py:classifier"
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
+
+
+def find(name: str) -> str:
+    """`name` if it exists, else the same path beside this file: tiny/chat from any folder."""
+    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
+
+
+def adapter_config(name: str):
+    """The config of a LoRA adapter, or None for a full model. Every use of a model begins here."""
+    patch_libraries()
+    if not transformers.utils.peft_utils.find_adapter_config_file(find(name)):
+        return None
+    config = peft.PeftConfig.from_pretrained(find(name))
+    need(config.peft_type == "LORA", f"a {config.peft_type} adapter: only LoRA is supported")
+    return config
+
+
+def base_of(name: str) -> str:
+    """The full model of `name`: itself, or the base of the adapter."""
+    adapter = adapter_config(name)
+    return find(adapter.base_model_name_or_path if adapter else name)
+
+
+def is_tiny(name: str) -> bool:
+    """Whether `name` is an embedded model or was trained from one."""
+    with phase(f"loading the model {name}"):
+        base = Path(base_of(name))
+        summary = base / "summary.json"
+        if summary.exists():  # a run that trained all weights
+            made = json.loads(summary.read_text())
+            need(isinstance(made, dict), f"{summary} is not an object")
+            base = Path(find(made.get("model", name)))
+        return base.is_dir() and base.resolve().is_relative_to(HERE / "tiny")
+
+
+def fingerprint(*names: str) -> str:
+    """A hash of the model `names[0]`, of its base, and of reward functions FILE.py:function.
+
+    An interrupted run may only be resumed with the same ones.
+    """
+    digest = hashlib.sha256()
+    for name in [*names, base_of(names[0])]:
+        path = Path(find(re.sub(r"\.py:.*", ".py", name)))
+        for file in [path] if path.is_file() else sorted(path.glob("*")):
+            if file.suffix in (".py", *MODEL_FILES):
+                with phase(f"reading {file}"), file.open("rb") as opened:
+                    content = hashlib.file_digest(opened, "blake2b").hexdigest()
+                digest.update(f"{file.name} {content} ".encode())
+        # The cache keeps each commit of a model of the Hub in a folder of that name.
+        for config in [] if path.exists() else ["config.json", "adapter_config.json"]:
+            cached = huggingface_hub.try_to_load_from_cache(name, config)
+            digest.update(str(cached).encode())
+    return digest.hexdigest()
 
 
 def load_config(name: str):
     """The config of the base of `name`, with every kind of dropout turned off.
 
     Policy, reference and sampler must agree on a log-prob. OPT calls dropout as a function, and
-    Mistral's attention has its own, so that no module could be switched off later.
+    Mistral's attention has its own, so switching off modules later would not be enough.
     """
     config = transformers.AutoConfig.from_pretrained(base_of(name), trust_remote_code=False)
     for part in [config, *vars(config).values()]:
@@ -322,64 +362,72 @@ def load_config(name: str):
     return config
 
 
+def load_base(name: str, dtype: torch.dtype, in_4bit: bool, task: str):
+    """The full model of `name` or the base of the adapter, all weights frozen."""
+    device = choose_device()
+    config = load_config(name)
+    kind = transformers.AutoModelForCausalLM
+    if task == "SEQ_CLS" and type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        kind = transformers.AutoModelForSequenceClassification
+        config.num_labels = 1
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype)
+    # None: transformers takes SDPA, or eager attention for a class that has nothing else. On Qwen,
+    # eager attention overflows in fp16.
+    attention = "sdpa" if config.model_type.startswith("qwen") else None
+    model = kind.from_pretrained(
+        base_of(name), config=config, dtype=dtype, device_map={"": device},
+        quantization_config=nf4 if in_4bit else None, attn_implementation=attention,
+        trust_remote_code=False)
+    if task == "SEQ_CLS" and not hasattr(model, "score"):
+        # A family without such a class gets a scalar head beside its language model's head.
+        width = config.get_text_config().hidden_size
+        model.score = torch.nn.Linear(width, 1, bias=False, device=device, dtype=dtype)
+    if choose_dtype(device) == torch.float16 and "gemma3" <= config.model_type < "gemma5":
+        print(f"{config.model_type} overflows in fp16, the number format of this GPU: use a GPU "
+              "with bf16 (Ampere or later), or another model")
+    # peft's prepare_model_for_kbit_training would turn embeddings into fp32, 2 GiB more at 7B.
+    return model.requires_grad_(False)
+
+
 def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int = 16,
                gradient_checkpointing: str = ON_GPU["default"], trainable: bool = True,
                task: str = "CAUSAL_LM", keep_reference: bool = True):
-    """Loads a model with a LoRA adapter "default" to train, in fp32; all else is frozen.
+    """Loads a frozen base with a LoRA adapter "default", which is trained in fp32.
 
-    If `name` is an adapter, training goes on with its matrices, and a frozen copy of them stays as
-    "reference", unless nobody asks for it. `lora_rank` 0 trains all weights, never in 4 bits;
-    `trainable=False` none. The task SEQ_CLS gives a reward model: a scalar head `score`, trained
-    and saved with the adapter.
+    If `name` is an adapter, training continues with its matrices, and a frozen copy of them stays
+    as "reference", if the method needs one. `lora_rank` 0 trains all weights, never in 4 bits;
+    `trainable=False` trains none. The task SEQ_CLS gives a reward model: a scalar head `score` is
+    trained and saved with the adapter.
     """
-    device = choose_device()
-    full = trainable and lora_rank == 0
-    dtype = torch.float32 if full else choose_dtype(device)  # Adam's steps would round to nothing
-    quantise = load_in_4bit == "on" and not full
     if is_tiny(name):
         torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
-    patch_libraries(device)
     with phase(f"loading the model {name}"):
         adapter = adapter_config(name)
-        if full and adapter:
-            raise ValueError("--lora-rank 0 cannot go on from an adapter")
+        full = trainable and lora_rank == 0
+        need(not (full and adapter), "--lora-rank 0 cannot start from an adapter")
         if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
             raise ValueError(f"an adapter for {adapter.task_type}, needed is one for {task}")
-        config, kind = load_config(name), transformers.AutoModelForCausalLM
-        scorers = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        if task == "SEQ_CLS" and type(config) in scorers:
-            kind, config.num_labels = transformers.AutoModelForSequenceClassification, 1
-        nf4 = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype)
-        # None: transformers takes sdpa, or eager for a class that has nothing else. On Qwen, eager
-        # attention overflows in fp16.
-        attention = "sdpa" if config.model_type.startswith("qwen") else None
-        model = kind.from_pretrained(
-            base_of(name), config=config, dtype=dtype, device_map={"": device},
-            quantization_config=nf4 if quantise else None, attn_implementation=attention,
-            trust_remote_code=False)
-        if task == "SEQ_CLS" and not hasattr(model, "score"):
-            # a family without such a class gets a scalar head beside that of its language model
-            width = config.get_text_config().hidden_size
-            model.score = torch.nn.Linear(width, 1, bias=False, device=device, dtype=dtype)
-        if choose_dtype(device) == torch.float16 and "gemma3" <= config.model_type < "gemma5":
-            print(f"{config.model_type} overflows in fp16, in which this GPU computes: take a GPU "
-                  "that has bf16 (from Ampere on), or another model")
-        # by hand: peft's prepare_model_for_kbit_training turns embeddings into fp32, 2 GiB at 7B
-        model.requires_grad_(full)
-        if adapter and adapter.task_type == task:
+        # In 16 bits, Adam's small updates would round to zero.
+        dtype = torch.float32 if full else choose_dtype(choose_device())
+        model = load_base(name, dtype, load_in_4bit == "on" and not full, task)
+        if full:
+            model.requires_grad_(True)
+        elif adapter and adapter.task_type == task:
             model = peft.PeftModel.from_pretrained(model, find(name), is_trainable=trainable)
             if trainable and task == "CAUSAL_LM" and keep_reference:
                 model.load_adapter(find(name), "reference", is_trainable=False)
-        elif trainable and not full:
+        elif trainable:
             model = add_lora(model, name if adapter else None, lora_rank, task)
+        # An adapter may have been trained with dropout.
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # of an adapter that was trained with dropout
+                module.p = 0.0
+        # The GradScaler refuses fp16 gradients.
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # the GradScaler refuses fp16 gradients
+                parameter.data = parameter.data.float()
         if gradient_checkpointing == "on":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         check_forward(model, task)
@@ -387,9 +435,11 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
 
 
 def add_lora(model, adapter_name: str | None, rank: int, task: str):
-    """New LoRA matrices on all linear layers but the head; a reward model may take an LM's."""
-    new = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_layers(model))
-    config = adapter_config(adapter_name) if adapter_name else new
+    """Adds new LoRA matrices, or those of a language model's adapter to start a reward model."""
+    if adapter_name:
+        config = adapter_config(adapter_name)
+    else:
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_layers(model))
     config.task_type = task
     config.inference_mode = False
     config.modules_to_save = ["score"] if task == "SEQ_CLS" else None
@@ -404,10 +454,11 @@ def add_lora(model, adapter_name: str | None, rank: int, task: str):
 def linear_layers(model) -> list[str]:
     """The names of the linear layers that text passes through on its way to the hidden states.
 
-    A trial run finds them, so that no matrix is created that would never be used. The head, vision
-    towers and layers whose weight is read by others are not called; a router that returns several
-    tensors is no layer that LoRA can add to. In training mode, because Gemma 3n calls one layer in
-    evaluation only. Mamba's out_proj is called on a CPU, but a GPU's kernel reads its weight.
+    A trial run finds them, so that no LoRA matrix is created that would never be used. The head,
+    vision towers, and layers whose weight another module reads are not called. A router that
+    returns several tensors is not a layer that LoRA can add to. The run is in training mode,
+    because Gemma 3n calls one layer in evaluation mode only. Mamba's out_proj is called on a CPU,
+    but on a GPU a kernel reads its weight.
     """
     outputs = {}
     hook = torch.nn.modules.module.register_module_forward_hook(
@@ -422,71 +473,72 @@ def linear_layers(model) -> list[str]:
 
 
 def load_weights(model, name: str, role: str, head: dict | None = None) -> dict:
-    """Fills the adapter `role` from the file of `name`; what the file lacks peft leaves random."""
+    """Fills the adapter `role` from the file of `name`. peft leaves missing weights random."""
     weights = peft.load_peft_weights(find(name), device="cpu") | (head or {})
     missing = peft.set_peft_model_state_dict(model, weights, adapter_name=role).missing_keys
-    if any(f".{role}." in key for key in missing):
-        raise ValueError("its file does not hold the weights that its config names")
+    need(not any(f".{role}." in key for key in missing), "its file does not hold the weights")
     check_weights(model)
     return weights
 
 
 def causal_lm(model):
-    """The model without peft's wrapper, LoRA layers inside: `.base_model` is all but its head."""
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    """The model without peft's wrapper, LoRA layers inside. Its `base_model` lacks the head."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def check_weights(model):
-    """Refuses weights that are no finite numbers: a sum is finite where all are, with no copy."""
-    weights = [p for p in model.parameters() if p.is_floating_point()]
-    if not all(p.sum(dtype=torch.float32).isfinite() for p in weights):
-        raise ValueError("its weights are not finite numbers")
+# ---- one forward pass, and the check that it is right --------------------------------------------
+
+# The name under which models take and return their KV cache. Under another name a model ignores it,
+# and would sample without its context: `check_forward` refuses that.
+IS_RECENT = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24)
+CACHE = "cache" if IS_RECENT else "past_key_values"
 
 
 def read(causal, ids, mask, cache=None):
-    """Logits [B, V] behind the last of the tokens `ids` [B, T], and the cache for the next call.
+    """Logits [B, V] after the last of the tokens `ids` [B, T], and the KV cache for the next call.
 
-    The mask is 1 on all real tokens so far, those in the cache and those of `ids`. The model makes
-    a cache of the kind that it needs. Its rows are repeated, or dropped, by `reorder_cache`.
+    The mask is 1 on all real tokens so far, both those in the cache and those of `ids`. The model
+    creates a cache of the kind that it needs; `reorder_cache` repeats or drops its rows.
     """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # [B, T]
     out = causal(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                  logits_to_keep=1, **{CACHE: cache})
-    if out.get(CACHE) is None:
-        raise ValueError(f"{type(causal).__name__} returns no cache to continue from")
-    return out.logits[:, -1], out[CACHE]
+    cache = out.get(CACHE)
+    need(cache is not None, f"{type(causal).__name__} returns no cache to continue from")
+    return out.logits[:, -1], cache
 
 
 def read_out(causal, hidden):
-    """Logits [..., V] of a base's hidden states [..., D]: the head, and what some do behind it."""
+    """Logits [..., V] from the hidden states [..., D] of a base: its head, then caps and scales."""
     config = causal.config.get_text_config()
     logits = causal.get_output_embeddings()(hidden)
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
-    divisor = getattr(config, "logits_scaling", None)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if scale:  # Cohere, Falcon-H1
-        logits = logits * scale
-    if divisor:  # Granite, MiniCPM3
-        logits = logits / divisor
-    if cap:  # Gemma
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    scale = scale or getattr(config, "lm_head_multiplier", None) or 1  # Falcon-H1
+    scale = scale / (getattr(config, "logits_scaling", None) or 1)  # Granite, MiniCPM3
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    logits = logits * scale if scale != 1 else logits
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def check_weights(model):
+    """Refuses weights that are not finite. A sum shows that without a copy of the weights."""
+    sums = [p.sum(dtype=torch.float32) for p in model.parameters() if p.is_floating_point()]
+    need(all(x.isfinite() for x in sums), "its weights are not finite numbers")
 
 
 def check_equal(model, found, expected, complaint: str):
-    """Refuses the model unless both are the same, up to the rounding of its number format."""
+    """Refuses the model if the two differ by more than the rounding of its number format."""
     limit = 0.001 if choose_dtype(model.device) == torch.float32 else 0.1
     error = (found.float() - expected.float()).norm() / expected.float().norm()
-    if not error <= limit:
-        raise ValueError(f"{type(model).__name__} {complaint} (error {error:.2g})")
+    need(error <= limit, f"{type(model).__name__} {complaint} (error {error:.2g})")
 
 
 @torch.no_grad()
 def check_forward(model, task: str):
-    """Refuses broken weights, and a model that scripts would train or sample wrongly.
+    """Refuses broken weights, and a model that the scripts would train or sample wrongly.
 
-    Two rows of 6 and 4 tokens are read as training and sampling read them, beside each other and
-    padded, and compared with each row alone.
+    Two rows of 6 and 4 tokens are read as training and sampling read them, together and padded.
+    The result must be that of each row alone.
     """
     check_weights(model)
     causal = causal_lm(model).eval()
@@ -495,22 +547,21 @@ def check_forward(model, task: str):
     with autocast(causal):
         alone = [causal.base_model(input_ids=row, use_cache=False)[0][0] for row in rows]
         alone = torch.cat(alone)  # [6 + 4, D]
-        if not alone.isfinite().all():
-            raise ValueError("its hidden states are not finite numbers")
+        need(alone.isfinite().all(), "its hidden states are not finite numbers")
         # Training pads on the right. Dropout that is still on would show, too.
         mask = (ids > 0).long()
         hidden = causal.train().base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         check_equal(causal.eval(), hidden[mask > 0], alone, "reads rows otherwise in training")
         if task == "SEQ_CLS":
             return
-        # The logits are made large, or a bound on them would not show.
+        # The logits are made large, because a soft cap would not show on small ones.
         head = causal.get_output_embeddings()
         scale = 100 / head(alone).abs().max()
         hook = head.register_forward_hook(lambda *call: call[2] * scale)
         logits = [causal(input_ids=row, use_cache=False).logits[0] for row in rows]
         logits = torch.cat(logits)  # [6 + 4, V]
         check_equal(causal, read_out(causal, alone), logits, "changes its logits after the head")
-        # Sampling pads on the left, and continues from a cache whose rows have been reordered.
+        # Sampling uses left padding, and continues from a cache whose rows have been reordered.
         left = torch.stack([ids[0], ids[1].roll(2)])
         first, cache = read(causal, left[:, :4], (left > 0)[:, :4].long())
         cache.reorder_cache(torch.tensor([1, 0], device=causal.device))
@@ -523,62 +574,53 @@ def check_forward(model, task: str):
         hook.remove()
 
 
+# ---- roles: several adapters on one base ---------------------------------------------------------
+
 @contextlib.contextmanager
 def using(model, role: str | None):
-    """Inside, `model` wears the adapter `role`, or with None it is the bare base."""
+    """Context: the model uses the adapter `role`, or no adapter at all if it is None."""
     outer = model.active_adapter
-    trained = [(p, p.requires_grad) for p in model.parameters()]  # peft changes them on the way
-    with contextlib.nullcontext() if role else model.disable_adapter():
+    # peft changes what is trained when it changes the adapter.
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
         if role:
             model.set_adapter(role)
-        yield
-    model.set_adapter(outer)
-    for p, is_trained in trained:
-        p.requires_grad_(is_trained)
+            yield
+        else:
+            with model.disable_adapter():
+                yield
+    finally:
+        model.set_adapter(outer)
+        for p, is_trained in trained:
+            p.requires_grad_(is_trained)
 
 
 def reference(model):
-    """Inside, `model` is what training started from: the base, or a frozen copy of its adapter."""
+    """Context: the model that training started from, the base or a frozen copy of an adapter."""
     return using(model, "reference" if "reference" in model.peft_config else None)
 
 
-def reward_config(name: str, policy: str) -> peft.PeftConfig:
+def reward_config(name: str, policy: str):
     """The config of a reward model that reward_model.py saved on the base of `policy`."""
     with phase(f"loading the reward model {name} ({ANOTHER_BASE})"):
         config = adapter_config(name)
-        if not config or config.task_type != "SEQ_CLS":
-            raise ValueError("it was not saved by reward_model.py")
+        need(config and config.task_type == "SEQ_CLS", "it was not saved by reward_model.py")
         summary = Path(find(name), "summary.json")  # tiny/reward has none
-        if summary.exists() and re.search(r'"method"\s*:\s*"prm"', summary.read_text()):
-            raise ValueError("prm.py saved it; only pairs.py and evaluate.py read scores of steps")
-        base, wanted = base_of(name), base_of(policy)
-        if Path(base).resolve() != Path(wanted).resolve():
-            raise ValueError(f"one base has to carry both: its is {base}, the policy's {wanted}")
-        config.task_type = "CAUSAL_LM"  # its head is no part of the model that carries it
+        made = summary.read_text() if summary.exists() else ""
+        need(not re.search(r'"method"\s*:\s*"prm"', made),
+             "prm.py saved it; only pairs.py and evaluate.py read scores of steps")
+        base = base_of(name)
+        wanted = base_of(policy)
+        need(Path(base).resolve() == Path(wanted).resolve(),
+             f"one base has to carry both: its base is {base}, the policy's is {wanted}")
+        # `add_role` keeps the head apart from the model.
+        config.task_type = "CAUSAL_LM"
         config.modules_to_save = None
     return config
 
 
-@functools.cache
-def load_function(name: str):
-    """A user's FILE.py:function, which may import what lies beside its file."""
-    file, _, function = name.rpartition(":")
-    with phase(f"loading the reward {name}"):
-        path = str(Path(find(file)).resolve())
-        USER_FILES.add(path)
-        # At the end: a folder `datasets` beside the file must not hide the library of that name.
-        sys.path.append(os.path.dirname(path))
-        loaded = runpy.run_path(path)[function]
-        # Of an object that is no function, its class says how it is called.
-        forms = loaded, vars(type(loaded)).get("__call__")
-        is_async = [inspect.iscoroutinefunction(x) or inspect.isasyncgenfunction(x) for x in forms]
-        if not callable(loaded) or any(is_async):
-            raise ValueError("a reward must be a plain function, not async and not a value")
-    return loaded
-
-
 def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:
-    """Puts on `model` the adapter of the reward model `name`, or a new one; returns its head."""
+    """Adds to `model` the adapter of the reward model `name`, or a new one; returns its head."""
     own = model.peft_config["default"]
     trained = {key: p.requires_grad for key, p in model.named_parameters()}
     config = peft.LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
@@ -596,34 +638,62 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
     return head.requires_grad_(trainable)
 
 
-def save_model(model, tokenizer, folder: Path):
-    """The trained adapter, or all weights if they were trained, and the tokenizer."""
-    options = {"selected_adapters": ["default"], "save_embedding_layers": False}
-    model.save_pretrained(folder, **options if isinstance(model, peft.PeftModel) else {})
-    tokenizer.save_pretrained(folder)
+@functools.cache
+def run_file(path: str, changed: int) -> dict:
+    """What a user's file defines. It runs once, and again only after it has changed."""
+    USER_FILES.add(path)
+    # At the end: a folder `datasets` beside the file must not hide the library of that name.
+    sys.path.append(os.path.dirname(path))
+    return runpy.run_path(path)
 
+
+def load_function(name: str):
+    """A user's reward FILE.py:function, which may import modules beside its file."""
+    file, _, function = name.rpartition(":")
+    with phase(f"loading the reward {name}"):
+        path = Path(find(file)).resolve()
+        loaded = run_file(str(path), path.stat().st_mtime_ns)[function]
+        # The class of a callable object says whether calling it is async.
+        forms = loaded, vars(type(loaded)).get("__call__")
+        is_async = [inspect.iscoroutinefunction(x) or inspect.isasyncgenfunction(x) for x in forms]
+        need(callable(loaded) and not any(is_async),
+             "a reward must be a plain function, not async and not a value")
+    return loaded
+
+
+# ---- what a run reports and saves ----------------------------------------------------------------
 
 def settings(model) -> dict:
-    """What was chosen for this model on this machine."""
-    frozen = [p for name, p in model.named_parameters() if "lora_" not in name]
-    # two weights share a byte; the experts of a mixture are not linear layers and stay in 16 bits
-    in_4bit = sum(2 * p.numel() for p in frozen if p.dtype == torch.uint8)
-    others = sum(p.numel() for p in frozen if p.dtype != torch.uint8)
+    """The device, the number format and the size of the base, for summary.json."""
+    base = [p for name, p in model.named_parameters() if "lora_" not in name]
+    # A byte holds two weights of 4 bits. The experts of a mixture stay in 16 bits, because they
+    # are not linear layers.
+    in_4bit = sum(2 * p.numel() for p in base if p.dtype == torch.uint8)
+    parameters = in_4bit + sum(p.numel() for p in base if p.dtype != torch.uint8)
     return {"device": str(model.device), "dtype": str(choose_dtype(model.device)),
-            "load_in_4bit": bool(getattr(causal_lm(model), "is_loaded_in_4bit", False)),
-            "share_in_4bit": round(in_4bit / (in_4bit + others), 2),
+            "load_in_4bit": in_4bit > 0, "share_in_4bit": round(in_4bit / parameters, 2),
+            "parameters": parameters,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 def print_settings(model):
     """Prints what `settings` returns, in words."""
     chosen = settings(model)
-    total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
-    trainable = chosen["trainable_parameters"]
-    print(f"device: {chosen['device']}, computing in {chosen['dtype'].removeprefix('torch.')}")
-    print(f"trainable parameters: {trainable:,} of {total / 1e6:,.1f} million "
-          f"({trainable / total:.2%})")
-    print(f"weights in 4 bits: {chosen['share_in_4bit']:.0%} of the frozen ones")
+    trained = chosen["trainable_parameters"]
+    total = chosen["parameters"]
+    print(f"device: {chosen['device']}, number format: {chosen['dtype'].removeprefix('torch.')}")
+    print(f"trainable parameters: {trained:,} of {total / 1e6:,.1f} million "
+          f"({trained / total:.2%})")
+    if chosen["load_in_4bit"]:
+        print(f"weights of the base in 4 bits: {chosen['share_in_4bit']:.0%}")
+
+
+def save_model(model, tokenizer, folder):
+    """Saves the tokenizer and the trained adapter, or all weights if all were trained."""
+    is_full = causal_lm(model) is model
+    options = {} if is_full else {"selected_adapters": ["default"], "save_embedding_layers": False}
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
 
 
 def write_card(folder, summary: dict):
@@ -635,19 +705,19 @@ def write_card(folder, summary: dict):
     card = Path(base, "README.md")
     if not Path(base).exists():
         card = Path(str(huggingface_hub.try_to_load_from_cache(base, "README.md")))
-    license_of_base = huggingface_hub.ModelCard.load(card).data.license if card.exists() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    named = re.search("^license: *(.+)", text, re.MULTILINE)
+    license_of_base = named[1] if named else None
     data = huggingface_hub.ModelCardData(
         base_model=base, library_name="peft", license=license_of_base, tags=[summary["method"]])
-    versions = [f"{x.__name__} {x.__version__}" for x in (torch, transformers, peft)]
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    lines = ["---", data.to_yaml(), "---", "", f"# {summary['method']} on {summary['model']}", "",
-             f"- Method: `{summary['method']}`", f"- Started from: `{summary['model']}`",
-             f"- Base model: `{base}`, license: {license_of_base or 'unknown'}",
-             f"- Data: `{summary['dataset']}`", f"- Optimizer steps: {summary['step']}",
-             f"- Versions: {', '.join(versions)}", "", "```", f"python {command}", "```", "",
-             "| held out | before | after |", "|---|---:|---:|"]
-    for name, value in summary["after"].items():
-        lines.append(f"| {name} | {summary['before'][name]:.4g} | {value:.4g} |")
+    lines = ["---", data.to_yaml(), "---", f"# {summary['method']} on {summary['model']}", "",
+             f"- Base model: `{base}` (license: {license_of_base or 'unknown'})",
+             f"- Data: `{summary['dataset']}`, {summary['step']} optimizer steps",
+             f"- Command: `python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`"]
+    lines += [f"- {name} {version(name)}" for name in ("torch", "transformers", "peft")]
+    lines += ["", "| held out | before | after |", "|---|---:|---:|"]
+    lines += [f"| {name} | {summary['before'][name]:.4g} | {value:.4g} |"
+              for name, value in summary["after"].items()]
     Path(folder, "README.md").write_text(visible("\n".join(lines)) + "\n", encoding="utf-8")
 
 
@@ -656,421 +726,22 @@ def copy_weights(saved: dict, weights: dict):
     shapes = {name: weight.shape for name, weight in weights.items()}
     differing = shapes.items() ^ {name: value.shape for name, value in saved.items()}.items()
     if differing:
-        name = min(differing)[0]
+        name, _ = min(differing)
         raise ValueError(f"its weights are those of another model: {name} differs or is missing")
     for name, value in saved.items():
-        if not value.isfinite().all():
-            raise ValueError(f"its weight {name} holds numbers that are not finite")
+        need(value.isfinite().all(), f"its weight {name} holds numbers that are not finite")
         weights[name].data.copy_(value)
 
 
 def peak_memory() -> float | None:
-    """The most memory that the process has held, in GiB: GPU memory, or main memory without a GPU.
-
-    None on Windows without a GPU.
-    """
+    """The most GPU memory, or main memory without a GPU, that the process has held, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "win32":
         return None
-    import resource  # Windows has no such module
+    import resource  # which Windows does not have
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# ---- tokens --------------------------------------------------------------------------------------
-
-def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict | None = None):
-    """The tokenizer of a model, with a pad token and an end of turn that the model can produce.
-
-    `chat_template` names a file that replaces the model's template; `arguments` are variables that
-    the template reads, such as {"enable_thinking": false}. Both become part of the template, so
-    that whoever loads a saved run gets the same tokens.
-
-    The template of a base model such as Qwen2.5-0.5B ends turns in <|im_end|>, which the model was
-    never trained on and which LoRA below a frozen head cannot teach it. There answers end in eos.
-    """
-    with phase(f"loading the tokenizer of {name}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
-        config = load_config(name)
-        try:
-            generation_config = transformers.GenerationConfig.from_pretrained(base_of(name))
-        except OSError:  # the file is optional
-            generation_config = transformers.GenerationConfig.from_model_config(config)
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("it has no eos token, which ends an answer")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
-        spoken = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
-        highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, *spoken)
-        if highest >= config.get_text_config().vocab_size:
-            raise ValueError(f"its ids go up to {highest}, beyond the model's embeddings")
-        if chat_template:
-            tokenizer.chat_template = Path(find(chat_template)).read_text(encoding="utf-8")
-        for key, value in (arguments or {}).items():
-            tokenizer.chat_template = f"{{%- set {key} = {value!r} %}}{tokenizer.chat_template}"
-        if "strftime_now" in (tokenizer.chat_template or ""):  # or ids change with the calendar
-            date = "{%- macro strftime_now(format) %}01 Jan 2025{% endmacro -%}"
-            tokenizer.chat_template = date + tokenizer.chat_template
-        end = end_of_turn_id(tokenizer)
-        if end not in (None, *stop_token_ids(tokenizer, generation_config, template=False)):
-            end_answers_with_eos(tokenizer, tokenizer.convert_ids_to_tokens(end))
-            print(visible(
-                f"{name} was not trained to end a turn: answers end with {tokenizer.eos_token}"))
-    return tokenizer
-
-
-def end_answers_with_eos(tokenizer, end_token: str):
-    """Rewrites the template: the first end of turn behind each assistant header becomes eos."""
-    question = [{"role": "user", "content": "Q"}]
-    plain = tokenizer.apply_chat_template(question, tokenize=False)
-    asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    header = asked.removeprefix(plain)
-    tokenizer.chat_template = (
-        f"{{%- set chat %}}{tokenizer.chat_template}{{%- endset %}}{{%- set header = {header!r} %}}"
-        "{%- for part in chat.split(header) %}{{ part if loop.first else header + "
-        f"part.replace({end_token!r}, {tokenizer.eos_token!r}, 1) }}}}{{%- endfor %}}")
-
-
-def end_of_turn_id(tokenizer) -> int | None:
-    """The special token with which the chat template closes an assistant turn, if it has one."""
-    if not tokenizer.chat_template:
-        return None
-    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-    tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
-
-
-def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[int]:
-    """Every token that ends an answer: eos, the model's own ones, the template's end of turn."""
-    own = generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    if template:
-        ids.append(end_of_turn_id(tokenizer))
-    return sorted(set(ids) - {None})
-
-
-def standard_message(message: dict) -> dict:
-    """A message in the one form that every template understands, or ValueError.
-
-    The content is a string, the arguments of a tool call are an object, and the role is one of
-    system, user, assistant and tool. ShareGPT's `from` and `value` are `role` and `content`.
-    """
-    if not isinstance(message, dict) or "function_call" in message:
-        raise ValueError(f"a message must be an object with role and content, not {message!r:.80}")
-    role = message.get("role", message.get("from"))
-    role = ROLES.get(str(role).lower(), role)
-    content = message.get("content", message.get("value"))
-    calls = [standard_call(call) for call in message.get("tool_calls") or []]
-    if role not in ("system", "user", "assistant", "tool"):
-        raise ValueError(f"a message needs the role system, user, assistant or tool, not {role!r}")
-    if isinstance(content, list):
-        if any(part.get("type") != "text" for part in content):
-            raise ValueError(f"a message has a part that is not text: {content!r:.80}")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str) and not (content is None and calls):
-        raise ValueError(f"a message needs content, a string, or tool_calls, not {content!r:.80}")
-    standard = {key: value for key, value in message.items() if key not in NOT_FOR_TEMPLATES}
-    standard |= {"role": role, "content": content or ""}
-    return standard | {"tool_calls": calls} if calls else standard
-
-
-def standard_call(call: dict) -> dict:
-    """A tool call whose arguments are an object; OpenAI's API has them as JSON in a string."""
-    function = call.get("function", call)
-    arguments = function.get("arguments") or {}
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of a tool call must be an object, not {arguments!r:.80}")
-    return call | {"type": "function", "function": function | {"arguments": arguments}}
-
-
-def standard_tools(tools) -> list | None:
-    """Tool schemas as a list: they come as one schema, several, JSON, or an empty string."""
-    tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-    return [tools] if isinstance(tools, dict) else tools or None
-
-
-def is_trained(message: dict) -> bool:
-    """Whether a turn of the assistant is learned: `weight` 0 or `train` false says no."""
-    weight = message.get("weight", message.get("train", 1))
-    if weight not in (0, 1):
-        raise ValueError(f"the weight of a message must be 0 or 1, not {weight!r}")
-    return bool(weight)
-
-
-def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> str:
-    """A conversation as a string in which QUOTE breaks what only looks like a special token.
-
-    A message may spell a special token: a user could otherwise type the end of a turn and forge
-    the next one (prompt injection). `to_ids` reads such a token as plain characters.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("the model has no chat template for messages: --chat-template names one")
-    messages = [standard_message(message) for message in messages]
-    messages, tools = json.loads(quote(tokenizer, json.dumps(
-        [messages, standard_tools(tools)], ensure_ascii=False)))
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False)
-
-
-def quote(tokenizer, text: str) -> str:
-    """The text with QUOTE behind the first character of every special token that it spells."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, special)), lambda x: x[0][0] + QUOTE + x[0][1:], text)
-
-
-def render_prompt(tokenizer, messages: list, tools=None) -> str:
-    """The conversation up to the point where the model continues, as `render` gives it.
-
-    If the last message is one of the assistant, it is a prefill: the model continues its text. A
-    prefill that opens a thought of its own takes the place of the one that the template opens.
-    """
-    *earlier, last = [standard_message(message) for message in messages]
-    if last["role"] != "assistant":
-        return render(tokenizer, messages, tools, add_generation_prompt=True)
-    asked = render(tokenizer, earlier, tools, add_generation_prompt=True)
-    if "<think>" in last["content"] and asked.rstrip().endswith("<think>"):
-        asked = asked.rstrip().removesuffix("<think>")
-    return asked + quote(tokenizer, last["content"])
-
-
-def check_printed(tokenizer, messages: list, tools=None):
-    """Refuses a conversation of which the template drops a message, a tool call or the tools.
-
-    Whatever should be printed gets a mark of its own at its end, and the marks are looked for.
-    """
-    marked, names = [standard_message(message) for message in messages], []
-    for place, message in enumerate(marked, 1):
-        parts = [(message, "content")]
-        parts += [(call["function"], "name") for call in message.get("tool_calls", [])]
-        for part, key in parts:
-            if part[key].strip():
-                part[key] += f"{MARK}{len(names)}{MARK}"
-                kind = "content" if part is message else "tool call"
-                names.append(f"the {kind} of message {place} ({message['role']})")
-    text = render(tokenizer, marked, tools)
-    lost = [name for i, name in enumerate(names) if f"{MARK}{i}{MARK}" not in text]
-    if standard_tools(tools) and text == render(tokenizer, marked):
-        lost.append("the tools")
-    if lost:
-        raise ValueError(f"the chat template does not print {lost[0]}")
-
-
-def check_said(message: dict, place: int, printed: str):
-    """Refuses an answer of which the template does not print all of the content or the thought."""
-    printed = "".join(printed.replace(QUOTE, "").split())
-    for key in ("content", "reasoning_content", "reasoning", "thinking"):
-        if "".join((message.get(key) or "").split()) not in printed:
-            raise ValueError(f"the chat template does not print the {key} of message {place} whole")
-    if not message["content"].strip() and not message.get("tool_calls"):
-        raise ValueError(f"message {place}, an answer, is empty")
-
-
-def to_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a rendered conversation, in which what QUOTE breaks is plain text."""
-    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(QUOTE)]
-    return list(itertools.chain(*parts))
-
-
-def text_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a string, with BOS once, also where it spells BOS, and no eos of its own."""
-    ids = tokenizer(text)["input_ids"]
-    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
-
-
-def with_end(tokenizer, ids: list[int]) -> list[int]:
-    """The ids with eos at their end, unless they end in a special token, white space aside."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.discard(tokenizer.unk_token_id)  # it stands for a character, and ends nothing
-    special.add(tokenizer.eos_token_id)
-    last = max((place for place, i in enumerate(ids) if i in special), default=0)
-    if last > 0 and not tokenizer.decode(ids[last + 1:]).strip():
-        return ids[:last + 1]
-    return [*ids, tokenizer.eos_token_id]
-
-
-def shared_length(a: list, b: list) -> int:
-    """How many items two lists have in common at their start."""
-    length = min(len(a), len(b))
-    return next((i for i in range(length) if a[i] != b[i]), length)
-
-
-def encode_prompt(tokenizer, prompt: str | list, tools=None) -> list[int]:
-    """The token ids up to the point where the model answers."""
-    if not prompt or not isinstance(prompt, str | list):
-        raise ValueError("a prompt must be a string or a list of messages")
-    if isinstance(prompt, str):
-        return text_ids(tokenizer, prompt)
-    check_printed(tokenizer, prompt, tools)
-    return to_ids(tokenizer, render_prompt(tokenizer, prompt, tools))
-
-
-def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> list[list]:
-    """Prompt and answer, strings or lists of messages, as examples: lists of (ids, is_answer).
-
-    The first piece of an example is its head, which truncation keeps (BOS and system message), the
-    second the rest of the prompt, the third the answer; further turns may follow in the same way.
-
-    That is one example, unless the template rewrites earlier turns once others follow (Qwen3 drops
-    their thoughts). Then each turn of the assistant becomes an example of its own, in which it is
-    the last, as it is when the model answers.
-    """
-    if isinstance(prompt, str) and isinstance(answer, str):
-        return [encode_text(tokenizer, prompt, answer)]
-    if isinstance(prompt, list) and prompt and isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
-    if isinstance(prompt, str) and prompt and isinstance(answer, list):
-        if standard_message(answer[0])["role"] == "assistant":
-            prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not isinstance(answer, list):
-        raise ValueError("prompt and answer must be strings or lists of messages")
-    chat, first, prefilled = [standard_message(x) for x in prompt + answer], len(prompt), None
-    turns = [i for i, message in enumerate(answer, first)
-             if chat[i]["role"] == "assistant" and is_trained(message)]
-    if not turns:
-        raise ValueError("there is no answer of the assistant to train on")
-    if first and chat[first - 1]["role"] == "assistant" and turns[0] == first:
-        prefilled = render_prompt(tokenizer, chat[:first], tools)  # which the answer continues
-        prefill = chat.pop(first - 1)["content"]
-        chat[first - 1]["content"] = prefill + chat[first - 1]["content"]
-        turns = [turn - 1 for turn in turns]
-    try:
-        return [encode_chat(tokenizer, chat[:turns[-1] + 1], turns, tools, prefilled)]
-    except ValueError:
-        if len(turns) == 1:
-            raise
-        return [encode_chat(tokenizer, chat[:turn + 1], [turn], tools, None) for turn in turns]
-
-
-def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bool]]:
-    """Prompt and answer as pieces, with a token at the end that ends the answer, once."""
-    # one string, as tokenizers may treat its start specially; a token may span the border
-    ids = with_end(tokenizer, text_ids(tokenizer, prompt + answer))
-    head = int(ids[0] == tokenizer.bos_token_id)
-    border = max(head, shared_length(text_ids(tokenizer, prompt), ids) if prompt else 0)
-    if not answer.strip() or border == len(ids):
-        raise ValueError("the answer is empty")
-    return [(ids[:head], False), (ids[head:border], False), (ids[border:], True)]
-
-
-def encode_chat(tokenizer, chat: list, turns: list[int], tools, prefilled: str | None) -> list:
-    """A conversation as pieces; an answer goes from behind its header through its end token.
-
-    `prefilled` is the rendered prompt of the first turn where that is more than a header.
-    """
-    check_printed(tokenizer, chat, tools)
-    whole = render(tokenizer, chat, tools)
-    ids = to_ids(tokenizer, whole)
-    ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
-    pieces, done = [], 0
-    for turn in turns:
-        is_greeting = all(message["role"] == "system" for message in chat[:turn])
-        if is_greeting and not can_render(tokenizer, chat[:turn + 1], tools):
-            continue
-        answered, after = whole, ids
-        if turn + 1 < len(chat):
-            answered = render(tokenizer, chat[:turn + 1], tools)
-            after = to_ids(tokenizer, answered)
-        header = render_header(tokenizer, chat, turn, tools, answered, is_greeting)
-        asked = prefilled or header
-        prefilled = None
-        # before a token that spans the header's and the answer's newlines
-        start = shared_length(to_ids(tokenizer, asked), after)
-        stops = [i for i in range(start, len(after)) if after[i] in ends]
-        if not stops and turn + 1 == len(chat):  # a template without an end of turn (GLM-4)
-            ids = after = with_end(tokenizer, after)
-        stop = stops[0] + 1 if stops else len(after)  # generation ends there
-        if not stops and turn + 1 < len(chat):
-            raise ValueError(f"the chat template does not end message {turn + 1}")
-        if not answered.startswith(asked) or ids[:stop] != after[:stop]:
-            raise ValueError(f"the chat template rewrites message {turn + 1} once others follow")
-        check_said(chat[turn], turn + 1, answered[len(header):])
-        pieces += [(ids[done:start], False), (ids[start:stop], True)]
-        done = stop
-    if not pieces:
-        raise ValueError("the only answer has no question, and the template cannot render it alone")
-    first = next(i for i, message in enumerate(chat) if message["role"] != "system")
-    other = [*chat[:first], chat[first] | {"content": MARK}, *chat[first + 1:]]
-    head = shared_length(pieces[0][0], to_ids(tokenizer, render(tokenizer, other, tools)))
-    return [(pieces[0][0][:head], False), (pieces[0][0][head:], False), *pieces[1:]]
-
-
-def can_render(tokenizer, messages: list, tools) -> bool:
-    """Whether the template takes these messages at all: some refuse a chat without a question."""
-    try:
-        render(tokenizer, messages, tools)
-    except jinja2.TemplateError:
-        return False
-    return True
-
-
-def render_header(tokenizer, chat: list, turn: int, tools, answered: str, is_greeting: bool) -> str:
-    """The conversation up to the first character of an answer.
-
-    That is the generation prompt, except where the template opens a thought in it that it cuts out
-    of finished turns (DeepSeek-R1), and for a greeting, which has no question before it.
-    """
-    asked = None
-    if not is_greeting:
-        asked = render(tokenizer, chat[:turn], tools, add_generation_prompt=True)
-        if answered.startswith(asked):
-            return asked
-    said = render(tokenizer, [*chat[:turn], {"role": "assistant", "content": MARK}], tools)
-    header = said.partition(MARK)[0]
-    if not answered.startswith(header) or not (asked or header).startswith(header):
-        raise ValueError(f"the chat template writes message {turn + 1} in another way than it asks "
-                         "the model for it")
-    return header
-
-
-def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
-    """Chosen and rejected as pieces: the head, the rest of the prompt, the answer.
-
-    The prompt is a column, or what both answers begin with: messages, or a string.
-    """
-    prompt, answers = prompt_of(row, tokenizer), [row.get("chosen"), row.get("rejected")]
-    if not all(answers) or answers[0] == answers[1]:
-        missing = [name for name in ("chosen", "rejected") if not row.get(name)]
-        raise ValueError(f"the column {missing[0]} is missing or empty" if missing
-                         else "chosen and rejected are the same")
-    if isinstance(answers[0], list) and isinstance(answers[1], list):
-        answers = [with_system(answer, row) if standard_message(answer[0])["role"] == "user"
-                   else answer for answer in answers]  # the former are whole conversations
-        shared = answers[0][:shared_length(*answers)]
-        if any(standard_message(x)["role"] == "user" for x in shared):  # as in UltraFeedback
-            prompt = shared
-        if not prompt:
-            raise ValueError("there is no prompt: no such column, and no question in both answers")
-        if isinstance(prompt, list):
-            length = len(prompt)
-            answers = [x[length:] if x[:length] == prompt else x for x in answers]
-    others = [name for name, value in row.items() if name not in ("chosen", "rejected")
-              and isinstance(value, str) and " " in value.strip()]
-    if not prompt and others:  # else the common start of both answers would pass for the question
-        raise ValueError(f"there is no column prompt; if that is {others[0]}, add --columns prompt="
-                         f"{others[0]}, else remove it")
-    sides = [encode(tokenizer, prompt, answer, row.get("tools")) for answer in answers]
-    if len(sides[0]) > 1 or len(sides[1]) > 1:
-        raise ValueError("the chat template rewrites turns of the answer once others follow")
-    chosen, rejected = sides[0][0], sides[1][0]
-    if not prompt:  # half a word gives other tokens than a whole
-        head = chosen[0]
-        texts = [[token for ids, _ in side[1:] for token in ids] for side in (chosen, rejected)]
-        border = shared_length(*texts)
-        chosen, rejected = [[head, (ids[:border], False), (ids[border:], True)] for ids in texts]
-    asked = [side[0][0] + side[1][0] for side in (chosen, rejected)]
-    if not 0 < shared_length(*asked) == min(map(len, asked)) or not chosen[2][0]:
-        raise ValueError("chosen and rejected do not answer the same prompt")
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are the same tokens")
-    return chosen, rejected
 
 
 def shown_text(tokenizer, ids: list[int]) -> str:
@@ -1088,67 +759,495 @@ def show(tokenizer, input_ids: list[int], loss_mask: list[int], heading: str | N
     print()
 
 
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+# Renders with the original template, then cuts the text at each header of the assistant. Behind it,
+# the first end of turn becomes eos: "<user>Hi<end><assistant>Hello<end>" ends in "Hello<eos>".
+ENDS_WITH_EOS = """\
+{%- set chat %}TEMPLATE{%- endset %}
+{%- for part in chat.split(HEADER) %}
+{{- part if loop.first else HEADER + part.replace(END_TOKEN, EOS_TOKEN, 1) }}
+{%- endfor %}"""
+
+
+def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict | None = None):
+    """The tokenizer of a model, with a pad token and an end of turn that the model can produce.
+
+    `chat_template` names a file that replaces the model's template; `arguments` are variables that
+    the template reads, such as {"enable_thinking": false}. Both become part of the template, so
+    that whoever loads a saved run gets the same tokens.
+
+    The template of a base model such as Qwen2.5-0.5B ends turns with <|im_end|>, which the model
+    was never trained on and which LoRA below a frozen head cannot teach it. There, eos ends them.
+    """
+    with phase(f"loading the tokenizer of {name}"):
+        config = load_config(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(find(name), trust_remote_code=False)
+        try:
+            generation_config = transformers.GenerationConfig.from_pretrained(base_of(name))
+        except OSError:  # the file is optional
+            generation_config = transformers.GenerationConfig.from_model_config(config)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        need(tokenizer.eos_token_id is not None, "it has no eos token, which ends an answer")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
+        spoken = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+        highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, *spoken)
+        need(highest < config.get_text_config().vocab_size,
+             f"its ids go up to {highest}, beyond the model's embeddings")
+        if chat_template:
+            tokenizer.chat_template = Path(find(chat_template)).read_text(encoding="utf-8")
+        for key, value in (arguments or {}).items():
+            tokenizer.chat_template = f"{{%- set {key} = {value!r} %}}{tokenizer.chat_template}"
+        if "strftime_now" in (tokenizer.chat_template or ""):
+            # Otherwise, ids would change with the calendar, and no run could be resumed.
+            date = "{%- macro strftime_now(format) %}01 Jan 2025{% endmacro -%}"
+            tokenizer.chat_template = date + tokenizer.chat_template
+        end = end_of_turn_id(tokenizer)
+        if end not in (None, *stop_token_ids(tokenizer, generation_config, template=False)):
+            end_answers_with_eos(tokenizer, tokenizer.convert_ids_to_tokens(end))
+            print(visible(
+                f"{name} was not trained to end a turn: answers end with {tokenizer.eos_token}"))
+    return tokenizer
+
+
+def end_answers_with_eos(tokenizer, end_token: str):
+    """Rewrites the chat template so that turns of the assistant end with eos (ENDS_WITH_EOS)."""
+    question = [{"role": "user", "content": "Q"}]
+    plain = tokenizer.apply_chat_template(question, tokenize=False)
+    asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    template = ENDS_WITH_EOS.replace("HEADER", repr(asked.removeprefix(plain)))
+    template = template.replace("END_TOKEN", repr(end_token))
+    template = template.replace("EOS_TOKEN", repr(tokenizer.eos_token))
+    tokenizer.chat_template = template.replace("TEMPLATE", tokenizer.chat_template)
+
+
+def end_of_turn_id(tokenizer) -> int | None:
+    """The special token with which the chat template closes a turn of the assistant, if any."""
+    if not tokenizer.chat_template:
+        return None
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[int]:
+    """All tokens that end an answer: eos, the model's own ones, the template's end of turn."""
+    own = generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if template:
+        ids.add(end_of_turn_id(tokenizer))
+    return sorted(ids - {None})
+
+
+# ---- messages: one form that all templates understand --------------------------------------------
+
+# Other names of roles whose meaning is certain, and keys of a message that are not for templates.
+ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
+NOT_FOR_TEMPLATES = ("from", "value", "weight", "train", "tool_calls")
+
+
+def standard_message(message: dict) -> dict:
+    """A message in the one form that every template understands, or ValueError.
+
+    The content is a string, the arguments of a tool call are an object, and the role is system,
+    user, assistant or tool. ShareGPT's `from` and `value` become `role` and `content`.
+    """
+    need(isinstance(message, dict) and "function_call" not in message,
+         f"a message must be an object with role and content, not {message!r:.80}")
+    role = message.get("role", message.get("from"))
+    role = ROLES.get(str(role).lower(), role)
+    content = message.get("content", message.get("value"))
+    calls = [standard_call(call) for call in message.get("tool_calls") or []]
+    need(role in ("system", "user", "assistant", "tool"),
+         f"a message needs the role system, user, assistant or tool, not {role!r}")
+    if isinstance(content, list):
+        is_text = [isinstance(part, dict) and part.get("type") == "text" for part in content]
+        need(all(is_text), f"a message has a part that is not text: {content!r:.80}")
+        content = "".join(part["text"] for part in content)
+    need(isinstance(content, str) or (content is None and calls),
+         f"a message needs content, a string, or tool_calls, not {content!r:.80}")
+    standard = {key: value for key, value in message.items() if key not in NOT_FOR_TEMPLATES}
+    standard |= {"role": role, "content": content or ""}
+    return standard | {"tool_calls": calls} if calls else standard
+
+
+def standard_call(call: dict) -> dict:
+    """A tool call whose arguments are an object. In OpenAI's form they are JSON in a string."""
+    need(isinstance(call, dict), f"a tool call must be an object, not {call!r:.80}")
+    function = call.get("function", call)
+    need(isinstance(function, dict) and isinstance(function.get("name"), str),
+         f"a tool call needs a function with a name, not {function!r:.80}")
+    arguments = function.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    need(isinstance(arguments, dict),
+         f"the arguments of a tool call must be an object, not {arguments!r:.80}")
+    return call | {"type": "function", "function": function | {"arguments": arguments}}
+
+
+def standard_tools(tools) -> list | None:
+    """Tool schemas as a list. A row has one schema, several, JSON of these, or an empty string."""
+    tools = json.loads(tools or "null") if isinstance(tools, str) else tools
+    return [tools] if isinstance(tools, dict) else tools or None
+
+
+def is_trained(message: dict) -> bool:
+    """Whether to train on a turn of the assistant: not if its `weight` is 0 or `train` is false."""
+    weight = message.get("weight", message.get("train", 1))
+    need(weight in (0, 1), f"the weight of a message must be 0 or 1, not {weight!r}")
+    return bool(weight)
+
+
+# ---- chat templates: messages to text ------------------------------------------------------------
+
+# A user could type <|im_end|> and then <|im_start|>assistant, and so forge a turn: this is prompt
+# injection. QUOTE breaks up whatever looks like a special token in a message, before the template
+# adds the real ones. `to_ids` cuts the text at QUOTE, so that the pieces become plain characters.
+QUOTE = "\ufdd0"
+MARK = "\ufdd1"  # stands for a text that is looked for. Unicode gives neither code point to a text
+
+
+def quote(tokenizer, text: str) -> str:
+    """The text with QUOTE after the first character of every special token that it spells."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    longest_first = sorted(special, key=len, reverse=True)
+
+    def break_up(match):
+        token = match[0]
+        return token[0] + QUOTE + token[1:]
+
+    return re.sub("|".join(map(re.escape, longest_first)), break_up, text)
+
+
+def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> str:
+    """A conversation as a string, in which QUOTE breaks special tokens that messages spell."""
+    need(tokenizer.chat_template,
+         "the model has no chat template for messages: --chat-template names one")
+    messages = [standard_message(message) for message in messages]
+    data = json.dumps([messages, standard_tools(tools)], ensure_ascii=False)
+    messages, tools = json.loads(quote(tokenizer, data))
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+
+def can_render(tokenizer, messages: list, tools) -> bool:
+    """Whether the template accepts these messages. Some refuse a chat without a question."""
+    try:
+        render(tokenizer, messages, tools)
+    except jinja2.TemplateError:
+        return False
+    return True
+
+
+def render_prompt(tokenizer, messages: list, tools=None) -> str:
+    """The conversation up to the point where the model continues, as `render` gives it.
+
+    An assistant message at the end is a prefill, whose text the model continues. A prefill that
+    opens a thought replaces the thought that the generation prompt opens.
+    """
+    *earlier, last = [standard_message(message) for message in messages]
+    if last["role"] != "assistant":
+        return render(tokenizer, messages, tools, add_generation_prompt=True)
+    asked = render(tokenizer, earlier, tools, add_generation_prompt=True)
+    if "<think>" in last["content"] and asked.rstrip().endswith("<think>"):
+        asked = asked.rstrip().removesuffix("<think>")
+    return asked + quote(tokenizer, last["content"])
+
+
+def render_header(tokenizer, chat: list, tools, answered: str) -> str:
+    """The conversation up to the first character of its last message, an answer.
+
+    That is the generation prompt. A greeting, which has no question, cannot be asked for; and
+    DeepSeek-R1 opens a thought in the generation prompt that it cuts out of a finished turn. Then
+    the header is what stands before a marked answer. `answered` is the rendered conversation.
+    """
+    *earlier, _ = chat
+    marked = render(tokenizer, [*earlier, {"role": "assistant", "content": MARK}], tools)
+    header = marked.partition(MARK)[0]
+    asked = header
+    if any(message["role"] != "system" for message in earlier):
+        asked = render(tokenizer, earlier, tools, add_generation_prompt=True)
+    if answered.startswith(asked):
+        return asked
+    need(answered.startswith(header) and asked.startswith(header),
+         f"the chat template writes message {len(chat)} in another way than it asks for it")
+    return header
+
+
+def check_printed(tokenizer, messages: list, tools=None):
+    """Refuses a conversation if the template drops a message, a tool call or the tools.
+
+    Everything that should be printed gets a mark of its own, and the marks are looked for.
+    """
+    marked = [standard_message(message) for message in messages]
+    names = []
+    for place, message in enumerate(marked, 1):
+        parts = [("content", message, "content")]
+        parts += [("tool call", call["function"], "name") for call in message.get("tool_calls", [])]
+        for kind, part, key in parts:
+            if part[key].strip():
+                part[key] += f"{MARK}{len(names)}{MARK}"
+                names.append(f"the {kind} of message {place} ({message['role']})")
+    text = render(tokenizer, marked, tools)
+    lost = [name for i, name in enumerate(names) if f"{MARK}{i}{MARK}" not in text]
+    if standard_tools(tools) and text == render(tokenizer, marked):
+        lost.append("the tools")
+    if lost:
+        raise ValueError(f"the chat template does not print {lost[0]}")
+
+
+def check_said(message: dict, place: int, printed: str):
+    """Refuses an answer if the template does not print all of its content or its thought."""
+    printed = "".join(printed.replace(QUOTE, "").split())
+    for key in ("content", "reasoning_content", "reasoning", "thinking"):
+        need("".join(str(message.get(key) or "").split()) in printed,
+             f"the chat template does not print the {key} of message {place} whole")
+    need(message["content"].strip() or message.get("tool_calls"),
+         f"message {place}, an answer, is empty")
+
+
+# ---- text to token ids ---------------------------------------------------------------------------
+
+def to_ids(tokenizer, text: str) -> list[int]:
+    """The token ids of a rendered conversation. What QUOTE breaks becomes plain characters."""
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(QUOTE)]
+    return list(itertools.chain(*parts))
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The token ids of a string, with BOS once even if the string spells it, and no added eos."""
+    ids = tokenizer(text)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+
+
+def with_end(tokenizer, ids: list[int]) -> list[int]:
+    """The ids with eos at their end, unless they end in a special token, white space aside."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.discard(tokenizer.unk_token_id)  # stands for a character, and ends nothing
+    special.add(tokenizer.eos_token_id)
+    last = max((place for place, i in enumerate(ids) if i in special), default=0)
+    if last > 0 and not tokenizer.decode(ids[last + 1:]).strip():
+        return ids[:last + 1]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def shared_length(a: list, b: list) -> int:
+    """The number of items that two lists have in common at their start."""
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
+
+
+def encode_prompt(tokenizer, prompt: str | list, tools=None) -> list[int]:
+    """The token ids up to the point where the model answers."""
+    need(prompt and isinstance(prompt, str | list),
+         "a prompt must be a string or a list of messages")
+    if isinstance(prompt, str):
+        return text_ids(tokenizer, prompt)
+    check_printed(tokenizer, prompt, tools)
+    return to_ids(tokenizer, render_prompt(tokenizer, prompt, tools))
+
+
+def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> list[list]:
+    """Prompt and answer, strings or lists of messages, as examples: a list of pieces each.
+
+    A conversation becomes one example, in which every turn of the assistant in `answer` is
+    trained. If the template rewrites earlier turns once others follow (Qwen3 drops their
+    thoughts), a turn begins a new example, in which it comes last, as when the model answers.
+    """
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return [encode_text(tokenizer, prompt, answer)]
+    if isinstance(prompt, list) and prompt and isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, str) and prompt and isinstance(answer, list) and answer:
+        if standard_message(answer[0])["role"] == "assistant":
+            prompt = [{"role": "user", "content": prompt}]
+    need(isinstance(prompt, list) and isinstance(answer, list),
+         "prompt and answer must be strings or lists of messages")
+    first = len(prompt)
+    chat = [standard_message(message) for message in prompt + answer]
+    turns = [first + i for i, message in enumerate(answer)
+             if chat[first + i]["role"] == "assistant" and is_trained(message)]
+    need(turns, "there is no answer of the assistant to train on")
+    need(not first or chat[first - 1]["role"] != "assistant" or turns[0] > first,
+         "the prompt ends in the start of an answer: move it into the answer")
+    examples = []
+    done = []
+    for turn in turns:
+        is_greeting = all(message["role"] == "system" for message in chat[:turn])
+        if is_greeting and not can_render(tokenizer, chat[:turn + 1], tools):
+            continue
+        asked, said = encode_turn(tokenizer, chat[:turn + 1], tools)
+        if examples and asked[:len(done)] == done:
+            examples[-1].append((asked[len(done):], False))
+        else:
+            head = head_length(tokenizer, chat[:turn + 1], tools, asked)
+            examples.append([(asked[:head], False), (asked[head:], False)])
+        examples[-1].append((said, True))
+        done = asked + said
+    need(examples, "the only answer has no question, and the template cannot render it alone")
+    return examples
+
+
+def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bool]]:
+    """Prompt and answer, two strings, as pieces. One token ends the answer."""
+    # Both are tokenized as one string, because many tokenizers treat its start specially. A token
+    # that spans the border between prompt and answer belongs to the answer.
+    ids = with_end(tokenizer, text_ids(tokenizer, prompt + answer))
+    head = int(ids[0] == tokenizer.bos_token_id)
+    border = max(head, shared_length(text_ids(tokenizer, prompt), ids) if prompt else 0)
+    need(answer.strip() and border < len(ids), "the answer is empty")
+    return [(ids[:head], False), (ids[head:border], False), (ids[border:], True)]
+
+
+def encode_turn(tokenizer, chat: list, tools) -> tuple[list, list]:
+    """The ids before the last message, an answer, and those of the answer with its end of turn."""
+    check_printed(tokenizer, chat, tools)
+    text = render(tokenizer, chat, tools)
+    header = render_header(tokenizer, chat, tools, text)
+    check_said(chat[-1], len(chat), text[len(header):])
+    ids = to_ids(tokenizer, text)
+    # One token may span the newlines at the end of the header and those that begin the answer. It
+    # belongs to the answer.
+    start = shared_length(to_ids(tokenizer, header), ids)
+    ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
+    stops = [i for i in range(start, len(ids)) if ids[i] in ends]
+    if stops:
+        ids = ids[:stops[0] + 1]
+    else:
+        ids = with_end(tokenizer, ids)  # GLM-4's template has no end of turn
+    return ids[:start], ids[start:]
+
+
+def head_length(tokenizer, chat: list, tools, asked: list[int]) -> int:
+    """The number of ids before the first question, BOS and the system message."""
+    first = next(i for i, message in enumerate(chat) if message["role"] != "system")
+    other = [*chat[:first], chat[first] | {"content": MARK}, *chat[first + 1:]]
+    return shared_length(asked, to_ids(tokenizer, render(tokenizer, other, tools)))
+
+
+def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
+    """Chosen and rejected answer as pieces, after the same prompt.
+
+    The prompt is a column, or else the common start of both answers: messages, or a string.
+    """
+    for name in ("chosen", "rejected"):
+        need(row.get(name), f"the column {name} is missing or empty")
+    prompt = prompt_of(row, tokenizer)
+    answers = [row["chosen"], row["rejected"]]
+    need(answers[0] != answers[1], "chosen and rejected are the same")
+    if all(isinstance(answer, list) for answer in answers):
+        # An answer that begins with a question is a whole conversation, as in UltraFeedback.
+        answers = [with_system(answer, row) if standard_message(answer[0])["role"] == "user"
+                   else answer for answer in answers]
+        shared = answers[0][:shared_length(*answers)]
+        if any(standard_message(message)["role"] == "user" for message in shared):
+            prompt = shared
+        need(prompt, "there is no prompt: no such column, and no question in both answers")
+        if isinstance(prompt, list):
+            length = len(prompt)
+            answers = [x[length:] if x[:length] == prompt else x for x in answers]
+    others = [name for name, value in row.items() if name not in ("chosen", "rejected")
+              and isinstance(value, str) and " " in value.strip()]
+    if not prompt and others:  # else the common start of both answers would pass for the question
+        raise ValueError(f"there is no column prompt; if that is {others[0]}, add --columns prompt="
+                         f"{others[0]}, else remove it")
+    sides = [encode(tokenizer, prompt, answer, row.get("tools")) for answer in answers]
+    need(len(sides[0]) == len(sides[1]) == 1,
+         "the chat template rewrites turns of the answer once others follow")
+    chosen, rejected = [examples[0] for examples in sides]
+    if not prompt:
+        # The texts part at a token: half a word has other tokens than the whole word.
+        head, _, (chosen_ids, _) = chosen
+        _, _, (rejected_ids, _) = rejected
+        border = shared_length(chosen_ids, rejected_ids)
+        chosen, rejected = [[head, (ids[:border], False), (ids[border:], True)]
+                            for ids in (chosen_ids, rejected_ids)]
+    prompts = [side[0][0] + side[1][0] for side in (chosen, rejected)]
+    # A token that spans the border may be part of one prompt only.
+    need(0 < shared_length(*prompts) == min(map(len, prompts)) and chosen[2][0],
+         "chosen and rejected do not answer the same prompt")
+    need(chosen != rejected, "chosen and rejected are the same tokens")
+    return chosen, rejected
+
+
 # ---- rows ----------------------------------------------------------------------------------------
+
+FORMATS = (".json", ".jsonl", ".csv", ".tsv")
+# The usual names of columns, of which the first that a row has is read.
+QUESTIONS = ("prompt", "instruction", "question", "problem", "query", "input")
+ANSWERS = ("completion", "output", "response", "solution", "answer")
+# Columns that look like part of a conversation: the report names those that are not used.
+SPOKEN = {*QUESTIONS, *ANSWERS, "system", "system_prompt", "context", "messages", "conversations",
+          "history", "text", "chosen", "rejected", "completions", "labels"}
+
 
 def read_file(path: Path) -> list:
     """The rows of a local file: .json, .jsonl, .csv or .tsv, each also as .gz, or .parquet.
 
-    Every value of a .csv or .tsv file is a string: "0123" and "None" stay what they are.
+    Every value of a .csv or .tsv file is a string, so that "0123" and "None" stay as they are.
     """
-    zipped = path.suffix == ".gz"
-    kind = Path(path.stem).suffix.lower() if zipped else path.suffix.lower()
+    is_zipped = path.suffix == ".gz"
+    kind = Path(path.stem).suffix.lower() if is_zipped else path.suffix.lower()
     if kind == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if kind not in FORMATS:
-        raise ValueError(f"its name must end in {', '.join(FORMATS)} or .parquet")
-    with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        return parquet.read_table(path).to_pylist()
+    need(kind in FORMATS, f"its name must end in {', '.join(FORMATS)} or .parquet")
+    opener = gzip.open if is_zipped else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
             csv.field_size_limit(2**31 - 1)
             rows = list(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"))
             for place, row in enumerate(rows, 1):
-                if None in row or None in row.values():
-                    raise ValueError(f"row {place} has not as many cells as the header: {row}")
+                # An unquoted comma would shift values into the wrong column.
+                need(None not in row and None not in row.values(),
+                     f"row {place} has not as many cells as the header: {row}")
             return rows
         text = file.read().strip()
-    if not text.startswith("["):  # an object per line
+    if not text.startswith("["):  # one object per line
         text = "[" + ",\n".join(line for line in text.splitlines() if line.strip()) + "]"
     return json.loads(text)
 
 
 def load_rows(source: str, split: str, limit: int, seed: int, columns=()) -> list[dict]:
-    """The rows of a file, or up to `limit` random ones of a Hub dataset, NAME or NAME:CONFIG.
+    """The rows of a file, or up to `limit` random rows of a Hub dataset, NAME or NAME:CONFIG.
 
-    `columns` holds other names of columns: "prompt=query" reads the column query as the prompt.
+    `columns` holds other names of columns: "prompt=query" reads the column `query` as the prompt.
     """
     with phase(f"reading {source}"):
         path = Path(find(source))
         if path.is_file() or path.suffix.lower() in (*FORMATS, ".parquet", ".gz"):
             rows = read_file(path)
         else:
+            patch_libraries()
             name, _, config = source.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split).shuffle(seed=seed)
             rows = rows.select(range(min(limit, len(rows))))
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a row is not an object whose keys are the names of columns")
+        need(all(isinstance(row, dict) for row in rows),
+             "a row is not an object whose keys are the names of columns")
         rows = [without_nones(row) for row in rows]
-        names = {old: new for new, _, old in (pair.partition("=") for pair in columns)}
-        for old in names:
-            if not any(old in row for row in rows):
-                raise ValueError(f"there is no column {old}, which --columns names")
+        names = {}
+        for pair in columns:
+            new, _, old = pair.partition("=")
+            need(any(old in row for row in rows), f"there is no column {old} for --columns {pair}")
+            names[old] = new
         named = {*names, *names.values()}
         return [{key: value for key, value in row.items() if key not in named}
                 | {new: row[old] for old, new in names.items() if old in row} for row in rows]
 
 
 def without_nones(value):
-    """`datasets` gives every row the keys of all others; templates ask whether a key is there."""
+    """Drops keys without a value: `datasets` adds them, and templates ask whether a key exists."""
     if isinstance(value, dict):
         return {key: without_nones(item) for key, item in value.items() if item is not None}
     return [without_nones(item) for item in value] if isinstance(value, list) else value
 
 
 def from_cell(name: str, value):
-    """A value of a conversation: a whole number as a string, and JSON from a cell of messages."""
+    """A cell of a conversation: whole numbers become strings, and JSON of messages a list."""
     if type(value) is int and name in SPOKEN:
         return str(value)
     if isinstance(value, str) and name in SPOKEN and value.strip()[:1] + value.strip()[-1:] == "[]":
@@ -1160,7 +1259,7 @@ def from_cell(name: str, value):
 
 
 def with_system(messages: list, row: dict) -> list:
-    """The messages of a row below the message in its column `system`, unless they have one."""
+    """The messages of a row after the message in its column `system`, unless they have one."""
     system = row.get("system") or row.get("system_prompt")
     if not system or any(standard_message(message)["role"] == "system" for message in messages):
         return messages
@@ -1170,23 +1269,22 @@ def with_system(messages: list, row: dict) -> list:
 def prompt_of(row: dict, tokenizer) -> str | list:
     """The prompt of a row, a string or a list of messages; "" if it has none.
 
-    A question under another name than `prompt`, or with a `system` column, becomes messages where
-    the tokenizer has a template for them.
+    A question under another name than `prompt`, or with a `system` column, becomes messages if the
+    tokenizer has a template for them.
     """
-    names = [name for name in QUESTIONS if row.get(name)]
-    if not names:
-        return ""
-    prompt, system = row[names[0]], row.get("system") or row.get("system_prompt")
+    name = next((name for name in QUESTIONS if row.get(name)), None)
+    prompt = row.get(name, "")
+    system = row.get("system") or row.get("system_prompt")
     if isinstance(prompt, list):
         return with_system(prompt, row)
-    if names[0] == "prompt" and not system:
+    if not prompt or (name == "prompt" and not system):
         return prompt
-    if names[0] == "instruction":
-        parts = [prompt, row.get("input"), row.get("context")]
-        prompt = "\n\n".join(part for part in parts if part)
+    parts = [prompt]
+    if name == "instruction":
+        parts += [row[part] for part in ("input", "context") if row.get(part)]
     if tokenizer.chat_template:
-        return with_system([{"role": "user", "content": prompt}], row)
-    return "\n\n".join([system, prompt, ""] if system else [prompt, ""])
+        return with_system([{"role": "user", "content": "\n\n".join(parts)}], row)
+    return "\n\n".join([*([system] if system else []), *parts, ""])
 
 
 def answer_of(row: dict):
@@ -1202,29 +1300,38 @@ def unused_columns(row: dict, made, make, *options) -> list[str]:
             other = make({key: value for key, value in row.items() if key != name}, *options)
         except Exception:  # the row needs it
             continue
-        unused += [name] if row[name] and other == made else []
+        if row[name] and other == made:
+            unused.append(name)
     return unused
 
 
 def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int) -> list[dict]:
-    """What `make` makes of the rows: an example each, or a list of them. It may refuse a row."""
-    encoded, refused, unused = [], [], None
+    """The examples that `make` returns for the rows, one or a list of them per row.
+
+    Rows that cannot be used, truncated rows, and columns that are not used are reported.
+    """
     max_length = min(max_length, tokenizer.model_max_length)
+    encoded = []
+    refused = []
+    unused = None
     for place, row in enumerate(rows, 1):
         try:
             row = {key: from_cell(key, value) for key, value in row.items()}
             made = make(row, tokenizer, max_length)
-            encoded.append(made if isinstance(made, list) else [made])
-            if unused is None:
-                unused = unused_columns(row, made, make, tokenizer, max_length)
+        except NameError:  # a bug
+            raise
         except Exception as error:  # templates and tokenizers raise types of their own
+            print_traceback()
             refused.append(f"row {place}: {error}")
+            continue
+        encoded.append(made if isinstance(made, list) else [made])
+        if unused is None:
+            unused = unused_columns(row, made, make, tokenizer, max_length)
     examples = list(itertools.chain(*encoded))
+    numbers = {"rows became one per answer": sum(len(several) > 1 for several in encoded),
+               "are truncated": sum(example.get("truncated", False) for example in examples)}
     report = f"{source}: {len(rows)} rows, {len(examples)} examples"
-    if divided := sum(len(several) > 1 for several in encoded):
-        report += f"; {divided} rows became one per answer"
-    if truncated := sum(example.get("truncated", False) for example in examples):
-        report += f"; {truncated} are truncated"
+    report += "".join(f"; {number} {words}" for words, number in numbers.items() if number)
     if unused:
         report += f"; not used: the column {', '.join(unused)}"
     if refused:
@@ -1236,14 +1343,14 @@ def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int)
 
 
 def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out examples; without --eval-dataset at most a fifth, no prompt in both.
+    """Training and held-out examples. Without --eval-dataset, up to a fifth is held out.
 
-    Where an example has a "key", that must not be in both, instead of its prompt.
+    Then no prompt is in both; if examples have a "key", that is compared instead of the prompt.
     """
     with phase(f"reading {args.eval_dataset}"):
-        files = [os.path.realpath(name or "") for name in (args.dataset, args.eval_dataset)]
-    if files[0] == files[1]:
-        fail(f"--eval-dataset {args.dataset} is what is trained on: without it, some is held out")
+        is_same = os.path.realpath(args.dataset) == os.path.realpath(args.eval_dataset or "")
+    if is_same:
+        fail(f"--eval-dataset {args.dataset} is trained on: without it, some rows are held out")
     rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed, args.columns)
     examples = encode_rows(args.dataset, rows, make, tokenizer, args.max_length)
     if args.eval_dataset:
@@ -1256,6 +1363,7 @@ def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[d
     training = [x for x in examples if tuple(x.get("key", x["prompt"])) not in keys]
     if not training or not held_out:
         fail("too few different prompts to hold some out: add rows, or name an --eval-dataset")
+    left_out = len(examples) - len(training) - len(held_out)
     print(f"{len(training)} to train on, {len(held_out)} held out; "
-          f"{len(examples) - len(training) - len(held_out)} left out, as their prompt is held out")
+          f"{left_out} left out, because they begin like a held-out row")
     return training, held_out

@@ -50,6 +50,10 @@ more capable: it samples fewer different answers. If `reward` rises while `sampl
 policy exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with
 the smaller `kl`: it has changed the model less. Differences within the intervals mean nothing.
 
+Change one thing: with `--best-of 8 --reward tiny/reward` the first sample of tiny/chat is correct
+for 0.543 of the prompts, the majority for 0.923, the best for 0.937, and the oracle for 0.993. The
+policy knows nearly all answers; it only has to learn which of its samples to prefer.
+
 Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T columns hold tokens; N
 tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
 """
@@ -77,13 +81,13 @@ PICKS = ("first", "majority", "best", "oracle")  # columns of --best-of
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*",
         help="saved runs, folders or Hub names; without any: tiny/chat and the runs on it in runs/")
     add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config] or file")
     add("--split", default="test", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="other names of columns, such as prompt=query")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--size", type=common.count, default=300, help="largest number of prompts")
@@ -134,7 +138,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
 
-    The same as these two lines, which would hold the logits of all positions in memory at once:
+    Equivalent to these two lines, which would hold the logits of all positions in memory at once:
 
         logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
         return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
@@ -314,25 +318,28 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
 
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text.
-
-    A token may hold a part of a character, so the text is known for prefixes of the ids only.
-    """
+    """For each step, the index in the answer's `ids` of the token that completes it."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
+
+    def spelled(last):
+        """How many characters of the text the tokens up to index `last` spell."""
+        said = tokenizer.decode(ids[:last + 1], **plain)
+        # A token may end inside a character, which is then decoded wrong.
+        while not text.startswith(said):
+            said = said[:-1]
+        return len(said)
+
     ends = []
-    end = 0  # the token that is looked at
-    done = 0  # how many characters of the text it has to complete
+    end = 0
+    done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        said = tokenizer.decode(ids[:end + 1], **plain)
-        # A prefix that ends inside a character is spelled wrong: then the next token is needed.
-        while len(said) < done or not text.startswith(said):
+        while spelled(end) < done:
             end += 1
-            said = tokenizer.decode(ids[:end + 1], **plain)
         ends.append(end)
     return ends
 
@@ -553,6 +560,4 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
-        parser = make_flags()
-        parser.error = common.fail
-        main(parser.parse_args())
+        main(common.parse(make_flags()))

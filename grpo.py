@@ -63,13 +63,14 @@ others in the group (rloo), or nothing (none). RLOO (Ahmadian et al. 2024, 2402.
 `--loss dr_grpo --baseline none`.
 
     python grpo.py                                            # the tiny model, two minutes
-    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K in 4 bits on a 16 GB T4
+    python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K, in 4 bits on a GPU
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-The defaults are small on purpose, so that they fit one such GPU: 250 rollouts of 8 prompts with 8
-completions each read 2,000 prompts. DeepSeekMath sampled 64 completions per prompt, with 1,024
-completions in a batch. The learning rate, 2e-5, is twice the 1e-5 that TRL's documentation
-recommends for GRPO with LoRA; neither was compared here on a model of that size.
+The defaults are small on purpose, for a GPU of 16 GB (by the estimates of docs/memory.md): 250
+rollouts of 8 prompts with 8 completions each read 2,000 prompts. DeepSeekMath sampled 64
+completions per prompt, with 1,024 completions in a batch. The learning rate, 2e-5, is twice the
+1e-5 that TRL's documentation recommends for GRPO with LoRA; neither was compared here on a model of
+that size.
 
 What to watch: the reward rises, group_std falls, and kl and length grow slowly. With --updates 1,
 all ratios are 1. Then no clip binds, gspo equals grpo, and their loss says nothing, because the
@@ -78,6 +79,10 @@ that the prompts are too easy or too hard. If entropy collapses within a few ste
 learning rate. If the reward rises while the samples get worse, the policy exploits a gap in the
 reward. This is called reward hacking or over-optimization, and only reading the samples shows it.
 
+Try `--max-steps 2 --batch-size 2 --updates 2` on the tiny model: π is not π_old in the second
+update, so the first step logs a clip_fraction of 0.03 instead of 0, and a loss of −0.007, which is
+no longer β k3 alone.
+
 Shapes: P prompts × G completions = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
 token in some row; N completion tokens in all, C of them at a time; F rewards; D the width of the
 model, V the size of its vocabulary, alive the completions that have not ended.
@@ -85,7 +90,6 @@ model, V the size of its vocabulary, alive the completions that have not ended.
 import argparse
 import functools
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -105,7 +109,7 @@ import common
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", nargs="+", default=["correct_answer"],
@@ -114,8 +118,8 @@ def make_flags():
         help="weight of each --reward in the sum that is maximized")
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="other names of columns: prompt=query")
-    add("--chat-template", help="file with a chat template to use in place of the model's own")
+    add("--columns", **common.COLUMNS)
+    add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
@@ -143,8 +147,7 @@ def make_flags():
     add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
     add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
     add("--save-every", type=common.count, default=20, help="rollouts between two checkpoints")
-    add("--seed", type=common.natural, default=0, help="seed of prompts, LoRA and samples")
-    add("--track", choices=["wandb", "trackio"], help="service that also gets the metrics")
+    add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
     add("--output-dir", default="runs/grpo", help="run folder; the same command resumes a run")
     return parser
 
@@ -190,7 +193,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
 
-    The same as these two lines, which would hold the logits of all positions in memory at once:
+    Equivalent to these two lines, which would hold the logits of all positions in memory at once:
 
         logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
         return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
@@ -689,7 +692,7 @@ def sum_over_processes(tensors):
 
 
 def add_up(sums, figures):
-    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    """Adds the sum of each figure, {name: [B]}, to `sums`, in fp64."""
     for name, values in figures.items():
         sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
 
@@ -705,21 +708,20 @@ def over_processes(sums, names, device):
 def open_run(args, examples):
     """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
 
-    The flags, a hash of the examples and a hash of the files of models and rewards stand in
-    args.json. A run is resumed only if all of them are the same.
+    args.json records the flags, a hash of the examples, and a hash of the files of models and
+    rewards. A run is resumed only if all of them are the same.
     """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    loaded = [args.model]
+    for flag in ("reward", "teacher"):
+        value = getattr(args, flag, [])
+        loaded += [value] if isinstance(value, str) else value
+    files = common.fingerprint(*loaded)
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with the process, however the process ends. Its file may stay.
@@ -734,8 +736,8 @@ def open_run(args, examples):
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another folder")
+            raise ValueError("it holds a finished run, a run with other flags, data, weights or "
+                             "rewards, or unrelated files: name another folder")
 
 
 def write(file, text):
@@ -758,10 +760,8 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
-    # Each process has drawn LoRA matrices of its own. All train those of the first.
+            state = {name: saved.pop(name) for name in state} | saved
+    # Each process initialized its own LoRA matrices. All of them train those of the first one.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -789,12 +789,10 @@ def log_step(args, state, metrics, tokens, progress, shown):
     if common.RANK == 0:
         lines = [json.dumps(step) + "\n" for step in state["metrics"]]
         write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
-        if args.track:
-            importlib.import_module(args.track).log(metrics, step=metrics["step"])
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    """Saves the adapter, the model card and the summary. Printing, which can fail, comes last."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
@@ -803,8 +801,6 @@ def finish(args, state, model, tokenizer, after):
         common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-        if args.track:
-            importlib.import_module(args.track).finish()
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")

@@ -57,6 +57,13 @@ much longer than the worst, the reward favors length (--max-length-ratio limits 
 verdicts flip, the judge prefers a position rather than an answer. With a template that shows one
 answer at a time (judge_claim.txt), a flip only means that the judge says the same of both.
 
+Change one thing: with `--temperature 0.3` only 11 of the first 100 prompts have answers with
+different scores, instead of 99 at 1.0: nearly all samples are wasted. Or change the judge: on the
+preferences of tiny/base, which has read claims such as `2 + 2 = 5? No.`, DPO takes tiny/chat from
+0.589 correct answers to 0.801. With `--judge tiny/chat --judge-template examples/judge_tiny.txt`
+the model judges itself: it orders only 54% of held-out pairs correctly (tiny/base: 96%), and DPO
+takes it down to 0.492.
+
 Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; width D,
 vocabulary V. The program runs in one process.
 """
@@ -88,16 +95,17 @@ MISREAD = {"messages", "text", "completion", "chosen", "rejected", "margin", "la
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", default="tiny/chat",
         help="model that answers: Hub name, folder or LoRA adapter")
     add("--output", required=True, help="new .jsonl file")
     add("--format", choices=TRAINED_BY, default="pairs",
         help="rows to write: for dpo.py, sft.py or kto.py")
-    add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or file")
+    add("--dataset", default="openai/gsm8k:main",
+        help="prompts: Hub name[:config] or file; for the tiny model its own")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="other names of columns, such as prompt=query")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--size", type=common.count, default=1000, help="largest number of prompts")
@@ -115,8 +123,10 @@ def make_flags():
     add("--min-score", type=common.number(float, -1e9), default=-math.inf,
         help="lowest score of the best answer with which a prompt is kept")
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
-    add("--max-new-tokens", type=common.count, default=512, help="longest answer, in tokens")
-    add("--micro-batch-size", type=common.count, default=32, help="answers sampled at a time")
+    add("--max-new-tokens", type=common.count, default=512,
+        help="longest answer, in tokens; 24 for the tiny model")
+    add("--micro-batch-size", type=common.count, default=32,
+        help="answers sampled at a time; 256 for the tiny model")
     add("--load-in-4bit", **common.ON_GPU, help="quantize the models to 4 bits (NF4)")
     add("--seed", type=common.natural, default=0, help="seed of the samples and the principles")
     return parser
@@ -355,25 +365,28 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
 
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text.
-
-    A token may hold a part of a character, so the text is known for prefixes of the ids only.
-    """
+    """For each step, the index in the answer's `ids` of the token that completes it."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
+
+    def spelled(last):
+        """How many characters of the text the tokens up to index `last` spell."""
+        said = tokenizer.decode(ids[:last + 1], **plain)
+        # A token may end inside a character, which is then decoded wrong.
+        while not text.startswith(said):
+            said = said[:-1]
+        return len(said)
+
     ends = []
-    end = 0  # the token that is looked at
-    done = 0  # how many characters of the text it has to complete
+    end = 0
+    done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        said = tokenizer.decode(ids[:end + 1], **plain)
-        # A prefix that ends inside a character is spelled wrong: then the next token is needed.
-        while len(said) < done or not text.startswith(said):
+        while spelled(end) < done:
             end += 1
-            said = tokenizer.decode(ids[:end + 1], **plain)
         ends.append(end)
     return ends
 
@@ -592,8 +605,4 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size, then --max-new-tokens", resumes=""):
-        parser = make_flags()
-        parser.error = common.fail
-        if common.is_tiny(parser.parse_args().model):
-            parser.set_defaults(**TINY)
-        main(parser.parse_args())
+        main(common.parse(make_flags(), TINY))

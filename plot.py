@@ -44,7 +44,7 @@ plt.style.use("petroff10")  # colors that color-blind readers can tell apart
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs")
     add("--output", help="new picture, with the report beside it; without it, both are written\n"
@@ -224,6 +224,4 @@ def main(args):
 
 if __name__ == "__main__":
     with common.running("the number of runs", resumes=""):
-        parser = make_flags()
-        parser.error = common.fail
-        main(parser.parse_args())
+        main(common.parse(make_flags()))

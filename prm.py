@@ -1,39 +1,43 @@
 """Process reward model: learns from labeled steps whether a solution is still correct after each.
 
-The data are solutions of problems, each a list of steps y_1 ... y_S with a label l_k for every
-step: 1 (correct) or 0 (wrong). The model is that of reward_model.py, a language model with a scalar
-in place of its head. It reads problem and solution, and the scalar r_k at the last token of step k
-is the logit of the probability that step k is labeled correct.
+The data are solutions to problems. A solution is a list of steps y_1 ... y_S, each with a label
+l_k: 1 (correct) or 0 (wrong). The model is a language model with a scalar head, as in
+reward_model.py. It reads the problem and the solution. Its output r_k at the last token of step k
+is a logit, and σ(r_k) is the probability that step k is labeled correct.
 
-Why it works. A label for a whole answer says that something is wrong with it, and leaves it to the
-model to find out what. A label per step says where, so one solution teaches as much as several, and
-the judgment can be read at any point of a solution: to find its first mistake, to pick the best of
-N samples, or to prune a search. The loss is that of logistic regression, applied to each step:
+Why it works. A label for a whole answer says that something is wrong with it, and leaves the model
+to find out what. A label per step says where, so a model learns more from one solution, and its
+judgment can be read at any point: to find the first mistake, to pick the best of several samples,
+or to prune a search. The loss is the cross-entropy of logistic regression, applied to each step:
 
     p_k = σ(r_k)
-    loss = −1/N Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]       N: all steps of an optimizer step
+    loss = −1/N Σ_k [ l_k log p_k + (1 − l_k) log(1 − p_k) ]       N: trained steps in the batch
 
 This is process supervision (Uesato et al. 2022, arXiv:2211.14275; Lightman et al. 2023,
-arXiv:2305.20050). Its gradient in r_k is (p_k − l_k) / N.
+arXiv:2305.20050). The gradient with respect to r_k is (p_k − l_k) / N.
 
-What a label means differs between datasets, and p_k means the same as the labels:
+The meaning of a label differs between datasets, and so does the meaning of p_k:
 
-    Uesato, tiny/data   is everything correct up to and including this step? p_S judges the solution
-    Lightman            is this step correct? They end at the first wrong one; Π_k p_k judges it
-    Math-Shepherd       did any of 8 continuations from here reach the correct answer?
-                        (Wang et al. 2023, arXiv:2312.08935, the default dataset)
+    Uesato, tiny/data   Is everything correct up to and including this step? So p_S judges the
+                        solution.
+    Lightman            Is this step correct? The labels end at the first wrong step, and the
+                        product Π_k p_k judges the solution.
+    Math-Shepherd       Did any of 8 continuations from here reach the correct answer? (Wang et al.
+                        2023, arXiv:2312.08935, the default dataset.)
 
-min_k p_k, as in Math-Shepherd, serves all three, because a solution is as good as its worst step.
+The minimum, min_k p_k, which Math-Shepherd uses, suits all three, because a solution is only as
+good as its worst step.
 
-With --outcome only the last label is trained on: an outcome reward model, which gets one label per
-solution and must work out by itself where the mistake is. (In the papers it is trained on that
-label at every step or token, and read at the last one.) Its held-out figures are the same as those
-of a process reward model, except for the loss, which also covers the last steps only.
+With --outcome, only the label of the last step is trained on. This makes an outcome reward model,
+which gets one label per solution and must work out by itself where the mistake is. (In the papers
+it is trained on that label at every step or token, and read at the last one.) Its held-out figures
+are computed as for a process reward model, except for the loss, which covers the last steps only.
 
-Kept from the reward model: the scalar, the adapter, the loop. Dropped: the pairs, the centering.
-Each label is absolute, so r_k = 0 means a probability of one half.
+Kept from the reward model: the scalar head, the adapter, the loop. Dropped: the pairs, the
+centering. A label is absolute, not relative to another answer, so r_k = 0 means a probability of
+one half.
 
-A worked example. Logits 2, 1, −1 for three steps with the labels 1, 1, 0:
+A worked example. Let the logits of three steps be 2, 1 and −1, and their labels 1, 1 and 0:
 
     p = 0.881, 0.731, 0.269; loss = −(log 0.881 + log 0.731 + log(1 − 0.269)) / 3
                                   = (0.127 + 0.313 + 0.313) / 3 = 0.251
@@ -46,20 +50,20 @@ and Π p = 0.173 are below 1/2, so both judge the solution wrong, as they should
     python prm.py --outcome                              # trained on the last step only, to compare
     python prm.py --model Qwen/Qwen2.5-0.5B-Instruct     # 4-bit LoRA on a 16 GB T4
 
-What to watch. The loss starts near log 2 = 0.693. The step accuracy soon reaches the majority-class
-share, and says little where most steps are correct. The figure that counts is `f1`, for finding the
-first mistake. `count_steps` defines it and the others; ProcessBench's F1 is another (see there).
+What to watch. The loss starts near log 2 = 0.693. The step accuracy soon reaches the share of the
+more frequent label, so it says little where most steps are correct. The figure that counts is `f1`,
+which measures how well the first mistake is found; ProcessBench defines its F1 differently.
+`count_steps` and `step_figures` give the definitions.
 
-Try --outcome. On the tiny model, with the same solutions and the same number of steps, p_S then
-judges 0.697 of the held-out solutions correctly instead of 0.973: the label at the end does not say
-which of the steps was wrong.
+Try --outcome. On the tiny model, with the same solutions and as many optimizer steps, p_S then
+judges about 0.69 of the held-out solutions correctly instead of 0.97, and f1 is 0.4 instead of
+0.98, because the label at the end does not say which of the steps was wrong.
 
-Shapes: B solutions of T tokens and at most S steps; D is the width of the model.
+Shapes: B solutions of T tokens and S steps, padding included; D is the width of the model.
 """
 import argparse
 import functools
 import hashlib
-import importlib
 import json
 import math
 import operator
@@ -81,19 +85,19 @@ TINY = dict(dataset="tiny/data/steps_train.jsonl", epochs=10, max_steps=800, mic
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/math_shepherd", help="Hub name[:config], or a local file")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="columns under other names: prompt=query answer=reply")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
     add("--eval-dataset", help="held-out solutions (without it, a part of --dataset is held out)")
     add("--eval-size", type=common.count, default=100, help="number of held-out solutions")
-    add("--outcome", action="store_true", help="training on the label of the last step only")
+    add("--outcome", action="store_true", help="training on the last label of each solution only")
     add("--max-length", type=common.count, default=1024,
-        help="token limit; longer solutions are dropped")
+        help="longest problem + solution, in tokens; longer ones are dropped")
     add("--batch-size", type=common.count, default=32, help="solutions per optimizer step")
     add("--micro-batch-size", type=common.count, default=4, help="solutions per forward pass")
     add("--learning-rate", type=common.positive, default=1e-4,
@@ -107,7 +111,6 @@ def make_flags():
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and scalar head")
-    add("--track", choices=["wandb", "trackio"], help="tracker that gets the metrics, too")
     add("--output-dir", default="runs/prm", help="folder; the same command resumes a stopped run")
     return parser
 
@@ -117,10 +120,10 @@ def make_flags():
 def encode_solution(row, tokenizer, max_length, outcome):
     """Turns a row into {"prompt": ids, "solution": example}; the loss mask is 1 on trained steps.
 
-    The steps become the lines of one answer. It is a message of the assistant if the prompt is a
-    list of messages or the tokenizer has a chat template; otherwise it is plain text on the line
-    below the prompt. A solution that is too long is refused. Write each step on one line, because
-    pairs.py and evaluate.py take every line for a step.
+    The steps become the lines of one answer. The answer is an assistant message if the prompt is a
+    list of messages or the tokenizer has a chat template; otherwise it is plain text that starts on
+    the line below the prompt. A solution that is too long is refused. Each step should be a single
+    line, because pairs.py and evaluate.py treat every line as a step.
     """
     prompt, steps = read_steps(row, tokenizer)
     answer = "\n".join(steps)
@@ -149,7 +152,7 @@ def encode_solution(row, tokenizer, max_length, outcome):
 
 
 def read_steps(row, tokenizer):
-    """The prompt of a row and its steps, without the blanks around them."""
+    """The prompt of a row, and its steps without surrounding whitespace."""
     prompt = common.prompt_of(row, tokenizer)
     steps, labels = row.get("completions"), row.get("labels")
     if not prompt or not isinstance(prompt, str | list):
@@ -176,25 +179,28 @@ def collate(examples, pad_id, device):
 # ---- the method ----------------------------------------------------------------------------------
 
 def step_ends(tokenizer, ids, steps):
-    """The index in `ids`, an answer, of the token that completes each step of its text.
-
-    A token may hold a part of a character, so the text is known for prefixes of the ids only.
-    """
+    """For each step, the index in the answer's `ids` of the token that completes it."""
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode(ids, **plain)
+
+    def spelled(last):
+        """How many characters of the text the tokens up to index `last` spell."""
+        said = tokenizer.decode(ids[:last + 1], **plain)
+        # A token may end inside a character, which is then decoded wrong.
+        while not text.startswith(said):
+            said = said[:-1]
+        return len(said)
+
     ends = []
-    end = 0  # the token that is looked at
-    done = 0  # how many characters of the text it has to complete
+    end = 0
+    done = 0
     for step in steps:
         start = text.find(step, done)
         if start < 0:
             raise ValueError(f"its tokens do not spell the step {step!r:.80}")
         done = start + len(step)
-        said = tokenizer.decode(ids[:end + 1], **plain)
-        # A prefix that ends inside a character is spelled wrong: then the next token is needed.
-        while len(said) < done or not text.startswith(said):
+        while spelled(end) < done:
             end += 1
-            said = tokenizer.decode(ids[:end + 1], **plain)
         ends.append(end)
     return ends
 
@@ -222,20 +228,20 @@ FIGURES = ("loss", "trained", "agreed", "steps", "found", "flagged", "wrong", "m
 
 
 def first_wrong(is_correct):
-    """The place of the first wrong step of each solution, [B], from is_correct, [B, S].
+    """The index of the first wrong step of each solution, [B], from is_correct, [B, S].
 
     The running product is 1 before that step and 0 from there on, so its sum counts the steps
-    before it. Where no step is wrong, it is S.
+    before it. Where no step is wrong, the sum is S.
     """
     return is_correct.long().cumprod(-1).sum(-1)
 
 
 def count_steps(losses, logits, batch):
-    """What `step_figures` needs to know of B solutions, {name: [B]}.
+    """The loss and the counts of each of B solutions, {name: [B]}, for `step_figures`.
 
-    A step is judged correct if p ≥ 1/2. A solution is flagged if some step of it is judged wrong,
-    and it is wrong if some step of it is labeled wrong. Its mistake is found if the first step that
-    is judged wrong is the first that is labeled wrong.
+    A step is judged correct if p ≥ 1/2. A solution is flagged if any of its steps is judged wrong,
+    and it is wrong if any of its steps is labeled wrong. Its mistake is found if the first step
+    judged wrong is also the first step labeled wrong.
     """
     is_step = batch["step_mask"].bool()  # [B, S]
     # Padding counts as correct, so that it is never the first wrong step.
@@ -244,7 +250,7 @@ def count_steps(losses, logits, batch):
     flagged = ~judged.all(-1)  # [B]
     wrong = ~labeled.all(-1)  # [B]
     found = flagged & wrong & (first_wrong(judged) == first_wrong(labeled))  # [B]
-    # Three verdicts on the whole solution: min_k p_k, Π_k p_k and p_S, each against 1/2.
+    # Three verdicts on the whole solution: min_k p_k, Π_k p_k and p_S, each compared with 1/2.
     log_product = (F.logsigmoid(logits.double()) * is_step).sum(-1)  # [B]
     last_step = is_step.sum(-1, keepdim=True) - 1  # [B, 1]
     last_judged = judged.gather(1, last_step)[:, 0]  # [B]
@@ -256,12 +262,12 @@ def count_steps(losses, logits, batch):
 
 
 def step_figures(counts):
-    """The figures of some solutions, from the sums of their FIGURES.
+    """The figures of a set of solutions, from the sums of their counts.
 
-    precision = found / flagged, recall = found / wrong (0 where there are none), and f1 is their
-    harmonic mean, 2 found / (flagged + wrong). ProcessBench (Zheng et al. 2024, arXiv:2412.06559)
-    has another F1: the harmonic mean of found / wrong and of the share of correct solutions that
-    are not flagged.
+    precision = found / flagged and recall = found / wrong (0 where nothing is flagged or wrong).
+    f1 is their harmonic mean, 2 found / (flagged + wrong). ProcessBench (Zheng et al. 2024,
+    arXiv:2412.06559) defines F1 as the harmonic mean of found / wrong and the share of correct
+    solutions that are not flagged.
     """
     solutions = counts["solutions"]
     return {"loss": counts["loss"] / counts["trained"],
@@ -275,7 +281,7 @@ def step_figures(counts):
 
 
 def solution_losses(model, examples, pad_id):
-    """The losses of the steps of B solutions, [B, S], and the figures of the solutions."""
+    """The losses of the steps of B solutions, [B, S], and the solutions' counts, {name: [B]}."""
     batch = collate([example["solution"] for example in examples], pad_id, model.device)
     head = common.causal_lm(model).score  # the scalar head: its weight is [1, D]
     with common.autocast(model):
@@ -303,7 +309,7 @@ def evaluate(model, examples, args, pad_id):
 
 @torch.no_grad()
 def show_steps(model, tokenizer, examples, pad_id):
-    """Prints some solutions with the probability that each step is correct."""
+    """Prints solutions, each step with the probability that it is correct and with its label."""
     model.eval()
     batch = collate([example["solution"] for example in examples], pad_id, model.device)
     with common.autocast(model):
@@ -332,7 +338,7 @@ def train(args):
     is_trained = [0] * len(solution["input_ids"])
     for end, trained in zip(solution["step_ends"], solution["loss_mask"], strict=True):
         is_trained[end] = trained
-    heading = "a training example as the model sees it (each step is judged at its token in green):"
+    heading = "a training example as the model sees it (a step is judged at its green token):"
     common.show(tokenizer, solution["input_ids"], is_trained, heading)
 
     # 2. Load the model: a frozen base, with LoRA matrices and a scalar head that are trained.
@@ -361,10 +367,10 @@ def train(args):
     for step in progress:
         began = time.time()
 
-        # 5. Accumulate gradients over micro-batches. Each step of a solution counts
-        #    1 / trained_steps, wherever it is computed, so the gradients add up to the gradient of
-        #    the batch, also over processes. Sorting puts solutions of similar length together,
-        #    which saves padding.
+        # 5. Accumulate gradients over micro-batches. Each trained step of a solution has the weight
+        #    1 / trained_steps, so the gradients of all micro-batches, in all processes, add up to
+        #    the gradient of the batch. Sorting puts solutions of similar length together, which
+        #    saves padding.
         batch = [examples[i] for i in batches[step - 1]]
         batch.sort(key=operator.itemgetter("length"))
         trained_steps = sum(sum(example["solution"]["loss_mask"]) for example in batch)
@@ -394,6 +400,7 @@ def train(args):
 
     # 8. Evaluate again on the same held-out solutions, and show some of them step by step.
     finish(args, state, model, tokenizer, evaluate(model, held_out, args, pad_id))
+    print("\nheld-out solutions, with p, the probability that a step is correct:")
     show_steps(model, tokenizer, held_out[:3], pad_id)
     show_next(args)
 
@@ -439,7 +446,7 @@ def sum_over_processes(tensors):
 
 
 def add_up(sums, figures):
-    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    """Adds the sum of each figure, {name: [B]}, to `sums`, in fp64."""
     for name, values in figures.items():
         sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
 
@@ -455,21 +462,20 @@ def over_processes(sums, names, device):
 def open_run(args, examples):
     """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
 
-    The flags, a hash of the examples and a hash of the files of models and rewards stand in
-    args.json. A run is resumed only if all of them are the same.
+    args.json records the flags, a hash of the examples, and a hash of the files of models and
+    rewards. A run is resumed only if all of them are the same.
     """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    loaded = [args.model]
+    for flag in ("reward", "teacher"):
+        value = getattr(args, flag, [])
+        loaded += [value] if isinstance(value, str) else value
+    files = common.fingerprint(*loaded)
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with the process, however the process ends. Its file may stay.
@@ -484,8 +490,8 @@ def open_run(args, examples):
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another folder")
+            raise ValueError("it holds a finished run, a run with other flags, data, weights or "
+                             "rewards, or unrelated files: name another folder")
 
 
 def write(file, text):
@@ -508,10 +514,8 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
-    # Each process has drawn LoRA matrices of its own. All train those of the first.
+            state = {name: saved.pop(name) for name in state} | saved
+    # Each process initialized its own LoRA matrices. All of them train those of the first one.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -539,12 +543,10 @@ def log_step(args, state, metrics, tokens, progress, shown):
     if common.RANK == 0:
         lines = [json.dumps(step) + "\n" for step in state["metrics"]]
         write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
-        if args.track:
-            importlib.import_module(args.track).log(metrics, step=metrics["step"])
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    """Saves the adapter, the model card and the summary. Printing, which can fail, comes last."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
@@ -553,8 +555,6 @@ def finish(args, state, model, tokenizer, after):
         common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-        if args.track:
-            importlib.import_module(args.track).finish()
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")

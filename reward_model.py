@@ -1,29 +1,31 @@
-"""Reward model: learns from preferences how good an answer is, as a single number.
+"""Reward model: learns from preferences to rate an answer with a single number.
 
 The data are pairs: a prompt x, a better answer y_w (chosen) and a worse one y_l (rejected). The
-model is a language model whose head over the vocabulary is replaced by a scalar: it reads x and y,
-and the scalar at the last token is the reward r(x, y).
+model is a language model whose head over the vocabulary is replaced by a scalar head, a linear
+layer with one output. It reads x and y, and its output at the last token is the reward r(x, y).
 
-Why it works. People cannot say how good an answer is on a scale, but they can say which of two is
-better. Bradley and Terry (1952) connect the two: if every answer has a strength r, then y_w beats
-y_l with a probability that depends only on the difference, σ(r(x, y_w) − r(x, y_l)). So one fits r
-by maximum likelihood, as in logistic regression: make the preferences that were observed likely.
-r then ranks answers that nobody has compared, which is what reinforcement learning needs.
+Why it works. People find it hard to rate an answer on a scale, but they can say which of two
+answers is better. Bradley and Terry (1952) connect the two: if every answer has a strength r, then
+y_w beats y_l with a probability that depends only on the difference, σ(r(x, y_w) − r(x, y_l)). So r
+can be fitted by maximum likelihood, as in logistic regression: the loss is the negative
+log-probability of the observed preferences. The fitted r also ranks answers that nobody has
+compared, which is what reinforcement learning needs.
 
     loss = −log σ( r(x, y_w) − r(x, y_l) − m )  +  λ (r(x, y_w) + r(x, y_l))²
 
-The first term without m is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155, for two answers. m, the
-data's column `margin` if there is one, says how far apart the two should be (Touvron et al. 2023,
-arXiv:2307.09288, eq. 2). The first term does not change if a constant is added to all rewards, so
-the second keeps them centered around 0; λ (--centering) is small (Eisenstein et al. 2023,
-arXiv:2312.09244). The gradient of the first term in r(x, y_w) is −σ(r(x, y_l) − r(x, y_w) + m), the
-probability that the model gives to the wrong order: pairs that it gets right no longer count.
+The first term without m is eq. 1 of Ouyang et al. 2022, arXiv:2203.02155, for two answers. The
+margin m, read from the column `margin` if the data have one, says how far apart the two rewards
+should be (Touvron et al. 2023, arXiv:2307.09288, eq. 2). The first term does not change if a
+constant is added to all rewards, so the second term keeps them centered around 0; λ (--centering)
+is small (Eisenstein et al. 2023, arXiv:2312.09244). The gradient of the first term with respect to
+r(x, y_w) is −σ(r(x, y_l) − r(x, y_w) + m). For m = 0 its size is the probability that the model
+gives to the wrong order, so pairs in a clearly correct order hardly count any more.
 
 Kept from SFT: the model, the adapter, the loop. Dropped: the head over the vocabulary and the loss
-mask. New: the scalar and the pairs. DPO, the next method, has the same loss, with the log-ratio of
-two probabilities in place of the reward.
+mask. New: the scalar head and the pairs. DPO, the next method, has the same loss, with
+β log[π(y|x) / π_ref(y|x)], a log-ratio of two probabilities, in place of the reward.
 
-A worked example. Rewards r(x, y_w) = 1.2 and r(x, y_l) = 0.2, no margin, λ = 0.01:
+A worked example. Let r(x, y_w) = 1.2 and r(x, y_l) = 0.2, with no margin and λ = 0.01:
 
     P(y_w beats y_l) = σ(1.0) = 0.731, loss = −log 0.731 + 0.01 · 1.4² = 0.313 + 0.020 = 0.333
     gradient: −0.269 + 0.028 = −0.241 in r(x, y_w), 0.269 + 0.028 = 0.297 in r(x, y_l)
@@ -34,24 +36,24 @@ With a margin of 0.5 the first term is −log σ(0.5) = 0.474. With the two rewa
     python reward_model.py                               # the embedded tiny model, on a laptop
     python reward_model.py --model Qwen/Qwen2.5-0.5B     # 4-bit LoRA on a 16 GB T4
     python reward_model.py --model runs/sft --dataset pairs.jsonl
-    python ppo.py --reward runs/reward_model             # what it is for
+    python ppo.py --reward runs/reward_model             # RL with the trained reward model
 
 What to watch. The loss starts near log 2 = 0.693, the loss of a coin flip, and falls; the accuracy
-climbs from 0.5. On human preferences it ends around 0.65 to 0.75, because people disagree with each
-other about as often. The spread of the rewards grows, and so does the logged `margin`, which is
-r(x, y_w) − r(x, y_l) and not m. A held-out loss (--eval-every) that rises while the accuracy stands
-still is overfitting: the model becomes more certain of its mistakes.
+climbs from 0.5. On human preferences it ends around 0.65 to 0.75, because people agree with each
+other only about that often. `reward_spread`, the standard deviation of the rewards, grows, and so
+does the logged `margin`, which is r(x, y_w) − r(x, y_l) and not m. A held-out loss (--eval-every)
+that rises while the accuracy stays the same is a sign of overfitting: the model becomes more
+certain of its mistakes.
 
 Try --centering 0. On the tiny model the accuracy stays at 0.993, but the rewards spread almost
-twice as far (5.5 instead of 3.0) and their mean drifts away from 0 (−0.16 instead of −0.02). PPO
-would feel the spread, because it decides how little the KL penalty counts beside the reward.
+twice as far (5.5 instead of 3.0) and their mean drifts away from 0 (−0.16 instead of −0.02). The
+spread matters in PPO: the wider the rewards spread, the less a given KL penalty counts.
 
-Shapes: P pairs (of a micro-batch, a step or a file) are B = 2P sequences of T tokens, the chosen
-ones first; L ≤ T columns hold tokens; D is the width of the model.
+Shapes: P pairs are B = 2P sequences of T tokens, all chosen ones first. L ≤ T columns hold tokens
+(the rest are padding in every row). D is the width of the model.
 """
 import argparse
 import hashlib
-import importlib
 import json
 import math
 import operator
@@ -74,21 +76,21 @@ TINY = dict(dataset="tiny/data/preference_train.jsonl", epochs=3, batch_size=16,
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/ultrafeedback_binarized",
         help="Hub name[:config], or a local file")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="columns under other names: prompt=query answer=reply")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
     add("--eval-dataset", help="held-out pairs (without it, a part of --dataset is held out)")
     add("--eval-size", type=common.count, default=100, help="number of held-out pairs")
     add("--centering", type=common.weight, default=0.01,
-        help="weight λ of the term that keeps the rewards around 0")
+        help="weight λ of the term that centers the rewards around 0")
     add("--max-length", type=common.count, default=1024,
-        help="token limit; pairs with a longer answer are dropped")
+        help="longest prompt + answer, in tokens; longer pairs are dropped")
     add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
     add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
     add("--learning-rate", type=common.positive, default=1e-4,
@@ -102,7 +104,6 @@ def make_flags():
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and scalar head")
-    add("--track", choices=["wandb", "trackio"], help="tracker that gets the metrics, too")
     add("--output-dir", default="runs/reward_model",
         help="folder; the same command resumes a stopped run")
     return parser
@@ -111,7 +112,7 @@ def make_flags():
 # ---- data: two answers to a prompt, as token ids -------------------------------------------------
 
 def encode_comparison(row, tokenizer, max_length):
-    """Turns a row into a pair of sequences, each with the token that ends its answer, as sampled.
+    """Turns a row into a pair of sequences, each ending with a stop token, as samples do.
 
     A pair that is too long is refused, because a truncated answer would deserve another reward.
     """
@@ -158,7 +159,7 @@ def reward_loss(chosen_rewards, rejected_rewards, margins, centering):
     """The loss of each pair, [P], from its two rewards and its margin m, each [P]."""
     difference = chosen_rewards - rejected_rewards  # [P]
     preference = -F.logsigmoid(difference - margins)  # [P], Ouyang eq. 1; m: Touvron eq. 2
-    # The preference term is invariant to adding a constant to all rewards; this one is not.
+    # Adding a constant to all rewards leaves the preference term as it is, but not this term.
     return preference + centering * (chosen_rewards + rejected_rewards) ** 2  # [P]
 
 
@@ -182,7 +183,7 @@ def comparison_losses(model, pairs, args, pad_id):
 
 
 def describe(sums, count):
-    """The figures of some pairs, from the sums of their FIGURES."""
+    """The figures of `count` pairs, from the sums over them. The spread is √(E[r²] − E[r]²)."""
     means = {name: total / count for name, total in sums.items()}
     variance = means.pop("squared_reward") - means["reward"] ** 2
     return means | {"reward_spread": math.sqrt(max(0.0, variance))}
@@ -192,7 +193,7 @@ def describe(sums, count):
 
 @torch.no_grad()
 def evaluate(model, pairs, args, pad_id):
-    """The figures of held-out pairs, and by how much each chosen answer leads, [P]."""
+    """The figures of held-out pairs, and their leads, r(x, y_w) − r(x, y_l), [P]."""
     model.eval()
     leads = torch.zeros(len(pairs), dtype=torch.float64, device=model.device)  # [P]
     # Process number RANK of WORLD takes every WORLD-th pair. A single process (0 of 1) takes all.
@@ -211,7 +212,7 @@ def evaluate(model, pairs, args, pad_id):
 
 
 def show_worst(tokenizer, pairs, leads):
-    """Prints the pair with the most confident mistake; often its label is what is wrong."""
+    """Prints the model's most confident mistake. Often it is the label that is wrong."""
     worst = leads.argmin().item()
     if leads[worst] < 0:
         print(f"\nthe most confident mistake: the rejected answer leads by {-leads[worst]:.3f}")
@@ -221,10 +222,10 @@ def show_worst(tokenizer, pairs, leads):
 
 
 def pad_apart(tokenizer):
-    """Sets a pad token that ends no answer.
+    """Sets a pad token that never ends an answer.
 
-    Other libraries read a reward at the token before the pads, which they find by the id of the pad
-    token; here lengths are known.
+    Transformers reads a reward at the last token that is not the pad token, so it would skip the
+    end of an answer that ends with the pad token. This script uses the attention mask.
     """
     ends = {tokenizer.eos_token_id, common.end_of_turn_id(tokenizer)}
     if tokenizer.pad_token_id not in ends:
@@ -274,9 +275,9 @@ def train(args):
     for step in progress:
         began = time.time()
 
-        # 5. Accumulate gradients over micro-batches. Each pair counts 1 / len(batch), wherever it
-        #    is computed, so the gradients add up to the gradient of the batch, also over
-        #    processes. Sorting puts pairs of similar length together, which saves padding.
+        # 5. Accumulate gradients over micro-batches. Each pair has the weight 1 / len(batch), so
+        #    the gradients of all micro-batches, in all processes, add up to the gradient of the
+        #    batch. Sorting puts pairs of similar length together, which saves padding.
         batch = [pairs[i] for i in batches[step - 1]]
         batch.sort(key=operator.itemgetter("length"))
         mine = batch[common.RANK::common.WORLD]
@@ -304,7 +305,7 @@ def train(args):
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, weights, optimizer, scaler)
 
-    # 8. Evaluate again on the same held-out pairs, and show where the model is most wrong.
+    # 8. Evaluate again on the same held-out pairs, and show the most confident mistake.
     after, leads = evaluate(model, held_out, args, pad_id)
     pad_apart(tokenizer)
     finish(args, state, model, tokenizer, after)
@@ -353,7 +354,7 @@ def sum_over_processes(tensors):
 
 
 def add_up(sums, figures):
-    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    """Adds the sum of each figure, {name: [B]}, to `sums`, in fp64."""
     for name, values in figures.items():
         sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
 
@@ -369,21 +370,20 @@ def over_processes(sums, names, device):
 def open_run(args, examples):
     """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
 
-    The flags, a hash of the examples and a hash of the files of models and rewards stand in
-    args.json. A run is resumed only if all of them are the same.
+    args.json records the flags, a hash of the examples, and a hash of the files of models and
+    rewards. A run is resumed only if all of them are the same.
     """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    loaded = [args.model]
+    for flag in ("reward", "teacher"):
+        value = getattr(args, flag, [])
+        loaded += [value] if isinstance(value, str) else value
+    files = common.fingerprint(*loaded)
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with the process, however the process ends. Its file may stay.
@@ -398,8 +398,8 @@ def open_run(args, examples):
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another folder")
+            raise ValueError("it holds a finished run, a run with other flags, data, weights or "
+                             "rewards, or unrelated files: name another folder")
 
 
 def write(file, text):
@@ -422,10 +422,8 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
-    # Each process has drawn LoRA matrices of its own. All train those of the first.
+            state = {name: saved.pop(name) for name in state} | saved
+    # Each process initialized its own LoRA matrices. All of them train those of the first one.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -453,12 +451,10 @@ def log_step(args, state, metrics, tokens, progress, shown):
     if common.RANK == 0:
         lines = [json.dumps(step) + "\n" for step in state["metrics"]]
         write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
-        if args.track:
-            importlib.import_module(args.track).log(metrics, step=metrics["step"])
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    """Saves the adapter, the model card and the summary. Printing, which can fail, comes last."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
@@ -467,8 +463,6 @@ def finish(args, state, model, tokenizer, after):
         common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-        if args.track:
-            importlib.import_module(args.track).finish()
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")

@@ -1,77 +1,79 @@
 """SFT: supervised fine-tuning, which turns a model that continues text into one that answers.
 
 The data are conversations. The model learns to write the assistant's turns, each with the token
-that ends it; everything else is context, which it reads but is not trained on.
+that ends it. Everything else is context, which the model reads but is not trained to write.
 
-Why it works. A pretrained model already knows how to continue any text, including a question: with
-an answer, but just as well with another question. SFT shows it a few thousand conversations and
-raises the probability of exactly one kind of continuation, the answer. It teaches little that is
-new. It selects a behavior that the model is capable of, which is why so little data is enough.
+Why it works. A pretrained model can continue any text. It continues a question with an answer, but
+just as readily with another question. SFT raises the probability of one kind of continuation, the
+answer. It teaches little that is new; it selects a behavior that the model is already capable of,
+which is why a thousand good conversations can be enough (Zhou et al. 2023, arXiv:2305.11206).
 
-The objective is that of pretraining, the negative log-likelihood of the next token, restricted to
-the assistant's tokens by a loss mask m_t (1: trained, 0: context). It is the first stage of
+As in pretraining, the objective is the negative log-likelihood of the next token, but a loss mask
+m_t (1: trained, 0: context) restricts it to the assistant's tokens. SFT is the first stage of
 InstructGPT (Ouyang et al. 2022, arXiv:2203.02155):
 
     loss = −1/N Σ_t m_t log π(y_t | y_<t)          N = Σ_t m_t, over all tokens of an optimizer step
 
-π is the model, y a conversation and y_<t its tokens before t. log π(y_t | y_<t) has as its gradient
-in the logits the one-hot vector of y_t minus the softmax, so each step moves probability to y_t
-from all other tokens, by as much as y_t is still short of 1.
+π is the model, y a conversation, and y_<t its tokens before t. The gradient of log π(y_t | y_<t)
+with respect to the logits is the one-hot vector of y_t minus the softmax. So each step moves
+probability from all other tokens to y_t, and it moves less as the probability of y_t nears 1.
 
 Kept from pretraining: the objective and the model. New: the loss mask, and the chat template that
-turns messages into one string. N counts the trained tokens of the whole step and not those of a
-conversation or micro-batch. So every token has the same weight, and the micro-batch size changes
-speed and memory but not the result.
+turns messages into one string. N counts the trained tokens of the whole optimizer step, not those
+of one conversation or micro-batch. So every token has the same weight, and the micro-batch size
+changes speed and memory but not the result.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685) trains few weights. A weight matrix W stays frozen, and the
-layer uses W + (α/r) B A instead; only A [r, D] and B [D, r] are trained, with a small rank r. B
-starts at 0, so training starts exactly at the base model, and without the adapter the model *is*
-the base model. Later methods use this to get their reference model for free. "4-bit" (QLoRA,
-Dettmers et al. 2023, arXiv:2305.14314) stores the frozen W in 4 bits per weight to save memory.
+LoRA (Hu et al. 2021, arXiv:2106.09685) freezes the model and trains a small number of new weights.
+A frozen weight matrix W [D, D] is used as W + (α/r) B A, and only A [r, D] and B [D, r] are
+trained, with a small rank r. B starts at 0, so training starts exactly at the base model. With the
+adapter (A and B) switched off, the model *is* the base model. Later methods get their reference
+model this way, without a second copy in memory. "4-bit" (QLoRA, Dettmers et al. 2023,
+arXiv:2305.14314) stores the frozen W in 4 bits per weight to save memory.
 
-The loss mask and the shift, for the question "Hi" and the answer "Hello". A model predicts the
-*next* token, so the log-prob in column t belongs to the token in column t + 1:
+A model predicts the *next* token, so the log-prob in column t belongs to the token in column t + 1.
+For the question "Hi" and the answer "Hello":
 
     column        0       1     2      3        4              5
     token       <user>   Hi   <end>  <asst>   Hello          <end>
     loss_mask     0       0     0      0        1              1           [T]
     logps         0       0     0   log p(Hello)  log p(<end>)             [T−1]
 
-A worked example. Let p(Hello) = 0.5 and p(<end>) = 0.8, and let a second conversation of the step
-have four trained tokens of probability 0.25, 0.5, 0.5 and 0.8:
+A worked example. Let p(Hello) = 0.5 and p(<end>) = 0.8, and let a second conversation in the same
+step have four trained tokens with the probabilities 0.25, 0.5, 0.5 and 0.8:
 
     −Σ log p = 0.693 + 0.223 = 0.916 for the first, 1.386 + 0.693 + 0.693 + 0.223 = 2.996
     loss = (0.916 + 2.996) / 6 = 0.652, perplexity = e^0.652 = 1.919
 
-The mean of the two means would be 0.604, because it gives each token of the short answer twice the
-weight. The perplexity is the number of equally likely tokens that would be as hard to predict.
+The mean of the two conversations' means would be 0.604. It would give a token of the short answer
+twice the weight of a token of the long one. A perplexity of 1.919 means that, on average,
+the model is as uncertain as if it chose among 1.919 equally likely tokens.
 
     python sft.py                                          # the embedded tiny model, on a laptop
     python sft.py --model Qwen/Qwen2.5-0.5B                # 4-bit LoRA on a 16 GB T4
     python sft.py --model Qwen/Qwen2.5-0.5B --dataset chats.jsonl --neftune-alpha 5
     python sft.py --model Qwen/Qwen2.5-0.5B --lora-rank 0  # full fine-tuning, in fp32
 
-A row has the column `messages` (and `tools`) or ShareGPT's `conversations`, or a prompt and an
-answer (`prompt` and `completion`, `instruction` and `output`, `question` and `answer`, ...; strings
-or messages), or `text`. docs/your_data.md lists all forms.
+A row of the dataset has the column `messages` (perhaps with `tools`) or ShareGPT's `conversations`,
+or a prompt and an answer (`prompt` and `completion`, `instruction` and `output`, `question` and
+`answer`, ...; strings or messages), or `text`. docs/your_data.md lists all forms.
 
 What to watch. The loss falls steeply for a few dozen steps while the model learns the format, then
 slowly. If the held-out loss (--eval-every) rises again while the training loss keeps falling, the
-model is memorizing its data (overfitting): train for fewer epochs. `stopped`, the share of sampled
-answers that end by themselves, approaches 1.
+model is memorizing its data (overfitting), so train for fewer epochs. `stopped`, the share of
+sampled answers that end with a stop token before the length limit, approaches 1.
 
-Try to set every entry of the mask to 1 in `with_mask`. On the tiny model the held-out loss then
+Try setting every entry of the mask to 1 in `with_mask`. On the tiny model the held-out loss then
 ends at 1.55 instead of 0.15, because it also counts the words of the questions, which nobody can
-predict, and samples make up questions. Or train on all of an answer except the token that ends it:
-samples then run on into what the base model has read in pretraining, as in "12 + 9 = 21? Yes."
+predict, and the samples contain made-up questions. Or train on all of an answer except the token
+that ends it. The samples then run on into text like that of pretraining, as in "12 + 9 = 21? Yes."
 
-Shapes: B conversations of T tokens (of which L ≤ T columns are padding in no row); N trained
-tokens, C of them at a time; D is the width of the model, V the size of its vocabulary, r the rank.
+Shapes: B conversations of T tokens, padding included; L ≤ T columns hold tokens (the rest are
+padding in every row). N tokens are trained, and the logits of C of them are computed at a time. D
+is the width of the model, V the size of its vocabulary, and r the rank.
 """
 import argparse
 import functools
 import hashlib
-import importlib
 import json
 import math
 import operator
@@ -94,19 +96,20 @@ TINY = dict(dataset="tiny/data/sft_train.jsonl", eval_dataset="tiny/data/sft_hel
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/base", help="Hub name, local folder or LoRA adapter to start from")
     add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a local file")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="columns under other names: prompt=query answer=reply")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template that replaces the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
     add("--eval-dataset", help="held-out rows (without it, a part of --dataset is held out)")
     add("--eval-size", type=common.count, default=100, help="number of held-out rows")
     add("--neftune-alpha", type=common.weight, default=0.0,
-        help="scale of NEFTune's noise on the embeddings, a regularizer; 5 is typical, 0 is off")
-    add("--max-length", type=common.number(int, 4), default=1024, help="tokens before truncation")
+        help="scale α of NEFTune's noise on the embeddings, a regularizer; 5 is typical, 0 is off")
+    add("--max-length", type=common.number(int, 4), default=1024,
+        help="longest conversation, in tokens; longer ones are truncated")
     add("--batch-size", type=common.count, default=32, help="conversations per optimizer step")
     add("--micro-batch-size", type=common.count, default=4, help="conversations per forward pass")
     add("--learning-rate", type=common.positive, default=2e-4,
@@ -115,7 +118,7 @@ def make_flags():
     add("--max-steps", type=common.count, default=500, help="upper limit of optimizer steps")
     add("--lora-rank", type=common.natural, default=16,
         help="rank of the LoRA matrices on all linear layers; their alpha is twice the rank.\n"
-        "0 is full fine-tuning, with a default --learning-rate that is ten times lower")
+        "0 means full fine-tuning, with a default --learning-rate that is ten times lower")
     add("--load-in-4bit", **common.ON_GPU, help="quantization of the frozen base, to save memory")
     add("--gradient-checkpointing", **common.ON_GPU,
         help="recomputation of activations in the backward pass, to save memory")
@@ -123,7 +126,6 @@ def make_flags():
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--track", choices=["wandb", "trackio"], help="tracker that gets the metrics, too")
     add("--output-dir", default="runs/sft", help="folder; the same command resumes a stopped run")
     return parser
 
@@ -131,17 +133,19 @@ def make_flags():
 # ---- data: token ids, and a mask on what is trained ----------------------------------------------
 
 def encode_conversation(row, tokenizer, max_length):
-    """Turns a row into examples: one, or one per answer if the template drops old thoughts (Qwen3).
+    """Turns a row into a list of examples, usually one.
 
-    common.encode returns the row as pieces, (ids, is_answer): first the head of the prompt (BOS,
-    system message), then the rest of the prompt and the answer, then perhaps further turns, as in
+    If the chat template drops the reasoning of earlier turns, as Qwen3's does, each answer becomes
+    an example of its own. common.encode returns an example as a list of pieces, (ids, is_answer):
+    the head of the prompt (BOS, system message), the rest of the prompt, the answer, and perhaps
+    further turns. For example, without a head:
 
         [([], False), ([<user>, Hi, <end>, <asst>], False), ([Hello, <end>], True)]
     """
     prompt, answer = prompt_and_answer(row, tokenizer)
     conversations = common.encode(tokenizer, prompt, answer, row.get("tools"))
-    # Chats that begin alike differ in what comes before their last answer, so that is the key by
-    # which training and held-out examples are kept apart.
+    # Many chats begin alike, so the key is everything before the last answer. Where held-out
+    # examples are split off from --dataset, no training example has the key of a held-out one.
     before_last_answer = conversations[-1][:-1]
     key = [token for ids, _ in before_last_answer for token in ids]
     examples = []
@@ -154,7 +158,7 @@ def encode_conversation(row, tokenizer, max_length):
         first_trained = tokens["loss_mask"].index(1)
         tokens = shorten(tokens, whole_length, head_length, first_trained, max_length)
         length = len(tokens["input_ids"])
-        # Samples continue the prompt of the first answer, or the first quarter of a plain text.
+        # Samples continue the context of the first answer, or the first quarter of a plain text.
         prompt_length = tokens["loss_mask"].index(1)
         is_plain_text = prompt_length == 1
         if is_plain_text:
@@ -166,7 +170,10 @@ def encode_conversation(row, tokenizer, max_length):
 
 
 def prompt_and_answer(row, tokenizer):
-    """Returns prompt and answer, strings or lists of messages; assistant messages are trained."""
+    """Returns the prompt and the answer of a row, each a string or a list of messages.
+
+    The trained part is the answer: all of a string, or the assistant's messages of a list.
+    """
     messages = row.get("messages") or row.get("conversations")
     if messages:
         return [], common.with_system(messages, row)
@@ -180,7 +187,7 @@ def prompt_and_answer(row, tokenizer):
 
 
 def with_mask(pieces):
-    """Joins pieces (ids, is_answer) to one example. Its loss mask is 1 on the answers."""
+    """Joins pieces (ids, is_answer) into one example. Its loss mask is 1 on the answers."""
     input_ids = []
     loss_mask = []
     for ids, is_answer in pieces:
@@ -192,10 +199,10 @@ def with_mask(pieces):
 def shorten(example, length, head, start, max_length):
     """Truncates an example: first the middle of its prompt, then the end of its answer.
 
-    The prompt ends at `start`. Its first `head` tokens, BOS and the system message, stay, and so
-    does its end: at least max_length / 4 tokens of it, and max_length / 2 tokens in all. `length`
-    is the length of the example. In a pair it is the length of the longer example, so that both
-    keep the same prompt.
+    The prompt ends at `start`. Its first `head` tokens (BOS and the system message) are kept, and
+    so is its end: at least max_length / 4 tokens of it, and at least max_length / 2 prompt tokens
+    in total. `length` is the length of the example. In a pair it is the length of the longer
+    example, so that both keep the same prompt.
     """
     room = max(max_length // 2, head + max_length // 4)
     cut = max(0, min(length - max_length, start - room))
@@ -220,7 +227,7 @@ def collate(examples, pad_id, device):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
 
-    The same as these two lines, which would hold the logits of all positions in memory at once:
+    Equivalent to these two lines, which would hold the logits of all positions in memory at once:
 
         logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
         return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
@@ -261,14 +268,14 @@ FIGURES = ("loss",)
 def sft_loss(logps, loss_mask, trained_tokens):
     """−Σ_t m_t log π(y_t | y_<t) / N, a scalar, from logps [B, T-1] and loss_mask [B, T].
 
-    N, `trained_tokens`, counts the trained tokens of the whole step, so that the losses of its
-    micro-batches add up to its loss, and so do their gradients.
+    N, `trained_tokens`, counts the trained tokens of the whole step. So the losses of the
+    micro-batches add up to the loss of the step, and their gradients to its gradient.
     """
     return -(logps * loss_mask[:, 1:]).sum() / trained_tokens  # []
 
 
 def batch_loss(model, examples, trained_tokens, pad_id):
-    """What B conversations contribute to the loss of a step with N trained tokens, a scalar."""
+    """The contribution of B conversations to the loss of a step, a scalar."""
     batch = collate([example["tokens"] for example in examples], pad_id, model.device)
     with common.autocast(model):
         logps = token_logps(model, batch)  # [B, T-1]
@@ -276,21 +283,21 @@ def batch_loss(model, examples, trained_tokens, pad_id):
 
 
 def count_trained(examples):
-    """N: the number of tokens on which some conversations are trained."""
+    """The number of trained tokens, N, in a list of examples."""
     return sum(sum(example["tokens"]["loss_mask"]) for example in examples)
 
 
 def add_noise(alpha, base, inputs, kwargs):
-    """NEFTune (Jain et al. 2023, arXiv:2310.05914): embeddings with noise, uniform in ±α/√(L·D).
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): adds noise to the embeddings in training.
 
-    This is a hook that runs before the model. It looks up the embeddings of the tokens itself, adds
-    the noise, and passes the sum on. The noise makes it harder to memorize the exact wording of
-    the data. It is off in evaluation.
+    The noise is uniform in ±α/√(n·D) for a row of n tokens, not counting padding. It makes it
+    harder to memorize the exact wording of the data. This function is a hook that runs before the
+    model: it looks up the embeddings itself and passes them on, with noise, in place of the ids.
     """
     if not base.training:
         return inputs, kwargs
     embeddings = base.get_input_embeddings()(kwargs["input_ids"])  # [B, L, D]
-    lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1]: without padding
+    lengths = kwargs["attention_mask"].sum(-1)[:, None, None]  # [B, 1, 1]: n of each row
     bound = alpha / (lengths * embeddings.shape[-1]).sqrt()  # [B, 1, 1]
     noise = bound * (2 * torch.rand_like(embeddings) - 1)  # [B, L, D]
     return inputs, kwargs | {"input_ids": None, "inputs_embeds": embeddings + noise}
@@ -300,7 +307,7 @@ def add_noise(alpha, base, inputs, kwargs):
 
 @torch.no_grad()
 def evaluate(model, examples, args, pad_id):
-    """The mean loss per trained token on held-out rows, and its exponential, the perplexity."""
+    """The mean loss per trained token of held-out examples, and its exponential, the perplexity."""
     model.eval()
     trained_tokens = count_trained(examples)
     # Process number RANK of WORLD takes every WORLD-th row. A single process (0 of 1) takes all.
@@ -348,7 +355,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 def show_samples(samples):
     """Prints prompts, each with an answer from before and an answer from after training."""
-    print("\nsamples: held-out prompts, with an answer before and an answer after training")
+    print("\nsamples: held-out prompts, each answered before and after training")
     for sample in samples:
         print()
         for name, text in sample.items():
@@ -356,7 +363,7 @@ def show_samples(samples):
 
 
 def share_stopped(answers, stop_ids):
-    """The share of answers that end by themselves, with a stop token."""
+    """The share of answers that end with a stop token, not at the length limit."""
     return sum(answer[-1] in stop_ids for answer in answers) / len(answers)
 
 
@@ -372,7 +379,8 @@ def train(args):
     tokens = examples[0]["tokens"]
     common.show(tokenizer, tokens["input_ids"], tokens["loss_mask"], heading + "):")
 
-    # 2. Load the model: a frozen base with trainable LoRA matrices, or all weights.
+    # 2. Load the model: a frozen base with trainable LoRA matrices or, with --lora-rank 0, a model
+    #    whose weights are all trained.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing,
@@ -406,12 +414,13 @@ def train(args):
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
         began = time.time()
-        # NEFTune's noise differs between steps and between processes.
+        # NEFTune draws different noise in every step and in every process.
         torch.manual_seed(args.seed + step * common.WORLD + common.RANK)
 
-        # 5. Accumulate gradients over micro-batches. All of them divide by the trained tokens of
-        #    the whole batch, so their gradients add up to the gradient of the batch, also over
-        #    processes. Sorting puts rows of similar length together, which saves padding.
+        # 5. Accumulate gradients over micro-batches. Each loss is divided by the number of trained
+        #    tokens in the whole batch, so the gradients of all micro-batches, in all processes, add
+        #    up to the gradient of the batch. Sorting puts conversations of similar length together,
+        #    which saves padding.
         batch = [examples[i] for i in batches[step - 1]]
         batch.sort(key=operator.itemgetter("length"))
         trained_tokens = count_trained(batch)
@@ -491,7 +500,7 @@ def sum_over_processes(tensors):
 
 
 def add_up(sums, figures):
-    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    """Adds the sum of each figure, {name: [B]}, to `sums`, in fp64."""
     for name, values in figures.items():
         sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
 
@@ -507,21 +516,20 @@ def over_processes(sums, names, device):
 def open_run(args, examples):
     """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
 
-    The flags, a hash of the examples and a hash of the files of models and rewards stand in
-    args.json. A run is resumed only if all of them are the same.
+    args.json records the flags, a hash of the examples, and a hash of the files of models and
+    rewards. A run is resumed only if all of them are the same.
     """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    loaded = [args.model]
+    for flag in ("reward", "teacher"):
+        value = getattr(args, flag, [])
+        loaded += [value] if isinstance(value, str) else value
+    files = common.fingerprint(*loaded)
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with the process, however the process ends. Its file may stay.
@@ -536,8 +544,8 @@ def open_run(args, examples):
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another folder")
+            raise ValueError("it holds a finished run, a run with other flags, data, weights or "
+                             "rewards, or unrelated files: name another folder")
 
 
 def write(file, text):
@@ -560,10 +568,8 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
-    # Each process has drawn LoRA matrices of its own. All train those of the first.
+            state = {name: saved.pop(name) for name in state} | saved
+    # Each process initialized its own LoRA matrices. All of them train those of the first one.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -591,12 +597,10 @@ def log_step(args, state, metrics, tokens, progress, shown):
     if common.RANK == 0:
         lines = [json.dumps(step) + "\n" for step in state["metrics"]]
         write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
-        if args.track:
-            importlib.import_module(args.track).log(metrics, step=metrics["step"])
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    """Saves the adapter, the model card and the summary. Printing, which can fail, comes last."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
@@ -605,8 +609,6 @@ def finish(args, state, model, tokenizer, after):
         common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-        if args.track:
-            importlib.import_module(args.track).finish()
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")

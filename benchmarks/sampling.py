@@ -30,7 +30,7 @@ import grpo  # noqa: E402
 
 def make_flags():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, folder or LoRA adapter")
     add("--prompts", default="tiny/data/prompt_heldout.jsonl", help=".jsonl file with prompts")

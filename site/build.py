@@ -271,7 +271,8 @@ def set_equations(tokens):
             is_formula = heads[column] in ("loss", "formula", "symbol")
             column += 1
             for child in content.children:
-                if is_formula and child.type == "text":
+                has_equation = re.search("[=−Σ^/|]|[α-ω]", child.content)
+                if is_formula and has_equation and child.type == "text":
                     child.type, child.content = "html_inline", typeset(child.content)
         if token.type == "inline":
             for child in token.children:

@@ -21,8 +21,9 @@ TEX |= {"−": "-", "²": "^2", "E": r"\mathbb{E}\,", "‖": r"\,\Vert\,"}
 BRACKET = r"\((?:[^()]|\([^()]*\))*\)"  # with brackets in it, but none in those
 OPERAND = rf"(?:{BRACKET}|\|\w+\||\w+'?(?:{BRACKET})?)"
 TOKEN = re.compile(
-    rf"(?P<over>{OPERAND}) ?/ ?(?P<under>{OPERAND})|[_^](?P<index>{{[^{{}}]*}}|{BRACKET}|<?\w+?"
-    r"(?![^\W_]))|\s+|[A-Za-z]+(?:\d+|'[a-z]+)?|\d+(?:\.\d+)?(?:e-\d+)?|\.\.\.|.")
+    rf"(?P<over>{OPERAND}) ?/ ?(?P<under>{OPERAND})"
+    rf"|[_^](?P<index>{{[^{{}}]*}}|{BRACKET}|\d+\.\d+|<?\w+?(?![^\W_]))"
+    r"|\s+|[A-Za-z]+(?:\d+|'[a-z]+)?|\d+(?:\.\d+)?(?:e-\d+)?|\.\.\.|.")
 
 
 def runs(text, inside=False):
@@ -87,6 +88,7 @@ def bare(text):
 INLINE = re.compile(
     r"(?P<code>`[^`]+`|(?<![\w-])--[a-z][a-z0-9-]*|\b[a-z_]+\.py\b"
     r"|\[\d*[A-Z][A-Z\d, +.-]*\])"
+    r"|(?P<emphasis>(?<![\w*])\*[A-Za-z][^*\n]*\*(?![\w*]))"
     r"|(?P<paper>\b(?:arXiv:)?\d{4}\.\d{5}\b)"
     r"|(?P<math>(?<![\w.'-])(?:\d*[B-HJ-Zα-ωΠΣ]|[b-hj-z](?!_\w\w)"
     r"|(?:[AaIi]|min|max)(?=_\w(?!\w))|KL(?=\())(?:_(?:\{[\w+]+\}|<?[^\W_]+))?'?"
@@ -117,6 +119,8 @@ def inline(text):
         said, end = match.group(), match.end()
         if match["math"]:
             html += math(said)
+        elif match["emphasis"]:
+            html += f"<em>{escape(said.strip('*'))}</em>"
         elif match["paper"]:
             html += f'<a href="https://arxiv.org/abs/{said.removeprefix("arXiv:")}">{said}</a>'
         else:
@@ -157,16 +161,19 @@ def spans(line, style):
     return html
 
 
-def is_drawn(text):
-    """Whether a block is a diagram, or a table of numbers: then its spaces are part of it."""
+def is_preformatted(text):
+    """Whether a block is a command, code, a diagram, or a table of numbers."""
     cells = [cell for line in text.splitlines() for cell in re.split(r"\s{2,}", line.strip())]
-    return bool(re.search("[─-╿◄►▲▼]", text)) or (
-        sum(bool(re.fullmatch(r"[−-]?\d[\d.,%]*", cell)) for cell in cells) >= 4)
+    numbers = sum(bool(re.fullmatch(r"[−-]?\d[\d.,%]*", cell)) for cell in cells)
+    is_code = re.search(r"[a-z]{2,}_[a-z]{2,}|\w\.[a-z]{3}|\[:|\b(True|False|None)\b", text)
+    is_list = not TERM.sub("", text).strip()
+    return bool(re.match("(python|torchrun|pip) ", text) or re.search("[─-╿◄►▲▼]", text)
+                or numbers >= 4 or is_code and not is_list)
 
 
 def apart(text):
-    """A set-apart block: commands, a drawing, terms with their meaning, or equations by line."""
-    if is_drawn(text) or re.match(r"(python|torchrun|pip) ", text):
+    """A set-apart block: preformatted text, terms with their meaning, or equations by line."""
+    if is_preformatted(text):
         return f"<pre>{escape(text)}</pre>"
     if TERM.sub("", text).strip():
         lines = [spans(line, r"\displaystyle ") for line in text.splitlines()]

@@ -20,6 +20,7 @@ The program copies the project to a temporary folder, makes one mistake at a tim
 tests in a process that is forked from one that has imported the libraries. It ends with exit code 1
 if a mistake without `equivalent` goes unnoticed, or can no longer be made.
 """
+import contextlib
 import importlib
 import logging
 import os
@@ -55,8 +56,9 @@ def mutated(mistake, folder=ROOT):
     return changed if text.count(mistake["old"]) == 1 and changed != text else None
 
 
-def run_tests(folder, name, expression, limit=LIMIT):
-    """Runs tests of the copy in a process of their own: "passed", "failed" or what else it was."""
+def run_tests(folder, tests, limit=LIMIT):
+    """Runs "FILE: EXPRESSION" in a process of its own: "passed", "failed" or what else it was."""
+    name, _, expression = tests.partition(": ")
     log = folder / "log.txt"
     sys.stdout.flush()
     child = os.fork()
@@ -72,10 +74,8 @@ def run_tests(folder, name, expression, limit=LIMIT):
         files = [str(path) for path in Path("tests").rglob(f"test_{name}.py")]
         os._exit(importlib.import_module("pytest").main([*flags, *files]))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # processes that the tests left
-    except ProcessLookupError:
-        pass
     if code == -signal.SIGALRM:
         return "hangs"
     if code == 0 and " passed" not in log.read_text(errors="replace"):
@@ -88,10 +88,11 @@ def check_unchanged(folder, mistakes):
     expressions = {}
     for _, mistake in mistakes:
         name, _, expression = mistake["tests"].partition(": ")
-        expressions.setdefault(name, {})[f"({expression})" if expression else ""] = None
+        expressions.setdefault(name, set()).add(f"({expression})" if expression else "")
     results = []
     for name, parts in expressions.items():
-        results.append(run_tests(folder, name, "" if "" in parts else " or ".join(parts), 3600))
+        expression = "" if "" in parts else " or ".join(sorted(parts))
+        results.append(run_tests(folder, f"{name}: {expression}", 3600))
         print(f"unchanged  test_{name}.py: {results[-1]}", flush=True)
         if results[-1] != "passed":
             print((folder / "log.txt").read_text(errors="replace")[-1500:])
@@ -117,8 +118,7 @@ def make_and_notice(mistakes, folder):
             file = folder / mistake["file"]
             text = file.read_text()
             file.write_text(changed)
-            test, _, expression = mistake["tests"].partition(": ")
-            result = run_tests(folder, test, expression)
+            result = run_tests(folder, mistake["tests"])
             file.write_text(text)
         if result not in ("failed", "hangs"):
             unnoticed.append((name, mistake, result))

@@ -24,10 +24,12 @@ def sources(notebook):
 
 
 def command(line):
-    """What `!line` does. Python starts as a fork of this process, which has imported torch."""
+    """What `!line` does. Python starts as a fork of this process, which has the libraries."""
     words = shlex.split(line)
     if words[0] != "python":
         return subprocess.run(line, shell=True).returncode
+    for name in ("bitsandbytes", "datasets", "peft", "torch"):  # in the order of common.py
+        importlib.import_module(name)  # once, because eight imports would take longest of all
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -49,8 +51,6 @@ def command(line):
 def execute(notebook):
     """Runs cell after cell, until one of them raises."""
     from IPython.core.interactiveshell import InteractiveShell
-    for name in ("bitsandbytes", "datasets", "peft", "torch"):  # in the order of common.py
-        importlib.import_module(name)  # to import them eight times would take longest of all
     shell = InteractiveShell.instance(colors="NoColor")
 
     def system(line):

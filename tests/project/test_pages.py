@@ -127,7 +127,7 @@ def test_katex_takes_all_of_it(pages):
 @pytest.mark.parametrize("text, tex", [
     ("−log σ(h)", r"-\log \sigma(h)"), ("π_ref(y|x)", r"\pi_{\text{ref}}(y\mid x)"),
     ("V_{t+1}", "V_{t+1}"), ("y_<t", "y_{<t}"), ("(γλ)^l", r"(\gamma\lambda)^{l}"),
-    ("Σ_i 1/|o_i|", r"\sum_{i}\frac{1}{|o_{i}|}"), ("1e-4", "10^{-4}"),
+    ("Σ_i 1/|o_i|", r"\sum_{i}\frac{1}{|o_{i}|}"), ("1e-4", "10^{-4}"), ("e^0.65", "e^{0.65}"),
     ("(r − mean(r)) / std(r)", r"\frac{r-\operatorname{mean}(r)}{\operatorname{std}(r)}"),
     ("exp(r(x, y) / β)", r"\exp\Bigl(\frac{r(x,y)}{\beta}\Bigr)"),
     ("KL(π ‖ π_ref) / β", r"\frac{\operatorname{KL}(\pi\,\Vert\,\pi_{\text{ref}})}{\beta}")])
@@ -141,6 +141,13 @@ def test_translations(text, tex):
 def test_names_in_code_and_units_are_not_mathematics(text):
     assert "data-tex" not in equations.symbols(f"the {text} of") + (
         equations.inline(text) if "_" in text else "")
+
+
+@pytest.mark.parametrize("text", [
+    "logps = model(input_ids).logits[:, :-1]", "[([], False), ([17, 2], True)]", "python sft.py",
+    "a ──► b = c", "x    1    2    3    4"])
+def test_code_diagrams_and_tables_of_numbers_keep_their_spaces(text):
+    assert equations.apart(text) == f"<pre>{html.escape(text)}</pre>"
 
 
 @pytest.mark.parametrize("line", ["x = ∂y", "x = (y", "x = y)", "x = y /"])

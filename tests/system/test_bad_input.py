@@ -151,14 +151,68 @@ def test_a_model_that_is_no_policy_is_named(name, data, ends):
 
 # ---- rows ----------------------------------------------------------------------------------------
 
+USER = [{"role": "user", "content": "1 + 1?"}]
+
+
+def say(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def steps(completions=("1 + 1 = 2",), labels=(True,), prompt=USER):
+    return {"prompt": prompt, "completions": completions, "labels": labels}
+
+
+BAD_ROWS = {
+    "sft": [
+        {"other": 1}, {"messages": []}, {"messages": USER}, {"messages": "text"},
+        {"messages": [{"role": "assistant"}]}, {"messages": [{"content": "x"}]},
+        {"messages": ["x"]}, {"prompt": "x"}, {"prompt": "x", "completion": ""},
+        {"prompt": "x", "completion": 0.5}, {"prompt": USER, "completion": True}, {"output": "x"},
+        {"instruction": "x", "output": ""}, {"text": ""}, {"text": 0.5}, {"text": ["x"]}],
+    "preference": [
+        {"other": 1}, {"prompt": "x", "chosen": "y"}, {"chosen": "Yes.", "rejected": "No."},
+        {"prompt": "x", "chosen": "y", "rejected": "y"},
+        {"prompt": "x", "chosen": 0.5, "rejected": 0.6}, {"chosen": say("y"), "rejected": say("z")},
+        {"prompt": "x", "chosen": say("y"), "rejected": "z"},
+        {"prompt": USER, "chosen": USER, "rejected": say("z")},
+        {"prompt": USER, "chosen": [{"role": "assistant", "text": "y"}], "rejected": say("z")}],
+    "steps": [
+        {"other": 1}, {"prompt": USER, "completions": ["1 + 1 = 2"]}, steps("1 + 1 = 2"),
+        steps(labels=[1]), steps(labels=[True, False]), steps(["1 + 1 = 2", "So it is 2."]),
+        steps(labels=["true"]), steps(labels=True), steps([], []), steps([""]), steps([2]),
+        steps([say("1 + 1 = 2")]), steps(prompt=""), steps(prompt=["x"]),
+        steps(prompt=[{"role": "user"}]), {"completions": ["1 + 1 = 2"], "labels": [True]}],
+    "prompt": [
+        {"other": 1}, {"prompt": "", "answer": "2"}, {"prompt": [], "answer": "2"},
+        {"prompt": 0.5, "answer": "2"}, {"prompt": [{"role": "user"}], "answer": "2"},
+        {"prompt": ["x"], "answer": "2"}, {"prompt": {"role": "user"}, "answer": "2"}]}
+
+
 @OF_SCRIPTS
-def test_a_row_of_another_form_is_named(name, write_jsonl, ends):
-    """File, row and columns, and a reason that is not one of Python's. (More: tests/method.)"""
-    for bad in {"other": 1}, {"prompt": [{"role": "user"}], "chosen": 0.5, "messages": 0.5}:
+def test_rows_of_every_wrong_form_are_named(name, data, write_jsonl, ends):
+    """File, row and columns, and a reason that is not one of Python's."""
+    for bad in BAD_ROWS[KIND[name]]:
         file = write_jsonl([bad])
         line = ends(name, dataset=file)
-        assert file in line and "row 1: " in line and f"columns: {', '.join(bad)}"[:60] in line
+        assert file in line and "row 1: " in line, bad
+        assert f"columns: {', '.join(bad)}"[:60] in line, bad
         assert "object has no attribute" not in line and "not subscriptable" not in line, line
+
+
+PAIR = {"prompt": USER, "chosen": say("y"), "rejected": say("z")}
+
+
+@pytest.mark.parametrize("name, row, flags, words", [
+    *(("grpo", {"prompt": "x"} | answer, {"reward": "correct_answer"},
+       "no plain number as its answer: ")
+      for answer in ({}, {"answer": None}, {"answer": "none"}, {"answer": "(3, 5)"})),
+    *(("reward_model", PAIR | {"margin": margin}, {}, "") for margin in ("big", torch.nan, 1e400)),
+    *((name, None, {"max_length": 4}, "") for name in ("reward_model", "prm", *ONLINE))])
+def test_rows_that_are_of_no_use_leave_nothing(name, row, flags, words, write_jsonl, ends):
+    """Answers without a number, margins that are not finite, rows too long where nothing is cut."""
+    if row:
+        flags = flags | {"dataset": write_jsonl([row])}
+    assert "row 1: " + words in ends(name, **flags)
 
 
 BAD_FILES = {
@@ -253,11 +307,6 @@ def test_every_number_on_the_command_line_is_checked(name, refused, monkeypatch)
     assert {"batch_size", "learning_rate", "seed", "max_steps", "lora_rank"} <= checked
     assert "--bogus" in line("--bogus", "1") and "stray" in line("stray")
     assert "--seed" in line("--seed")
-
-
-def test_a_tracker_that_is_not_installed_is_named(ends, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "wandb" in ends("sft", track="wandb")
 
 
 # ---- the terminal --------------------------------------------------------------------------------

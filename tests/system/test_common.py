@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import bitsandbytes
-import huggingface_hub.constants
+import huggingface_hub
 import peft
 import pytest
 import safetensors.torch
@@ -224,6 +224,17 @@ def test_the_reference_is_the_start_and_stays_it(start, adapter, base_logits):
         assert model.active_adapter == "default"
 
 
+def test_an_exception_inside_another_role_puts_the_policy_back(adapter):
+    """As when a user interrupts a cell of a notebook."""
+    model = common.load_model(adapter.path)
+    own = trainable(model)
+    for role in common.reference(model), common.using(model, None):
+        with pytest.raises(KeyboardInterrupt), role:
+            raise KeyboardInterrupt
+        assert model.active_adapter == "default" and trainable(model) == own
+        assert torch.equal(logits(model.eval()), adapter.logits)
+
+
 # ---- what is saved, and other roles --------------------------------------------------------------
 
 def test_a_reward_model_in_4_bits_saves_and_loads(tmp_path):
@@ -307,6 +318,44 @@ def test_a_role_whose_file_lacks_weights_is_refused(tmp_path, refused):
     assert "does not hold the weights" in line and str(tmp_path / "reward") in line
 
 
+# ---- what is reported ----------------------------------------------------------------------------
+
+def test_settings_are_printed_in_words(capsys):
+    """Sizes are those of the base."""
+    model = common.load_model(TINY, load_in_4bit="off", lora_rank=16)
+    common.print_settings(model)
+    parts = [p for name, p in model.named_parameters() if "lora_" not in name]
+    millions = sum(p.numel() for p in parts) / 1e6
+    words = capsys.readouterr().out.splitlines()
+    assert words[0] == "device: cpu, number format: float32"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert words[1] == (f"trainable parameters: {trained:,} of {millions:.1f} million "
+                        f"({trained / millions / 1e6:.2%})")
+    common.print_settings(common.load_model(TINY, load_in_4bit="on"))
+    assert "weights of the base in 4 bits: " in capsys.readouterr().out
+
+
+def test_a_model_card_says_how_a_model_was_made(tmp_path, monkeypatch):
+    """In place of PEFT's template; the license is that of the base, if its card names one."""
+    shutil.copytree(TINY, tmp_path / "base")
+    model = str(tmp_path / "base")
+    monkeypatch.setattr(sys, "argv", ["/some/dpo.py", "--model", "my base", "--seed", "1"])
+    summary = {"method": "dpo", "model": model, "dataset": "a\x1b[2J.jsonl", "step": 7,
+               "before": {"loss": 0.5}, "after": {"loss": 0.25}}
+    for name in "unknown", "apache-2.0":
+        (tmp_path / "README.md").write_text("# Model Card for Model ID")
+        common.write_card(tmp_path, summary)
+        text = (tmp_path / "README.md").read_text()
+        card = huggingface_hub.ModelCard(text)
+        assert card.data.base_model == model and card.data.tags == ["dpo"]
+        assert card.data.license == (None if name == "unknown" else name)
+        for part in (f"(license: {name})", "`a\\x1b[2J.jsonl`, 7 optimizer steps",
+                     "`python dpo.py --model 'my base' --seed 1`", f"peft {peft.__version__}",
+                     "| loss | 0.5 | 0.25 |"):
+            assert part in text
+        (tmp_path / "base/README.md").write_text("---\nlicense: apache-2.0\n{\n---\n")
+
+
 # ---- errors and flags ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, words", [
@@ -341,6 +390,12 @@ def test_an_error_is_not_glued_to_a_progress_bar(capsys):
     with pytest.raises(SystemExit):
         common.fail("some cause")
     assert "error: some cause" in capsys.readouterr().err.split("\n")
+
+
+def test_a_misspelled_name_in_a_script_is_not_turned_into_a_line():
+    """Its traceback shows the line."""
+    with pytest.raises(NameError), common.phase("doing this"):
+        undefined_name  # noqa: B018, F821
 
 
 def test_text_from_data_cannot_move_the_cursor():

@@ -123,6 +123,20 @@ def test_messages_need_a_template(llama):
             common.encode_prompt(llama, prompt)
 
 
+# ---- preferences ---------------------------------------------------------------------------------
+
+def test_texts_share_their_prompt_as_tokens(llama):
+    """Without a prompt column, answers start where their tokens part, not their characters."""
+    prompt, cat, dog = "Once upon a ti", "me there was a girl", "le was a little girl"
+    explicit = encoded_preference(llama, {"prompt": prompt, "chosen": cat, "rejected": dog})
+    implicit = encoded_preference(llama, {"chosen": prompt + cat, "rejected": prompt + dog})
+    for first, second, text in zip(explicit, implicit, (cat, dog), strict=True):
+        whole = llama(prompt + text)["input_ids"] + [llama.eos_token_id]
+        assert first[0][0] + first[1][0] == second[0][0] + second[1][0] == whole
+        assert split(llama, second)[0] == "<s> Once upon a"
+    assert implicit[0][1][0][0] != implicit[1][1][0][0]
+
+
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 def test_stop_tokens_come_from_all_three_sources():
@@ -280,8 +294,9 @@ def test_an_example_is_shown_with_what_is_trained_in_green(chat, capsys):
     for piece, is_answer in example:
         ids += piece
         mask += [int(is_answer)] * len(piece)
-    common.show(chat, ids, mask)
-    out = capsys.readouterr().out
+    common.show(chat, ids, mask, "an example:")
+    heading, out = capsys.readouterr().out.split("\n", 1)
+    assert heading == "an example:"
     assert out.replace("\033[32m", "").replace("\033[0m", "") == chat.decode(ids) + "\n"
     green = [part.split("\033[0m")[0] for part in out.split("\033[32m")[1:]]
     assert green == ["2<|im_end|>", "4 =\n4<|im_end|>"]

@@ -21,13 +21,15 @@ for name in names:
     flags = script.make_flags() if hasattr(script, "make_flags") else getattr(script, "flags", None)
     if flags:
         assert flags.format_help().startswith("usage: ")
+heavy = {"bitsandbytes", "datasets", "peft", "pyarrow", "transformers"} & set(sys.modules)
+assert not heavy, f"--help waits for {heavy}"
 assert "fcntl" not in sys.modules and "readline" not in sys.modules
 print("imported", len(names))
 """
 
 
 def test_every_script_starts_without_the_modules_that_windows_lacks():
-    """fcntl and readline do not exist there; and `--help` works, too."""
+    """fcntl and readline do not exist there. `--help` works, and imports nothing that is slow."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHILD, *SCRIPTS], env=env, cwd=ROOT, text=True,
                           capture_output=True, timeout=200)

@@ -177,15 +177,15 @@ def test_a_template_without_an_end_of_turn_gets_eos():
 
 @pytest.mark.parametrize("template", [None, ASKS])
 def test_a_prompt_that_ends_in_the_assistant_is_continued(template):
-    """And an answer to it is trained behind it."""
+    """An answer to it is not trained on, neither as a second turn nor as a part of the first."""
     tokenizer = tiny_tokenizer(template)
     asked = "<|im_start|>user\n4?<|im_end|>\n<|im_start|>assistant\n"
     for prefill in ("Let me see.\n<think>", "<think>\nHm"):
         ids = common.encode_prompt(tokenizer, [user("4?"), says(prefill)])
         assert tokenizer.decode(ids) == asked + prefill
     for answer in ([says(" 4.")], " 4."):
-        example, = encoded(tiny_tokenizer(), [user("4?"), says("It is")], answer)
-        assert texts(tokenizer, example) == [asked + "It is", " 4.<|im_end|>"]
+        with pytest.raises(ValueError, match="move it into the answer"):
+            encoded(tokenizer, [user("4?"), says("It is")], answer)
 
 
 # ---- strings -------------------------------------------------------------------------------------
@@ -316,9 +316,9 @@ def test_columns_can_be_named(write_jsonl, refused):
     file = write_jsonl([{"ask": "1", "reply": "2", "prompt": "old"}])
     rows = common.load_rows(file, "train", 9, 0, ["prompt=ask", "completion=reply"])
     assert rows == [{"prompt": "1", "completion": "2"}]
-    assert "no column nope" in refused(common.load_rows, file, "train", 9, 0, ["prompt=nope"])
-    with pytest.raises(argparse.ArgumentTypeError):
-        common.column("prompt")
+    for wrong in "prompt=nope", "prompt":
+        line = refused(common.load_rows, file, "train", 9, 0, [wrong])
+        assert "there is no column" in line and f"for --columns {wrong}" in line
 
 
 def test_a_column_of_the_conversation_that_is_not_used_is_named(capsys):

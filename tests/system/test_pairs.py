@@ -3,6 +3,7 @@ import argparse
 import itertools
 import json
 import random
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_an_answer_ends_with_any_stop_token_of_the_model_that_answers(make, monk
     monkeypatch.setattr(pairs, "first_wins", lambda *args: [0.75, 0.25])
     rows = [{"prompt": row["prompt"]} for row in PROMPTS]  # a judge needs no answer
     rows, printed = make(folder, rows=rows, format="best", load_in_4bit="on", **TINY_JUDGE)
-    assert "weights in 4 bits: 100%" in printed and "verdicts flip" in printed
+    assert re.search("in 4 bits: [1-9]", printed) and "verdicts flip" in printed
     assert "16 of 16 answers ended" in printed, "is one of two stop tokens forgotten?"
     assert {row["completion"][0]["content"][-1] for row in rows} == {"="}
 

@@ -1,0 +1,219 @@
+"""`step_ends`, which prm.py, pairs.py and evaluate.py share, and the rows that prm.py refuses.
+
+A step ends at the first token that completes its text. Here that token is found independently: from
+the offset mapping of a tokenizer, or by decoding every prefix of the ids.
+"""
+import functools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from by_hand import ask, close
+from conftest import ROOT, SHARED
+from hypothesis import given
+from hypothesis import strategies as st
+from test_templates import FAMILIES, QUICK, tokenizer_of
+from transformers import AutoTokenizer
+
+import common
+import prm
+
+PROCESS = functools.partial(prm.encode_solution, outcome=False)
+ASK = ask("What is 1 + 2 + 3?")
+ROW = {"prompt": ASK, "completions": ["1 + 2 = 3", "3 + 3 = 7"], "labels": [True, False]}
+REAL = {"qwen2.5": "tokenizers/Qwen2.5-0.5B-Instruct",
+        "smollm2": "tokenizers/SmolLM2-135M-Instruct", "sentencepiece": "models/stories260K"}
+
+
+@pytest.fixture
+def tokenizer():
+    """The tokenizer of tiny/chat, whose eos token ends a turn and is not the pad token."""
+    return common.load_tokenizer(str(ROOT / "tiny/chat"))
+
+
+def real_tokenizer(name):
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder ../shared with real tokenizers")
+    return AutoTokenizer.from_pretrained(SHARED / REAL[name])
+
+
+PARTS = ["words", "2 + 2", " ", "\n", "\n\n", "\t", "\xe9\u4f60\u597d", "\U0001f642", "\u2028",
+         "\\n", '"', "{{ x }}", "{% if %}", " .", "Assistant:", "\U0001f469\u200d\U0001f467", "1",
+         "'s"]
+STEPS = st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map("".join),
+                 min_size=1, max_size=5).filter(lambda steps: all(step.strip() for step in steps))
+
+
+def last_tokens(tokenizer, text, steps):
+    """The ids of a text that ends with these steps, and the index of the last token of each step.
+
+    The indices come from the tokenizer's offset mapping, not from decoding.
+    """
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start = text.rindex("\n".join(steps))
+    ends = []
+    for step in steps:
+        start += len(step)
+        ends.append(max(i for i, (a, b) in enumerate(read["offset_mapping"]) if a < start <= b))
+        start += 1
+    return read["input_ids"], ends
+
+
+def check_chats(tokenizer):
+    """A step is read at its last token, and the ids are those of the whole conversation."""
+    @QUICK
+    @given(STEPS)
+    def check(steps):
+        row = {"prompt": ASK, "completions": steps, "labels": [True] * len(steps)}
+        solution = PROCESS(row, tokenizer, 10**6)["solution"]
+        steps = [step.strip() for step in steps]
+        answer = {"role": "assistant", "content": "\n".join(steps)}
+        ids, ends = last_tokens(tokenizer, common.render(tokenizer, [*ASK, answer]), steps)
+        assert solution["input_ids"] == ids[:len(solution["input_ids"])]
+        assert solution["step_ends"] == ends
+
+    check()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_is_read_at_its_last_token_in_every_template(name):
+    """Steps may contain newlines or each other, and a token may end inside a character."""
+    check_chats(tokenizer_of(name))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "smollm2"])
+def test_a_step_is_read_at_its_last_token_by_real_tokenizers(name):
+    """Each has its own template. A token such as ".\\n" extends beyond the end of its step."""
+    tokenizer = real_tokenizer(name)
+    check_chats(tokenizer)
+    solution = PROCESS(ROW | {"completions": ["It is so.", "Yes."]}, tokenizer, 512)["solution"]
+    token = tokenizer.decode(solution["input_ids"][solution["step_ends"][0]])
+    assert token == (".\n" if name == "qwen2.5" else ".")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_step_is_read_at_its_last_token_in_plain_text(name):
+    """Without a chat template, the solution starts on the line below the prompt."""
+    tokenizer = real_tokenizer(name)
+    tokenizer.chat_template = None
+
+    @QUICK
+    @given(STEPS, st.sampled_from(["Why?", "What is\n1 + 1?\n", "\u4f60\u597d"]))
+    def check(steps, prompt):
+        row = {"prompt": prompt, "completions": steps, "labels": [True] * len(steps)}
+        example = PROCESS(row, tokenizer, 10**6)
+        ids, ends = example["solution"]["input_ids"], example["solution"]["step_ends"]
+        before = prompt + "\n"
+        for step, end in zip(steps, ends, strict=True):
+            said, shorter = (tokenizer.decode(ids[:n], skip_special_tokens=True)
+                             for n in (end + 1, end))
+            before += step.strip()
+            assert said.startswith(before) and not shorter.startswith(before)
+            before += "\n"
+        assert ids[-1] == tokenizer.eos_token_id
+        assert ids[:len(example["prompt"])] == example["prompt"]
+
+    check()
+
+
+def check_sampled(tokenizer, ids):
+    """Each line ends at the last token of the shortest prefix that contains the whole line."""
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(ids, **plain)
+    steps = [line.strip() for line in text.split("\n") if line.strip()]
+    ends = prm.step_ends(tokenizer, ids, steps)
+    prefixes = [tokenizer.decode(ids[:n + 1], **plain) for n in range(len(ids))]
+    done = 0
+    for step, end in zip(steps, ends, strict=True):
+        done = text.index(step, done) + len(step)
+        assert end == next(n for n, said in enumerate(prefixes) if said[:done] == text[:done])
+
+
+@pytest.mark.parametrize("name", ["tiny", *REAL])
+def test_lines_that_were_sampled_end_where_the_first_prefix_says_them(name, tokenizer):
+    """The ids hold cut or unfinished characters, special tokens, empty lines, or no line at all."""
+    tokenizer = tokenizer if name == "tiny" else real_tokenizer(name)
+    draw = random.Random(0)
+    newline = tokenizer("a\nb", add_special_tokens=False)["input_ids"][-2]
+    letters = tokenizer("\U0001f642 \u4f60\u597d", add_special_tokens=False)["input_ids"]
+    for _ in range(60):
+        ids = []
+        for _ in range(draw.randrange(1, 12)):
+            several = [[draw.randrange(len(tokenizer))], [newline], letters, letters[:-1]]
+            ids += draw.choice(several + [[tokenizer.eos_token_id]])
+        check_sampled(tokenizer, ids)
+
+
+def test_steps_that_repeat_or_contain_each_other_are_told_apart(tokenizer):
+    """The search for a step starts where the step before it ends."""
+    steps = ["2", "2", "2 + 2 = 4", "4", "2"]
+    ids = tokenizer("\n".join(steps))["input_ids"]
+    ends = prm.step_ends(tokenizer, ids, steps)
+    assert [tokenizer.decode(ids[i]) for i in ends] == ["2", "2", "4", "4", "2"]
+    newlines = [ids[:end + 1].count(ids[1]) for end in ends]
+    assert newlines == [0, 1, 2, 3, 4], "a step is found in another line"
+
+
+def test_steps_that_the_tokens_do_not_spell_are_refused(tokenizer):
+    ids = tokenizer("one\ntwo")["input_ids"]
+    assert len(prm.step_ends(tokenizer, ids, ["one", "two"])) == 2
+    for steps in ["three"], ["two", "one"], ["one", "one"]:
+        with pytest.raises(ValueError, match="do not spell the step"):
+            prm.step_ends(tokenizer, ids, steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_head_is_not_rounded(dtype):
+    """A 16-bit matrix product would give two similar steps the same logit."""
+    hidden = torch.full((2, 1, 64), 1.0) + torch.tensor([0.0, 1e-4])[:, None, None]
+    model, head = SimpleNamespace(base_model=lambda **inputs: (hidden,)), torch.nn.Linear(64, 1)
+    torch.nn.init.constant_(head.weight, 1.0)
+    names = ("input_ids", "attention_mask", "step_ends")
+    batch = {name: torch.zeros(2, 1, dtype=torch.long) for name in names}
+    with torch.autocast("cpu", dtype):
+        low, high = prm.step_logits(model, batch, head)
+    close(high - low, 64e-4, "difference of two logits", rel=0.01)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+def test_a_string_as_the_prompt_is_a_question_if_there_is_a_template(tokenizer):
+    """Without a template, the solution starts on the line below the prompt."""
+    text = ROW | {"prompt": ROW["prompt"][0]["content"]}
+    assert PROCESS(text, tokenizer, 512) == PROCESS(ROW, tokenizer, 512)
+    tokenizer.chat_template = None
+    ids = PROCESS(text, tokenizer, 512)["solution"]["input_ids"]
+    assert tokenizer.decode(ids) == "What is 1 + 2 + 3?\n1 + 2 = 3\n3 + 3 = 7<|im_end|>"
+
+
+def test_blanks_around_a_step_are_no_part_of_it(tokenizer):
+    row = ROW | {"completions": [" 1 + 2 = 3 \n", "\n3\n\n+ 3 = 7\t"]}
+    said = tokenizer.decode(PROCESS(row, tokenizer, 512)["solution"]["input_ids"])
+    assert said.endswith("assistant\n1 + 2 = 3\n3\n\n+ 3 = 7<|im_end|>")
+
+
+def test_special_tokens_that_a_step_spells_are_plain_text(tokenizer):
+    row = ROW | {"completions": ["so <|im_end|>", "and <|im_start|>"]}
+    solution = PROCESS(row, tokenizer, 512)["solution"]
+    ids = solution["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 2, "a spelled special token became a real one"
+    assert [tokenizer.decode(ids[end]) for end in solution["step_ends"]] == [">", ">"]
+
+
+@pytest.mark.parametrize("change", [
+    {"labels": [True]}, {"labels": [True, 0]}, {"labels": [1, 0]}, {"labels": ["true", "false"]},
+    {"labels": None}, {"labels": True}, {"labels": [True, False, True]}, {"prompt": ""},
+    {"completions": "1 + 2 = 3", "labels": [True]}, {"completions": [], "labels": []},
+    {"completions": ["1 + 2 = 3", " "]}, {"completions": ["1 + 2 = 3", 3]},
+    {"completions": [ROW["prompt"][0]] * 2}, {"prompt": []}, {"prompt": 0.5}, {"prompt": ["?"]}])
+def test_a_row_without_a_label_for_each_step_is_refused(change, tokenizer):
+    with pytest.raises(ValueError):
+        PROCESS(ROW | change, tokenizer, 512)
+
+
+def test_a_solution_is_never_truncated(tokenizer):
+    length = PROCESS(ROW, tokenizer, 512)["length"]
+    assert PROCESS(ROW, tokenizer, length) == PROCESS(ROW, tokenizer, 512)
+    with pytest.raises(ValueError, match=f"longer than {length - 1} tokens"):
+        PROCESS(ROW, tokenizer, length - 1)
