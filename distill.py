@@ -61,7 +61,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -82,7 +81,7 @@ import common
 def make_flags():
     """The command line of this script."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="student: Hub name, local folder or LoRA adapter")
     add("--teacher", default="Qwen/Qwen2.5-1.5B-Instruct",
@@ -97,7 +96,7 @@ def make_flags():
         help="share of steps on the student's own answers; the other steps use those of the rows")
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name or local file")
     add("--split", default="train", help="split of a Hub dataset")
-    add("--columns", **common.COLUMNS, help="other names of columns: prompt=query completion=reply")
+    add("--columns", **common.COLUMNS)
     add("--chat-template", help="file with a chat template, in place of the model's own")
     add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
     add("--eval-dataset", help="held-out prompts (default: some of --dataset)")
@@ -182,7 +181,7 @@ def join_answers(prompts, answers, tokenizer, model):
 def token_logps(model, batch, temperature=1.0):
     """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
 
-    The same as these two lines, which would hold the logits of all positions in memory at once:
+    Equivalent to these two lines, which would hold the logits of all positions in memory at once:
 
         logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
         return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
@@ -597,7 +596,7 @@ def sum_over_processes(tensors):
 
 
 def add_up(sums, figures):
-    """Adds the sum over each figure, {name: [B]}, to `sums`, in fp64."""
+    """Adds the sum of each figure, {name: [B]}, to `sums`, in fp64."""
     for name, values in figures.items():
         sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
 
@@ -613,21 +612,20 @@ def over_processes(sums, names, device):
 def open_run(args, examples):
     """Opens --output-dir: a new folder, or the folder of an interrupted run of the same command.
 
-    The flags, a hash of the examples and a hash of the files of models and rewards stand in
-    args.json. A run is resumed only if all of them are the same.
+    args.json records the flags, a hash of the examples, and a hash of the files of models and
+    rewards. A run is resumed only if all of them are the same.
     """
     if common.RANK > 0:
         return
     folder = Path(args.output_dir)
     file = folder / "args.json"
     data = hashlib.sha256(json.dumps(examples, default=str).encode()).hexdigest()
-    rewards = getattr(args, "reward", [])
-    files = common.fingerprint(args.model, *([rewards] if isinstance(rewards, str) else rewards))
+    loaded = [args.model]
+    for flag in ("reward", "teacher"):
+        value = getattr(args, flag, [])
+        loaded += [value] if isinstance(value, str) else value
+    files = common.fingerprint(*loaded)
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
-    if args.track:
-        with common.phase(f"--track {args.track}"):
-            tracker = importlib.import_module(args.track)
-            tracker.init(project=Path(__file__).stem, name=folder.name, config=vars(args))
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
         # The lock ends with the process, however the process ends. Its file may stay.
@@ -642,8 +640,8 @@ def open_run(args, examples):
         if is_new:
             write(file, text)
         if "summary.json" in names or not file.exists() or file.read_text() != text:
-            raise ValueError("it holds a finished run, or one with other flags, data, weights or "
-                             "rewards, or other files: name another folder")
+            raise ValueError("it holds a finished run, a run with other flags, data, weights or "
+                             "rewards, or unrelated files: name another folder")
 
 
 def write(file, text):
@@ -666,10 +664,8 @@ def restore(args, weights, optimizer, scaler):
             common.copy_weights(saved.pop("weights"), weights)
             optimizer.load_state_dict(saved.pop("optimizer"))
             scaler.load_state_dict(saved.pop("scaler"))
-            if not state.keys() <= saved.keys():
-                raise ValueError("a part of it is missing")
-            state = saved
-    # Each process has drawn LoRA matrices of its own. All train those of the first.
+            state = {name: saved.pop(name) for name in state} | saved
+    # Each process initialized its own LoRA matrices. All of them train those of the first one.
     if dist.is_initialized():
         for weight in weights.values():
             dist.broadcast(weight.data, 0)
@@ -697,12 +693,10 @@ def log_step(args, state, metrics, tokens, progress, shown):
     if common.RANK == 0:
         lines = [json.dumps(step) + "\n" for step in state["metrics"]]
         write(Path(args.output_dir, "metrics.jsonl"), "".join(lines))
-        if args.track:
-            importlib.import_module(args.track).log(metrics, step=metrics["step"])
 
 
 def finish(args, state, model, tokenizer, after):
-    """Saves the adapter, the model card and the summary. It prints last, as printing can fail."""
+    """Saves the adapter, the model card and the summary. Printing, which can fail, comes last."""
     if common.RANK == 0:
         common.save_model(model, tokenizer, args.output_dir)
         summary = {"method": Path(__file__).stem} | vars(args) | common.settings(model)
@@ -711,8 +705,6 @@ def finish(args, state, model, tokenizer, after):
         common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-        if args.track:
-            importlib.import_module(args.track).finish()
     print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
     for name, value in after.items():
         print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")

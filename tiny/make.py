@@ -1,7 +1,7 @@
 """Rebuilds the embedded default: the tiny tokenizer, the tiny models and their data.
 
     python tiny/make.py            # everything, written beside this file
-    python tiny/make.py chat       # only some stages: data, steps, base, chat, reward
+    python tiny/make.py chat       # only some of: data, steps, base, chat, reward, teacher
 
 The scripts need a model that a CPU can train within minutes, and that has something to gain from
 training: it has a skill but uses it unreliably. So this program pretrains one. A model of one
@@ -11,8 +11,8 @@ do sums. That is `tiny/base`: it continues text and has never seen a chat.
 `tiny/chat` is the same model after it has imitated chats in which 43% of the answers are wrong, and
 users sometimes say so. It learned the format of a chat, and the mistakes with it: its sampled
 answers are correct about half of the time, although it can do better. That gap is what the
-post-training methods close. `tiny/reward` is an adapter on it that reward_model.py trained; ppo.py
-uses it.
+post-training methods close. `tiny/reward` is an adapter on it that reward_model.py trained, for
+ppo.py, and `tiny/teacher` one that kto.py trained, for distill.py.
 
 Everything follows from SEED. Questions that hash into HELD_OUT_SHARE appear in no training text of
 any stage, so that held-out accuracy measures arithmetic and not memory.
@@ -339,20 +339,28 @@ def make_chat():
     save(model, tokenizer, "chat")
 
 
-def make_reward():
-    """Trains reward_model.py on the preferences, and keeps its adapter without the logs."""
+def keep_adapter(script, name):
+    """Runs a script with its default flags, and keeps its adapter without the logs."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "reward_model.py", "--output-dir", folder]
+        command = [sys.executable, script, "--output-dir", folder]
         subprocess.run(command, cwd=HERE.parent, check=True)
-        (HERE / "reward").mkdir(exist_ok=True)
-        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+        (HERE / name).mkdir(exist_ok=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
                      "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(Path(folder) / name, HERE / "reward")
+            shutil.copy(Path(folder) / file, HERE / name)
+
+
+def make_reward():
+    keep_adapter("reward_model.py", "reward")
+
+
+def make_teacher():
+    keep_adapter("kto.py", "teacher")
 
 
 if __name__ == "__main__":
     stages = {"data": make_data, "steps": make_steps, "base": make_base, "chat": make_chat,
-              "reward": make_reward}
+              "reward": make_reward, "teacher": make_teacher}
     for name in sys.argv[1:] or stages:
         print(f"{name}:", flush=True)
         stages[name]()

@@ -322,3 +322,39 @@ def test_two_steps_by_hand(flags, tmp_path):
     pairs = [(prompt, by_hand.answer_to(prompt)) for prompt in prompts]
     _, figures = figures_by_hand(hand, teacher, pairs, run.args)
     by_hand.close(run.summary["after"], figures, "held out")
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+def test_answers_of_rows_are_read_where_they_are_needed_and_cut():
+    tokenizer = by_hand.tokenizer()
+    row = ROWS[1]
+    make = distill.encode_example
+    assert "answer" not in make(row, tokenizer, 512, 24, needs_answer=False)
+    example = make(row, tokenizer, 512, 24, needs_answer=True)
+    assert tokenizer.decode(example["answer"]) == "30 + 4 = 34<|im_end|>"
+    assert example["prompt"] == by_hand.prompt_ids(row["prompt"])
+    assert make(row, tokenizer, 512, 5, needs_answer=True)["answer"] == example["answer"][:5]
+    with pytest.raises(ValueError, match="no answer"):
+        make({"prompt": row["prompt"]}, tokenizer, 512, 24, needs_answer=True)
+
+
+def test_rewards_are_logged_where_the_row_has_a_number(pair):
+    rows = [{"answer": "7"}, {"answer": "seven"}, {}]
+    examples = [{"prompt": [1], "row": row} for row in rows]
+    answers = [pair.tokenizer.encode("It is 7")] * 3
+    rewards = distill.make_batch(pair.student, examples, answers, pair.tokenizer)["rewards"]
+    assert rewards[0] == 1 and rewards[1:].isnan().all()
+
+
+def test_the_distributions_are_in_fp32(pair):
+    """Logits that differ by less than bf16 can tell give different log-probs."""
+    head = SimpleNamespace(get_output_embeddings=lambda: lambda hidden: hidden,
+                           config=pair.student.config)
+    hidden = torch.tensor([[100.0, 100.1, 90.0]])
+    losses, _ = distill.chunk_losses(
+        hidden, hidden + torch.tensor([[0.1, 0.0, 0.0]]), torch.tensor([0]), head, head, settings())
+    expected = distill.divergences(
+        hidden.double().log_softmax(-1),
+        (hidden + torch.tensor([[0.1, 0.0, 0.0]])).double().log_softmax(-1), "reverse", 0.5)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-2, atol=0)
