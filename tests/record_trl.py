@@ -54,7 +54,7 @@ def sequences(seed):
 
 
 def unpaired(seed):
-    """Six labelled answers; and what stands in for them behind the prompts of other ones."""
+    """Six labeled answers; and what stands in for them behind the prompts of other ones."""
     x = sequences(seed)
     x.labels = torch.tensor([True, False, False, True, False, False])
     x.mismatched_logps = -20 + normal(seed + 5, 6)
