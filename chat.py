@@ -1,29 +1,31 @@
-"""Chat with one or more checkpoints side by side: all get your prompts, each keeps its own history.
+"""Chat with checkpoints side by side: all of them get your prompts, each keeps its own history.
 
     python chat.py                               # tiny/chat
     python chat.py runs/sft runs/dpo             # both answer each prompt
     python chat.py runs/dpo --base --tokens      # what DPO has changed, token by token
 
-Figures say how much a model has changed, but not how: read its answers. A checkpoint is a saved
-run, a local folder or a Hub name. What you type is a prompt, or one of these commands:
+Metrics say how much a model has changed, but not how. To see that, read its answers. A checkpoint
+is a saved run, a local folder or a Hub name. What you type is a prompt, or one of these commands:
 
-    /reset          new conversation with the same system message
-    /system TEXT    new conversation with the system message TEXT; without TEXT, with none
-    /quit           the end, as is Ctrl-D; Ctrl-C only stops an answer
+    /reset          starts a new conversation with the same system message
+    /system TEXT    starts a new conversation with the system message TEXT; without TEXT, with none
+    /quit           ends the program, as does Ctrl-D; Ctrl-C only stops an answer
 
-A model without a chat template continues the text: all prompts and its answers so far.
+A model without a chat template continues the text of all prompts and of its answers so far.
 
 --tokens colors every sampled token y_t by its log-ratio to the first checkpoint, in nats:
 
     log π(y_t | x, y_<t) − log π_first(y_t | x, y_<t)
 
-Both models read the same x, the history of π, at the same temperature. Blue tokens became likelier,
-orange ones less likely: +0.7 means twice as likely, since log 2 = 0.69. Tokens that spell a
-character only together share the color of their sum. After an answer its sum is printed, an
-estimate from one sample of KL(π ‖ π_first); its mean over many answers is what evaluate.py reports.
+Here x is the history of π, which both models read, and the temperature is the same. Blue tokens
+have become likelier, orange ones less likely; +0.7 means twice as likely, since log 2 = 0.69. If
+several tokens spell one character, they share the color of their sum. The sum over an answer is
+printed after it. It estimates KL(π ‖ π_first) from one sample; evaluate.py reports its mean over
+many answers.
 
-Change one thing: with `--temperature 1e-6` tiny/chat makes hardly any mistake, while at 1.0 four in
-ten of its answers are wrong. Most of what post-training has to do here is to remove that chance.
+Change one thing: with `--temperature 1e-6` tiny/chat makes hardly any mistakes, while at 1.0 four
+in ten of its answers are wrong. Its likeliest answer is nearly always correct, so post-training
+mostly has to move probability to that answer.
 """
 import argparse
 import contextlib
@@ -41,10 +43,10 @@ with contextlib.suppress(ImportError):  # Windows has no readline
 
 COMMANDS = ("commands: /reset, /system TEXT, /quit; Ctrl-C stops an answer, "
             "Ctrl-D is the same as /quit")
-TINY_HINT = ("The tiny models only know sums of numbers up to 99: try  What is 12 + 7?  "
+TINY_HINT = ("The tiny models can only add and subtract numbers up to 99: try  What is 12 + 7?  "
              "or  Take 8 from 30.")
-LEVELS = (0.1, 0.5, 2.0)  # log-ratios, in nats, from which on a color is pale, medium, strong
-# Colors of a terminal's 256; not red and green, which many people cannot tell apart.
+LEVELS = (0.1, 0.5, 2.0)  # log-ratios, in nats, at which a color is pale, medium, strong
+# Codes of a 256-color terminal. Many people cannot tell red from green, so neither is used.
 BLUE = (153, 111, 69)
 ORANGE = (223, 215, 208)
 
@@ -55,27 +57,27 @@ def make_flags():
     add = parser.add_argument
     add("checkpoints", nargs="*", default=["tiny/chat"], help="saved runs, folders or Hub names")
     add("--base", action="store_true",
-        help="put the first checkpoint without its adapter in front of the others")
+        help="put the base model of the first checkpoint before the others")
     add("--tokens", action="store_true",
         help="color tokens by their log-ratio to the first checkpoint")
     add("--temperature", type=common.positive, default=1.0,
         help="sampling temperature; 1e-6 is greedy")
     add("--max-new-tokens", type=common.count, default=512, help="longest answer, in tokens")
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--load-in-4bit", **common.ON_GPU, help="quantize the models to 4 bits (NF4)")
     add("--seed", type=common.natural, default=0, help="seed of the samples")
     return parser
 
 
 def load_checkpoints(args):
-    """One dict per checkpoint, with a model of its own: two runs on one base need it twice."""
+    """One dict per checkpoint. Each has its own model, so two runs on one base load it twice."""
     runs = args.checkpoints
     checkpoints = [{"name": run, "run": run, "weights": run} for run in runs]
     if args.base:
         with common.phase(f"--base of {runs[0]}"):
             base = common.base_of(runs[0])
-        # with the tokenizer of the run, so that both read the same tokens
+        # The base gets the run's tokenizer, so that both read the same tokens.
         checkpoints.insert(0, {"name": f"base of {runs[0]}", "run": runs[0], "weights": base})
     if args.tokens and len(checkpoints) == 1:
         common.fail("--tokens compares with the first checkpoint: name a second one, or add --base")
@@ -85,7 +87,7 @@ def load_checkpoints(args):
             checkpoint["run"], args.chat_template, args.template_arguments)
         checkpoint["tokenizer"] = tokenizer
         if args.tokens and tokenizer.get_vocab() != checkpoints[0]["tokenizer"].get_vocab():
-            common.fail(f"--tokens: {checkpoint['name']} has other tokens than {runs[0]}")
+            common.fail(f"--tokens: {checkpoint['name']} does not have the vocabulary of {runs[0]}")
     if args.base and not common.adapter_config(runs[0]):
         common.fail(f"--base: {runs[0]} has no adapter to leave out")
     for checkpoint in checkpoints:
@@ -101,7 +103,7 @@ def load_checkpoints(args):
 # ---- from messages to sampled tokens -------------------------------------------------------------
 
 def encode_history(tokenizer, history):
-    """The ids up to the next answer: by the chat template, or without one of the text so far."""
+    """The ids that precede the next answer: those of the chat, or of plain text if no template."""
     if tokenizer.chat_template:
         return common.encode_prompt(tokenizer, history)
     text = ""
@@ -113,7 +115,7 @@ def encode_history(tokenizer, history):
 
 
 def read_logps(model, unread, mask, cache, temperature):
-    """Log-probs [V] of the next token, and the KV cache; `unread` are the tokens not in it yet."""
+    """Log-probs [V] of the token after `unread`, and the KV cache, now with `unread` in it."""
     with common.autocast(model):
         logits, cache = common.read(common.causal_lm(model), unread, mask, cache)  # [1, V]
     return (logits[0].float() / temperature).log_softmax(-1), cache
@@ -124,7 +126,7 @@ def sample_tokens(model, first, ids, length, stops, temperature, seed):
     """Appends up to `length` sampled tokens to `ids` and yields, after each, its log-ratio.
 
     Samples come from exactly softmax(logits / temperature): no top-k, no top-p, no penalties. The
-    log-ratio is to the model `first`, or 0 if that is None.
+    log-ratio compares with the model `first`; if that is None, it is 0.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     unread = torch.tensor([ids], device=model.device)  # [1, T], then [1, 1]
@@ -150,8 +152,8 @@ def sample_tokens(model, first, ids, length, stops, temperature, seed):
 def text_from(tokenizer, ids, start, skip_special_tokens=False):
     """The text of the tokens from `start` on.
 
-    Some tokenizers drop the space that a text begins with. The answer in a chat has none; where a
-    model continues a text, that text is decoded too, so that the space remains.
+    Some tokenizers drop a leading space when they decode. An answer in a chat has none. A model
+    without a template continues a text, so that text is decoded too, and the space remains.
     """
     options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     begin = start if tokenizer.chat_template else 0
@@ -162,13 +164,13 @@ def text_from(tokenizer, ids, start, skip_special_tokens=False):
 def stream_text(tokenizer, ids, log_ratios, hidden):
     """Yields the new text and its log-ratio for each token; `ids` grows as `log_ratios` is read.
 
-    Part of a character decodes to �; then text and log-ratio wait for the rest of it. A token in
-    `hidden` has no text: stop tokens are not shown.
+    Part of a character decodes to �. Text and log-ratio then wait for the rest of the character.
+    Tokens in `hidden` are not shown: they are the stop tokens.
     """
     start = len(ids)
     text = ""
-    shown = 0  # characters of it that were yielded
-    waiting = 0.0  # the log-ratio of the tokens since then
+    shown = 0  # how many of its characters have been yielded
+    waiting = 0.0  # the sum of the log-ratios since then
     for log_ratio in log_ratios:
         waiting += log_ratio
         if ids[-1] not in hidden:
@@ -181,7 +183,7 @@ def stream_text(tokenizer, ids, log_ratios, hidden):
 
 
 def printable(text):
-    """common.visible, except that tabs, the spaces of all scripts and joiners remain."""
+    """Like common.visible, but tabs, the spaces of all scripts, and joiners remain."""
     shown = ""
     for character in text:
         remains = character in "\t\u200c\u200d" or unicodedata.category(character) == "Zs"
@@ -190,7 +192,7 @@ def printable(text):
 
 
 def paint(text, log_ratio, colors):
-    """A token in the color of its log-ratio, or without colors with the number behind it."""
+    """A token in the color of its log-ratio or, without colors, followed by the number."""
     strength = sum(abs(log_ratio) >= level for level in LEVELS)
     if not strength or not text:
         return text
@@ -199,12 +201,12 @@ def paint(text, log_ratio, colors):
     shades = BLUE if log_ratio > 0 else ORANGE
     on = f"\033[30;48;5;{shades[strength - 1]}m"
     off = "\033[0m"
-    # The color stops at the end of a line, or it would fill the whole next one.
+    # The color stops at a line break, or it would fill the whole next line.
     return on + text.replace("\n", f"↵{off}\n{on}") + off
 
 
 def legend(name, colors):
-    """The scale of the log-ratios, in one line."""
+    """The key to the log-ratios, in one line."""
     if not colors:
         return f"[+0.0] after a token: its log-ratio to {name} in nats, if beyond ±{LEVELS[0]}"
     steps = [-level for level in reversed(LEVELS)] + [0.0, *LEVELS]
@@ -213,9 +215,9 @@ def legend(name, colors):
 
 
 def respond(checkpoint, prompt, first, args, seed, colors):
-    """Samples the answer to a prompt, prints it meanwhile, and adds both to the history.
+    """Samples the answer to a prompt, prints it as it grows, and adds both to the history.
 
-    The history is read anew for each answer, because a KV cache is kept for one answer only.
+    The model reads the whole history again for each answer, because the KV cache is not kept.
     """
     tokenizer = checkpoint["tokenizer"]
     stops = checkpoint["stops"]
@@ -257,7 +259,7 @@ def respond(checkpoint, prompt, first, args, seed, colors):
 # ---- the conversation ----------------------------------------------------------------------------
 
 def read_line():
-    """The next line of input; where no terminal shows it as it is typed, it is printed."""
+    """The next line of input. It is printed if no terminal shows it as it is typed."""
     line = input("> ")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         print(printable(line))
@@ -265,7 +267,7 @@ def read_line():
 
 
 def ask_all(checkpoints, prompt, args, seed, colors):
-    """All answers to a prompt. The random numbers are the same: what differs is the training."""
+    """Prints all answers to a prompt. They share their random numbers: only the models differ."""
     width = max(len(printable(checkpoint["name"])) for checkpoint in checkpoints)
     for checkpoint in checkpoints:
         name = f"{printable(checkpoint['name']):<{width}}"

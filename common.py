@@ -1,16 +1,17 @@
-"""What all scripts share: flags and errors, models and adapters, chat templates, rows of data.
+"""The code that all scripts share: flags, errors, models, adapters, chat templates, dataset rows.
 
 A model is a name on the Hub, a local folder, or a LoRA adapter (Hu et al. 2021, arXiv:2106.09685)
 on a frozen base, which a GPU holds in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 
-A row of data becomes pieces, from which each script makes its examples. A piece is a list of token
-ids, and whether the model is to produce them. "Be brief." and "2 + 2?", answered by "4", are
+A dataset row becomes a list of pieces, from which each script builds its examples. A piece is a
+pair (ids, is_answer): token ids, and whether the model should learn to produce them. For example,
+the system message "Be brief." and the question "2 + 2?" with the answer "4" become
 
     [([1, 11, 42, 2], False), ([1, 12, 8, 5, 8, 2, 1, 13], False), ([9, 2], True)]
       BOS, system message      question, header of the answer       answer, end of turn
 
-The first piece is the head, which truncation keeps; the second is the rest of the prompt. Further
-turns follow in the same way. A row that cannot be used raises ValueError with the reason.
+The first piece is the head, which truncation keeps, and the second is the rest of the prompt. Later
+turns follow in the same way. A row that cannot be used raises a ValueError that states the reason.
 """
 import argparse
 import contextlib
@@ -42,9 +43,9 @@ from tqdm import tqdm
 
 
 def later(name: str):
-    """A stand-in for a module that is imported at its first use, because that takes seconds.
+    """A stand-in that imports a module at its first use, because these imports take seconds.
 
-    `--help` and a misspelled flag need none of them, and are answered at once.
+    `--help` and misspelled flags need none of these modules, so they are answered at once.
     """
     module = types.ModuleType(name)
     module.__getattr__ = lambda attribute: getattr(importlib.import_module(name), attribute)
@@ -65,7 +66,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- errors --------------------------------------------------------------------------------------
 
-USER_FILES = set()  # files with reward functions: an error shows the line that raised it
+USER_FILES = set()  # files with reward functions; an error message quotes the line that failed
 
 
 def need(condition, message: str):
@@ -75,21 +76,21 @@ def need(condition, message: str):
 
 
 def visible(text: str) -> str:
-    """Text with its control characters spelled out, so that data cannot move the cursor."""
+    """The text with its control characters escaped, so that data cannot move the cursor."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def print_traceback():
-    """Prints where the current exception was raised, if TRACEBACK=1 is in the environment."""
+    """Prints the traceback of the current exception if TRACEBACK=1 is in the environment."""
     if os.environ.get("TRACEBACK") == "1" and sys.exc_info()[0]:
         traceback.print_exc()
 
 
 def fail(message: str):
-    """Ends the program because of something that the user can fix: one line and exit code 2."""
-    # If every process fails, rank 0 reports it, and torchrun stops the others meanwhile.
+    """Reports an error that the user can fix: prints one line and exits with code 2."""
+    # If every process fails, only rank 0 reports it: torchrun stops the others while they sleep.
     time.sleep(3 if RANK > 0 else 0)
-    # An open progress bar would stand on the same line.
+    # Otherwise, the message would be appended to the line of an open progress bar.
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print_traceback()
@@ -101,9 +102,10 @@ def fail(message: str):
 def phase(doing: str):
     """Turns an exception into one line that says what failed and why; TRACEBACK=1 shows where.
 
-    Libraries raise exceptions of all types when they read a broken file, and so do the reward
-    functions of users, of which the line shows the line that failed. What is left alone is what
-    `running` handles, and a NameError in a script, which is a bug that no input can cause.
+    Libraries raise exceptions of every type when they read a broken file, and so do the reward
+    functions of users. If the exception comes from a reward function, the message quotes the line
+    of the user's file that raised it. Exceptions that `running` handles pass through, and so does
+    a NameError in a script, because that is a bug that no input can cause.
     """
     try:
         yield
@@ -116,27 +118,26 @@ def phase(doing: str):
         if isinstance(error, NameError) and not places:
             raise
         place = places[-1] if places else ""
-        # `datasets` hides the reason in the cause. An error may also be its own cause.
+        # `datasets` hides the reason in a chain of causes, and a chain may be circular.
         for _ in range(9):
             error = error.__cause__ or error
         fail(f"{doing}: {place}{type(error).__name__}: {str(error) or 'no reason given'}")
 
 
-RESUMES = "; the same command resumes an interrupted run"
 ADVICE = {"KeyboardInterrupt": "interrupted{resumes}",
-          "BrokenPipe": "nobody reads the output any more{resumes}",
+          "BrokenPipe": "the program that read the output has ended{resumes}",
           "MemoryError|allocate memory|out of memory|ALLOC_FAILED": "out of memory: lower {flags}",
-          # torch.save reports a full disk as an error of its inline_container
+          # torch.save reports a full disk as an error in inline_container.cc.
           "No space left|[Dd]isk quota|inline_container": "the disk is full{resumes}"}
 
 
 @contextlib.contextmanager
-def running(memory_flags: str, resumes: str = RESUMES):
-    """Wraps a whole run: connects its processes, and turns errors that hit any part into a line.
+def running(memory_flags: str, resumes: str = "; the same command resumes an interrupted run"):
+    """Wraps a whole run: connects its processes; turns errors that can occur anywhere into a line.
 
-    `resumes` ends the line of an interruption. It is "" for a program that cannot be resumed.
+    `resumes` ends the message of an interrupted run. It is "" for a program that cannot resume.
     """
-    # A closed stream is None, and the next file to be opened would get its number.
+    # A closed standard stream is None, and the next file to be opened would get its descriptor.
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if RANK > 0 or not sys.stdout:
@@ -149,7 +150,7 @@ def running(memory_flags: str, resumes: str = RESUMES):
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):
-            # Python flushes standard output once more when it exits.
+            # Python flushes standard output once more when it exits, and would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         for pattern, advice in ADVICE.items():
             if re.search(pattern, f"{type(error).__name__}: {error}"):
@@ -162,10 +163,10 @@ def running(memory_flags: str, resumes: str = RESUMES):
 # ---- flags ---------------------------------------------------------------------------------------
 
 def number(kind: type, low: float, high: float = 1e9):
-    """An argparse type: a number within bounds, which NaN never is."""
+    """An argparse type: a number between two bounds. NaN is never between them."""
     def within(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return kind(text)
 
     within.__name__ = kind.__name__  # argparse prints it: "invalid int value"
@@ -180,19 +181,26 @@ share = number(float, 0, 1)
 
 
 def variables(text: str) -> dict:
-    """An argparse type: variables of a chat template as a JSON object."""
+    """An argparse type: the variables of a chat template, as a JSON object."""
     values = json.loads(text)
     if not isinstance(values, dict) or not all(name.isidentifier() for name in values):
-        raise argparse.ArgumentTypeError('it must be like {"enable_thinking": false}')
+        raise argparse.ArgumentTypeError('it must be an object such as {"enable_thinking": false}')
     return values
 
 
 ON_GPU = {"choices": ["on", "off"], "default": "on" if torch.cuda.is_available() else "off"}
 LORA_RANK = {"default": 16, "help": "rank of the LoRA matrices, which are added to all linear "
-             "layers with an alpha of twice the rank; an adapter keeps its own rank"}
+             "layers; alpha is twice the rank; an adapter that is loaded keeps its own rank"}
 COLUMNS = {"nargs": "+", "default": [], "metavar": "NAME=COLUMN",
-           "help": "columns under other names: prompt=query reads `query` as the prompt"}
-VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
+           "help": "names of columns: prompt=query reads the column `query` as the prompt"}
+VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}',
+             "help": "variables for the chat template, as a JSON object"}
+FOUR_BIT = {**ON_GPU, "help": "4-bit quantization (NF4) of the frozen weights, to save memory"}
+CHECKPOINTING = {**ON_GPU, "help": "recomputation of activations in the backward pass, to save "
+                 "memory"}
+TEMPLATE = "file with a chat template that replaces the model's own"
+PEAK = "peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)"
+RESUMED = "output folder; the same command resumes an interrupted run"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -210,20 +218,20 @@ def parse(flags: argparse.ArgumentParser, tiny: dict | None = None, by_loss: dic
     defaults = dict(by_loss.get(args.loss, {})) if by_loss else {}
     if tiny and is_tiny(args.model):
         defaults |= tiny
-        # The tiny world's held-out rows belong to its training rows.
+        # The tiny model's held-out rows go with its own training rows only.
         if flags.parse_args(namespace=argparse.Namespace(**defaults)).dataset != tiny["dataset"]:
             defaults["eval_dataset"] = None
     if getattr(args, "lora_rank", None) == 0:
-        # Full fine-tuning needs smaller steps than LoRA.
+        # Full fine-tuning needs a smaller learning rate than LoRA.
         peak = defaults.get("learning_rate", flags.get_default("learning_rate"))
         defaults["learning_rate"] = peak / 10
-    # argparse leaves its own default out where the namespace has a value already.
+    # argparse uses a flag's own default only if the namespace has no value for it yet.
     args = flags.parse_args(namespace=argparse.Namespace(**defaults))
     if "output_dir" in args:
         with phase(f"--output-dir {args.output_dir}"):
-            # A name that is not UTF-8 fails here, not when the tokenizer is saved after training.
+            # A name that is not UTF-8 fails in encode(), not after training, when files are saved.
             is_new = args.output_dir.encode() and not Path(args.output_dir, "summary.json").exists()
-            need(is_new, "it is empty or holds a finished run: name another folder")
+            need(is_new, "the name is empty, or the folder holds a finished run: name another one")
     return args
 
 
@@ -246,41 +254,42 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(model):
-    """Context: forward passes compute in 16 bits on a GPU, while trained weights stay in fp32."""
+    """A context in which forward passes on a GPU compute in 16 bits; trained weights stay fp32."""
     kind = model.device.type
     return torch.autocast(kind, choose_dtype(model.device), enabled=kind == "cuda")
 
 
 def grad_scaler(model):
-    """Scales the loss in fp16, where small gradients round to 0. With bf16 and fp32 it is off."""
+    """A loss scaler for fp16, in which small gradients round to 0. It is off in bf16 and fp32."""
     fp16 = choose_dtype(model.device) == torch.float16
     scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
-    # It creates its scale at first use, and a checkpoint before that would lack it.
+    # The scale is created at the first use. A checkpoint saved before that would lack it.
     scaler.scale(torch.zeros((), device=model.device))
     return scaler
 
 
 def patch_libraries():
-    """Changes the behavior of libraries, each with its reason and the version that needs it."""
-    # These two advertise a kernel at their import, and report every retry.
+    """Patches libraries, each for a reason; a version is the one that made a patch necessary."""
+    # bitsandbytes advertises a kernel when it is imported, and huggingface_hub logs every retry.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    # These two log what they also raise.
+    # These two log the errors that they also raise.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     transformers.logging.set_verbosity_error()
     # bitsandbytes 0.48: on a CPU with AVX512-BF16, a forward pass in evaluation mode repacks 4-bit
     # weights, and the next training step fails.
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-    # transformers 5.0: it calls its own deprecated method when gradient checkpointing is turned on.
+    # transformers 5.0: turning on gradient checkpointing calls a deprecated method of its own.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-    # peft 0.17: if the file of an adapter lacks weights, which stay random, peft only warns.
+    # peft 0.17: if an adapter's file lacks weights, peft leaves them random and only warns.
     warnings.filterwarnings("error", "Found missing adapter keys")
     if choose_dtype(choose_device()) == torch.float16:
-        # transformers 5.0: it sets enable_gqa, which before Ampere sends SDPA to its slow math
-        # kernel. Without it, transformers repeats the keys itself.
+        # transformers 5.0: it sets enable_gqa, which sends SDPA to its slow math kernel on GPUs
+        # older than Ampere. Without enable_gqa, transformers repeats keys and values itself.
         from transformers.integrations import sdpa_attention
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
-    # Reading from the disk needs no progress bar. Downloads do, and transformers turns theirs off.
+    # Reading from disk needs no progress bars. Downloads do, but turning off those of transformers
+    # turns off theirs as well.
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     if RANK == 0 and not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
@@ -289,18 +298,18 @@ def patch_libraries():
 
 # ---- models --------------------------------------------------------------------------------------
 
-SCORE = "base_model.model.score.weight"  # a reward model's head in the file of its adapter
+SCORE = "base_model.model.score.weight"  # the key of a reward model's head in its adapter file
 ANOTHER_BASE = "on another base: REWARD_MODEL=NAME, --reward examples/rewards.py:classifier"
-MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
 def find(name: str) -> str:
-    """`name` if it exists, else the same path beside this file: tiny/chat from any folder."""
+    """`name` if it exists, else the path beside this file: tiny/chat is found from any folder."""
     return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
 
 
 def adapter_config(name: str):
-    """The config of a LoRA adapter, or None for a full model. Every use of a model begins here."""
+    """The config of a LoRA adapter, or None for a full model."""
+    # Every use of a model begins here.
     patch_libraries()
     if not transformers.utils.peft_utils.find_adapter_config_file(find(name)):
         return None
@@ -310,7 +319,7 @@ def adapter_config(name: str):
 
 
 def base_of(name: str) -> str:
-    """The full model of `name`: itself, or the base of the adapter."""
+    """The full model behind `name`: the model itself, or the base of an adapter."""
     adapter = adapter_config(name)
     return find(adapter.base_model_name_or_path if adapter else name)
 
@@ -330,17 +339,17 @@ def is_tiny(name: str) -> bool:
 def fingerprint(*names: str) -> str:
     """A hash of the model `names[0]`, of its base, and of reward functions FILE.py:function.
 
-    An interrupted run may only be resumed with the same ones.
+    An interrupted run can only be resumed if none of them has changed.
     """
     digest = hashlib.sha256()
     for name in [*names, base_of(names[0])]:
         path = Path(find(re.sub(r"\.py:.*", ".py", name)))
         for file in [path] if path.is_file() else sorted(path.glob("*")):
-            if file.suffix in (".py", *MODEL_FILES):
+            if file.suffix in (".py", ".safetensors", ".bin", ".json", ".jinja", ".model"):
                 with phase(f"reading {file}"), file.open("rb") as opened:
                     content = hashlib.file_digest(opened, "blake2b").hexdigest()
                 digest.update(f"{file.name} {content} ".encode())
-        # The cache keeps each commit of a model of the Hub in a folder of that name.
+        # A Hub model is identified by its commit, which is part of its path in the cache.
         for config in [] if path.exists() else ["config.json", "adapter_config.json"]:
             cached = huggingface_hub.try_to_load_from_cache(name, config)
             digest.update(str(cached).encode())
@@ -350,8 +359,9 @@ def fingerprint(*names: str) -> str:
 def load_config(name: str):
     """The config of the base of `name`, with every kind of dropout turned off.
 
-    Policy, reference and sampler must agree on a log-prob. OPT calls dropout as a function, and
-    Mistral's attention has its own, so switching off modules later would not be enough.
+    Policy, reference and sampler must agree on every log-prob. OPT calls F.dropout in its forward
+    pass, and Mistral's attention has a dropout of its own, so turning off nn.Dropout modules after
+    loading would not be enough.
     """
     config = transformers.AutoConfig.from_pretrained(base_of(name), trust_remote_code=False)
     for part in [config, *vars(config).values()]:
@@ -363,7 +373,7 @@ def load_config(name: str):
 
 
 def load_base(name: str, dtype: torch.dtype, in_4bit: bool, task: str):
-    """The full model of `name` or the base of the adapter, all weights frozen."""
+    """Loads the full model behind `name`, with all weights frozen."""
     device = choose_device()
     config = load_config(name)
     kind = transformers.AutoModelForCausalLM
@@ -373,21 +383,22 @@ def load_base(name: str, dtype: torch.dtype, in_4bit: bool, task: str):
     nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)
-    # None: transformers takes SDPA, or eager attention for a class that has nothing else. On Qwen,
-    # eager attention overflows in fp16.
+    # With None, transformers uses SDPA, or eager attention for a class that supports nothing else.
+    # Qwen must use SDPA, because eager attention overflows in fp16 there.
     attention = "sdpa" if config.model_type.startswith("qwen") else None
     model = kind.from_pretrained(
         base_of(name), config=config, dtype=dtype, device_map={"": device},
         quantization_config=nf4 if in_4bit else None, attn_implementation=attention,
         trust_remote_code=False)
     if task == "SEQ_CLS" and not hasattr(model, "score"):
-        # A family without such a class gets a scalar head beside its language model's head.
+        # A family without a class for it gets a scalar head beside the language model's head.
         width = config.get_text_config().hidden_size
         model.score = torch.nn.Linear(width, 1, bias=False, device=device, dtype=dtype)
     if choose_dtype(device) == torch.float16 and "gemma3" <= config.model_type < "gemma5":
         print(f"{config.model_type} overflows in fp16, the number format of this GPU: use a GPU "
               "with bf16 (Ampere or later), or another model")
-    # peft's prepare_model_for_kbit_training would turn embeddings into fp32, 2 GiB more at 7B.
+    # We freeze by hand, because peft's prepare_model_for_kbit_training upcasts the embeddings to
+    # fp32, which takes 2 GiB more for a 7B model.
     return model.requires_grad_(False)
 
 
@@ -396,10 +407,10 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
                task: str = "CAUSAL_LM", keep_reference: bool = True):
     """Loads a frozen base with a LoRA adapter "default", which is trained in fp32.
 
-    If `name` is an adapter, training continues with its matrices, and a frozen copy of them stays
-    as "reference", if the method needs one. `lora_rank` 0 trains all weights, never in 4 bits;
-    `trainable=False` trains none. The task SEQ_CLS gives a reward model: a scalar head `score` is
-    trained and saved with the adapter.
+    If `name` is an adapter, its own matrices are trained further, and with `keep_reference` a
+    frozen copy of them stays as the adapter "reference". `lora_rank` 0 trains all weights, never
+    in 4 bits; `trainable=False` trains none. The task SEQ_CLS makes a reward model: a scalar head,
+    `score`, is trained and saved with the adapter.
     """
     if is_tiny(name):
         torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
@@ -408,8 +419,8 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
         full = trainable and lora_rank == 0
         need(not (full and adapter), "--lora-rank 0 cannot start from an adapter")
         if adapter and adapter.task_type != task and (task == "CAUSAL_LM" or not trainable):
-            raise ValueError(f"an adapter for {adapter.task_type}, needed is one for {task}")
-        # In 16 bits, Adam's small updates would round to zero.
+            raise ValueError(f"it is an adapter for {adapter.task_type}, not for {task}")
+        # All weights are trained in fp32: in 16 bits, Adam's small updates would round to zero.
         dtype = torch.float32 if full else choose_dtype(choose_device())
         model = load_base(name, dtype, load_in_4bit == "on" and not full, task)
         if full:
@@ -424,7 +435,7 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        # The GradScaler refuses fp16 gradients.
+        # LoRA matrices, too, are trained in fp32. GradScaler refuses fp16 gradients.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -435,7 +446,7 @@ def load_model(name: str, load_in_4bit: str = ON_GPU["default"], lora_rank: int 
 
 
 def add_lora(model, adapter_name: str | None, rank: int, task: str):
-    """Adds new LoRA matrices, or those of a language model's adapter to start a reward model."""
+    """Adds new LoRA matrices; or, to start a reward model, those of a language model's adapter."""
     if adapter_name:
         config = adapter_config(adapter_name)
     else:
@@ -454,11 +465,11 @@ def add_lora(model, adapter_name: str | None, rank: int, task: str):
 def linear_layers(model) -> list[str]:
     """The names of the linear layers that text passes through on its way to the hidden states.
 
-    A trial run finds them, so that no LoRA matrix is created that would never be used. The head,
-    vision towers, and layers whose weight another module reads are not called. A router that
-    returns several tensors is not a layer that LoRA can add to. The run is in training mode,
-    because Gemma 3n calls one layer in evaluation mode only. Mamba's out_proj is called on a CPU,
-    but on a GPU a kernel reads its weight.
+    A trial forward pass finds them, so that every LoRA matrix is used. The pass does not call the
+    head, vision towers, or layers whose weights another module reads directly. Two kinds of layers
+    are called but left out: routers that return several tensors, because LoRA cannot add to those,
+    and Mamba's out_proj, which is called on a CPU, while on a GPU a kernel reads its weights. The
+    pass is in training mode, because Gemma 3n calls one layer in evaluation mode only.
     """
     outputs = {}
     hook = torch.nn.modules.module.register_module_forward_hook(
@@ -473,23 +484,24 @@ def linear_layers(model) -> list[str]:
 
 
 def load_weights(model, name: str, role: str, head: dict | None = None) -> dict:
-    """Fills the adapter `role` from the file of `name`. peft leaves missing weights random."""
+    """Loads the file of `name` into the adapter `role`, and refuses a file that lacks weights."""
     weights = peft.load_peft_weights(find(name), device="cpu") | (head or {})
+    # peft itself would leave missing weights random.
     missing = peft.set_peft_model_state_dict(model, weights, adapter_name=role).missing_keys
-    need(not any(f".{role}." in key for key in missing), "its file does not hold the weights")
+    need(not any(f".{role}." in key for key in missing), "its file lacks weights")
     check_weights(model)
     return weights
 
 
 def causal_lm(model):
-    """The model without peft's wrapper, LoRA layers inside. Its `base_model` lacks the head."""
+    """The model without peft's wrapper, but with LoRA. Its `base_model` is all except the head."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# ---- one forward pass, and the check that it is right --------------------------------------------
+# ---- one forward pass, and the check that it is correct ------------------------------------------
 
-# The name under which models take and return their KV cache. Under another name a model ignores it,
-# and would sample without its context: `check_forward` refuses that.
+# The name under which models take and return the KV cache. A model ignores a cache under any other
+# name, and would then sample without its context, which `check_forward` would refuse.
 IS_RECENT = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24)
 CACHE = "cache" if IS_RECENT else "past_key_values"
 
@@ -497,8 +509,8 @@ CACHE = "cache" if IS_RECENT else "past_key_values"
 def read(causal, ids, mask, cache=None):
     """Logits [B, V] after the last of the tokens `ids` [B, T], and the KV cache for the next call.
 
-    The mask is 1 on all real tokens so far, both those in the cache and those of `ids`. The model
-    creates a cache of the kind that it needs; `reorder_cache` repeats or drops its rows.
+    The mask is 1 on all real tokens so far, both in the cache and in `ids`. The model creates the
+    kind of cache that it needs; the cache's method `reorder_cache` repeats or drops rows.
     """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # [B, T]
     out = causal(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
@@ -509,7 +521,7 @@ def read(causal, ids, mask, cache=None):
 
 
 def read_out(causal, hidden):
-    """Logits [..., V] from the hidden states [..., D] of a base: its head, then caps and scales."""
+    """Logits [..., V] from hidden states [..., D]: the head, then any scaling or soft-capping."""
     config = causal.config.get_text_config()
     logits = causal.get_output_embeddings()(hidden)
     scale = getattr(config, "logit_scale", None)  # Cohere
@@ -521,13 +533,13 @@ def read_out(causal, hidden):
 
 
 def check_weights(model):
-    """Refuses weights that are not finite. A sum shows that without a copy of the weights."""
+    """Refuses weights that are not finite. Their sums show it without a copy of the weights."""
     sums = [p.sum(dtype=torch.float32) for p in model.parameters() if p.is_floating_point()]
     need(all(x.isfinite() for x in sums), "its weights are not finite numbers")
 
 
 def check_equal(model, found, expected, complaint: str):
-    """Refuses the model if the two differ by more than the rounding of its number format."""
+    """Refuses the model if two tensors differ by more than the rounding of its number format."""
     limit = 0.001 if choose_dtype(model.device) == torch.float32 else 0.1
     error = (found.float() - expected.float()).norm() / expected.float().norm()
     need(error <= limit, f"{type(model).__name__} {complaint} (error {error:.2g})")
@@ -537,8 +549,8 @@ def check_equal(model, found, expected, complaint: str):
 def check_forward(model, task: str):
     """Refuses broken weights, and a model that the scripts would train or sample wrongly.
 
-    Two rows of 6 and 4 tokens are read as training and sampling read them, together and padded.
-    The result must be that of each row alone.
+    Two rows, of 6 and 4 tokens, are read as in training and as in sampling, padded to one batch.
+    The results must equal those of reading each row alone.
     """
     check_weights(model)
     causal = causal_lm(model).eval()
@@ -548,20 +560,22 @@ def check_forward(model, task: str):
         alone = [causal.base_model(input_ids=row, use_cache=False)[0][0] for row in rows]
         alone = torch.cat(alone)  # [6 + 4, D]
         need(alone.isfinite().all(), "its hidden states are not finite numbers")
-        # Training pads on the right. Dropout that is still on would show, too.
+        # Training pads on the right. This also detects dropout that is still on.
         mask = (ids > 0).long()
         hidden = causal.train().base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        check_equal(causal.eval(), hidden[mask > 0], alone, "reads rows otherwise in training")
+        check_equal(causal.eval(), hidden[mask > 0], alone, "reads rows differently in training")
         if task == "SEQ_CLS":
             return
-        # The logits are made large, because a soft cap would not show on small ones.
+        # The logits are scaled up, because soft-capping hardly changes small ones.
         head = causal.get_output_embeddings()
         scale = 100 / head(alone).abs().max()
         hook = head.register_forward_hook(lambda *call: call[2] * scale)
         logits = [causal(input_ids=row, use_cache=False).logits[0] for row in rows]
         logits = torch.cat(logits)  # [6 + 4, V]
         check_equal(causal, read_out(causal, alone), logits, "changes its logits after the head")
-        # Sampling uses left padding, and continues from a cache whose rows have been reordered.
+        # Sampling pads on the left, and continues from a cache whose rows have been reordered. The
+        # first call ends with token 4 of row 0 and token 2 of row 1; the last call, on the swapped
+        # rows, ends with token 4 of row 1 and token 6 of row 0.
         left = torch.stack([ids[0], ids[1].roll(2)])
         first, cache = read(causal, left[:, :4], (left > 0)[:, :4].long())
         cache.reorder_cache(torch.tensor([1, 0], device=causal.device))
@@ -569,8 +583,8 @@ def check_forward(model, task: str):
         for length in 5, 6:
             mask = (left > 0)[:, :length].long()
             last, cache = read(causal, left[:, length - 1:length], mask, cache)
-        found, expected = torch.cat([first, last]), logits[[3, 7, 9, 5]]
-        check_equal(causal, found, expected, "does not continue from its cache")
+        found = torch.cat([first, last])
+        check_equal(causal, found, logits[[3, 7, 9, 5]], "does not continue from its cache")
         hook.remove()
 
 
@@ -578,9 +592,9 @@ def check_forward(model, task: str):
 
 @contextlib.contextmanager
 def using(model, role: str | None):
-    """Context: the model uses the adapter `role`, or no adapter at all if it is None."""
+    """A context in which the model uses the adapter `role`, or no adapter if `role` is None."""
     outer = model.active_adapter
-    # peft changes what is trained when it changes the adapter.
+    # peft changes requires_grad when it switches adapters.
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         if role:
@@ -596,31 +610,34 @@ def using(model, role: str | None):
 
 
 def reference(model):
-    """Context: the model that training started from, the base or a frozen copy of an adapter."""
+    """A context in which the model is π_ref: a frozen copy of the first adapter, or the base."""
     return using(model, "reference" if "reference" in model.peft_config else None)
 
 
 def reward_config(name: str, policy: str):
-    """The config of a reward model that reward_model.py saved on the base of `policy`."""
+    """The config of a reward model, saved by reward_model.py, that shares the base of `policy`."""
     with phase(f"loading the reward model {name} ({ANOTHER_BASE})"):
         config = adapter_config(name)
         need(config and config.task_type == "SEQ_CLS", "it was not saved by reward_model.py")
         summary = Path(find(name), "summary.json")  # tiny/reward has none
         made = summary.read_text() if summary.exists() else ""
         need(not re.search(r'"method"\s*:\s*"prm"', made),
-             "prm.py saved it; only pairs.py and evaluate.py read scores of steps")
+             "prm.py saved it, and only pairs.py and evaluate.py can use scores of steps")
         base = base_of(name)
         wanted = base_of(policy)
         need(Path(base).resolve() == Path(wanted).resolve(),
-             f"one base has to carry both: its base is {base}, the policy's is {wanted}")
-        # `add_role` keeps the head apart from the model.
+             f"it and the policy must share one base, but its base is {base}, not {wanted}")
+        # `add_role` keeps the head outside the model, so the adapter alone is added.
         config.task_type = "CAUSAL_LM"
         config.modules_to_save = None
     return config
 
 
 def add_role(model, name: str | None, role: str, trainable: bool = False) -> torch.nn.Linear:
-    """Adds to `model` the adapter of the reward model `name`, or a new one; returns its head."""
+    """Adds the adapter of the reward model `name`, or a new one, and returns its scalar head.
+
+    A new adapter changes nothing yet, and a new head gives the value 0.
+    """
     own = model.peft_config["default"]
     trained = {key: p.requires_grad for key, p in model.named_parameters()}
     config = peft.LoraConfig(r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
@@ -640,20 +657,20 @@ def add_role(model, name: str | None, role: str, trainable: bool = False) -> tor
 
 @functools.cache
 def run_file(path: str, changed: int) -> dict:
-    """What a user's file defines. It runs once, and again only after it has changed."""
+    """The names that a user's file defines. It runs once, and again only if it has changed."""
     USER_FILES.add(path)
-    # At the end: a folder `datasets` beside the file must not hide the library of that name.
+    # Last in the path, so that a folder `datasets` beside the file does not shadow the library.
     sys.path.append(os.path.dirname(path))
     return runpy.run_path(path)
 
 
 def load_function(name: str):
-    """A user's reward FILE.py:function, which may import modules beside its file."""
+    """Loads a reward function FILE.py:function. It may import modules that lie beside the file."""
     file, _, function = name.rpartition(":")
     with phase(f"loading the reward {name}"):
         path = Path(find(file)).resolve()
         loaded = run_file(str(path), path.stat().st_mtime_ns)[function]
-        # The class of a callable object says whether calling it is async.
+        # Whether a call of a callable object is async shows only in its class.
         forms = loaded, vars(type(loaded)).get("__call__")
         is_async = [inspect.iscoroutinefunction(x) or inspect.isasyncgenfunction(x) for x in forms]
         need(callable(loaded) and not any(is_async),
@@ -666,8 +683,8 @@ def load_function(name: str):
 def settings(model) -> dict:
     """The device, the number format and the size of the base, for summary.json."""
     base = [p for name, p in model.named_parameters() if "lora_" not in name]
-    # A byte holds two weights of 4 bits. The experts of a mixture stay in 16 bits, because they
-    # are not linear layers.
+    # A byte holds two 4-bit weights. The experts of a mixture-of-experts model stay in 16 bits,
+    # because they are not modules of the class nn.Linear.
     in_4bit = sum(2 * p.numel() for p in base if p.dtype == torch.uint8)
     parameters = in_4bit + sum(p.numel() for p in base if p.dtype != torch.uint8)
     return {"device": str(model.device), "dtype": str(choose_dtype(model.device)),
@@ -699,7 +716,7 @@ def save_model(model, tokenizer, folder):
 def write_card(folder, summary: dict):
     """Writes README.md, the model card of a finished run, in place of PEFT's empty template.
 
-    `summary` is what the run writes to summary.json.
+    `summary` is the content of summary.json.
     """
     base = base_of(summary["model"])
     card = Path(base, "README.md")
@@ -723,36 +740,32 @@ def write_card(folder, summary: dict):
 
 def copy_weights(saved: dict, weights: dict):
     """Copies saved weights, {name: tensor}, into the parameters of the same names."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    differing = shapes.items() ^ {name: value.shape for name, value in saved.items()}.items()
-    if differing:
-        name, _ = min(differing)
-        raise ValueError(f"its weights are those of another model: {name} differs or is missing")
-    for name, value in saved.items():
-        need(value.isfinite().all(), f"its weight {name} holds numbers that are not finite")
-        weights[name].data.copy_(value)
+    for name in sorted({*saved, *weights}):
+        fits = name in saved and name in weights and saved[name].shape == weights[name].shape
+        need(fits, f"its weights are those of another model: {name} differs or is missing")
+        need(saved[name].isfinite().all(), f"its weight {name} holds numbers that are not finite")
+        weights[name].data.copy_(saved[name])
 
 
 def peak_memory() -> float | None:
-    """The most GPU memory, or main memory without a GPU, that the process has held, in GiB."""
+    """The peak memory of the process in GiB: of the GPU or, without one, of main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "win32":
         return None
-    import resource  # which Windows does not have
+    import resource  # does not exist on Windows
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def shown_text(tokenizer, ids: list[int]) -> str:
-    """Token ids as legible text: special tokens stay, so that roles and ends of turns show."""
+    """Token ids as text for the terminal. Special tokens stay, to show roles and ends of turns."""
     return visible(tokenizer.decode(ids))
 
 
-def show(tokenizer, input_ids: list[int], loss_mask: list[int], heading: str | None = None):
+def show(tokenizer, input_ids: list[int], loss_mask: list[int], heading: str):
     """Prints an example as the model sees it, in green where the mask is 1."""
-    if heading:
-        print(heading)
+    print(heading)
     for trained, group in itertools.groupby(zip(input_ids, loss_mask, strict=True), lambda x: x[1]):
         text = shown_text(tokenizer, [token for token, _ in group])
         print(f"\033[32m{text}\033[0m" if trained else text, end="")
@@ -761,24 +774,26 @@ def show(tokenizer, input_ids: list[int], loss_mask: list[int], heading: str | N
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 
-# Renders with the original template, then cuts the text at each header of the assistant. Behind it,
-# the first end of turn becomes eos: "<user>Hi<end><assistant>Hello<end>" ends in "Hello<eos>".
+# A template around another: it renders with the original, splits the text at the headers of the
+# assistant, and replaces the first end of turn after each header with eos, so that
+# "<user>Hi<end><assistant>Hello<end>" becomes "<user>Hi<end><assistant>Hello<eos>".
 ENDS_WITH_EOS = """\
 {%- set chat %}TEMPLATE{%- endset %}
 {%- for part in chat.split(HEADER) %}
-{{- part if loop.first else HEADER + part.replace(END_TOKEN, EOS_TOKEN, 1) }}
+{{- part if loop.first else HEADER + part.replace(END_TOKEN, eos_token, 1) }}
 {%- endfor %}"""
 
 
 def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict | None = None):
-    """The tokenizer of a model, with a pad token and an end of turn that the model can produce.
+    """Loads a model's tokenizer, with a pad token and an end of turn that the model can produce.
 
     `chat_template` names a file that replaces the model's template; `arguments` are variables that
-    the template reads, such as {"enable_thinking": false}. Both become part of the template, so
-    that whoever loads a saved run gets the same tokens.
+    the template reads, such as {"enable_thinking": false}. Both become part of the template that
+    is saved, so that a saved run gives the same tokens wherever it is loaded.
 
-    The template of a base model such as Qwen2.5-0.5B ends turns with <|im_end|>, which the model
-    was never trained on and which LoRA below a frozen head cannot teach it. There, eos ends them.
+    The template of a base model such as Qwen2.5-0.5B ends turns with <|im_end|>, a token that the
+    model was never trained on. LoRA cannot teach the model to produce it, because the head stays
+    frozen. For such a model, eos ends the assistant's turns instead.
     """
     with phase(f"loading the tokenizer of {name}"):
         config = load_config(name)
@@ -789,7 +804,7 @@ def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict 
             generation_config = transformers.GenerationConfig.from_model_config(config)
         longest = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-        need(tokenizer.eos_token_id is not None, "it has no eos token, which ends an answer")
+        need(tokenizer.eos_token_id is not None, "it has no eos token to end an answer")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, never from pad ids
         spoken = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
@@ -801,7 +816,7 @@ def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict 
         for key, value in (arguments or {}).items():
             tokenizer.chat_template = f"{{%- set {key} = {value!r} %}}{tokenizer.chat_template}"
         if "strftime_now" in (tokenizer.chat_template or ""):
-            # Otherwise, ids would change with the calendar, and no run could be resumed.
+            # Otherwise, token ids would change with the date, and so would a run that is resumed.
             date = "{%- macro strftime_now(format) %}01 Jan 2025{% endmacro -%}"
             tokenizer.chat_template = date + tokenizer.chat_template
         end = end_of_turn_id(tokenizer)
@@ -813,18 +828,17 @@ def load_tokenizer(name: str, chat_template: str | None = None, arguments: dict 
 
 
 def end_answers_with_eos(tokenizer, end_token: str):
-    """Rewrites the chat template so that turns of the assistant end with eos (ENDS_WITH_EOS)."""
+    """Wraps the chat template in ENDS_WITH_EOS, so that the assistant's turns end with eos."""
     question = [{"role": "user", "content": "Q"}]
     plain = tokenizer.apply_chat_template(question, tokenize=False)
     asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     template = ENDS_WITH_EOS.replace("HEADER", repr(asked.removeprefix(plain)))
     template = template.replace("END_TOKEN", repr(end_token))
-    template = template.replace("EOS_TOKEN", repr(tokenizer.eos_token))
     tokenizer.chat_template = template.replace("TEMPLATE", tokenizer.chat_template)
 
 
 def end_of_turn_id(tokenizer) -> int | None:
-    """The special token with which the chat template closes a turn of the assistant, if any."""
+    """The id of the special token that ends the assistant's turns in the chat template, or None."""
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
@@ -834,7 +848,7 @@ def end_of_turn_id(tokenizer) -> int | None:
 
 
 def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[int]:
-    """All tokens that end an answer: eos, the model's own ones, the template's end of turn."""
+    """All tokens that end an answer: eos, those of the generation config, the end of turn."""
     own = generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     if template:
@@ -844,7 +858,7 @@ def stop_token_ids(tokenizer, generation_config, template: bool = True) -> list[
 
 # ---- messages: one form that all templates understand --------------------------------------------
 
-# Other names of roles whose meaning is certain, and keys of a message that are not for templates.
+# Other names of roles; keys that are removed from a message or replaced by their standard form.
 ROLES = {"developer": "system", "human": "user", "gpt": "assistant", "model": "assistant"}
 NOT_FOR_TEMPLATES = ("from", "value", "weight", "train", "tool_calls")
 
@@ -888,7 +902,7 @@ def standard_call(call: dict) -> dict:
 
 
 def standard_tools(tools) -> list | None:
-    """Tool schemas as a list. A row has one schema, several, JSON of these, or an empty string."""
+    """Tool schemas as a list, or None. A row holds one schema, a list, or either as JSON."""
     tools = json.loads(tools or "null") if isinstance(tools, str) else tools
     return [tools] if isinstance(tools, dict) else tools or None
 
@@ -902,11 +916,13 @@ def is_trained(message: dict) -> bool:
 
 # ---- chat templates: messages to text ------------------------------------------------------------
 
-# A user could type <|im_end|> and then <|im_start|>assistant, and so forge a turn: this is prompt
-# injection. QUOTE breaks up whatever looks like a special token in a message, before the template
-# adds the real ones. `to_ids` cuts the text at QUOTE, so that the pieces become plain characters.
+# A user could type <|im_end|> and then <|im_start|>assistant to forge a turn: this is a form of
+# prompt injection. QUOTE breaks up everything in a message that spells a special token, before the
+# template adds the real ones. `to_ids` splits the text at QUOTE and tokenizes the parts separately,
+# so that they become plain characters. MARK marks text that is searched for after rendering. Both
+# are noncharacters, which Unicode reserves for such internal use.
 QUOTE = "\ufdd0"
-MARK = "\ufdd1"  # stands for a text that is looked for. Unicode gives neither code point to a text
+MARK = "\ufdd1"
 
 
 def quote(tokenizer, text: str) -> str:
@@ -923,7 +939,7 @@ def quote(tokenizer, text: str) -> str:
 
 
 def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -> str:
-    """A conversation as a string, in which QUOTE breaks special tokens that messages spell."""
+    """A conversation as a string, in which QUOTE breaks up special tokens that messages spell."""
     need(tokenizer.chat_template,
          "the model has no chat template for messages: --chat-template names one")
     messages = [standard_message(message) for message in messages]
@@ -934,7 +950,7 @@ def render(tokenizer, messages: list, tools=None, add_generation_prompt=False) -
 
 
 def can_render(tokenizer, messages: list, tools) -> bool:
-    """Whether the template accepts these messages. Some refuse a chat without a question."""
+    """Whether the template accepts the messages. Some refuse a conversation without a question."""
     try:
         render(tokenizer, messages, tools)
     except jinja2.TemplateError:
@@ -943,14 +959,15 @@ def can_render(tokenizer, messages: list, tools) -> bool:
 
 
 def render_prompt(tokenizer, messages: list, tools=None) -> str:
-    """The conversation up to the point where the model continues, as `render` gives it.
+    """The rendered conversation up to the point where the model continues.
 
-    An assistant message at the end is a prefill, whose text the model continues. A prefill that
-    opens a thought replaces the thought that the generation prompt opens.
+    An assistant message at the end is a prefill, whose text the model continues. If both the
+    generation prompt and the prefill open a thought, only the prefill's <think> stays.
     """
     *earlier, last = [standard_message(message) for message in messages]
     if last["role"] != "assistant":
         return render(tokenizer, messages, tools, add_generation_prompt=True)
+    need("tool_calls" not in last, "a prompt cannot end in a tool call: its result is missing")
     asked = render(tokenizer, earlier, tools, add_generation_prompt=True)
     if "<think>" in last["content"] and asked.rstrip().endswith("<think>"):
         asked = asked.rstrip().removesuffix("<think>")
@@ -960,9 +977,10 @@ def render_prompt(tokenizer, messages: list, tools=None) -> str:
 def render_header(tokenizer, chat: list, tools, answered: str) -> str:
     """The conversation up to the first character of its last message, an answer.
 
-    That is the generation prompt. A greeting, which has no question, cannot be asked for; and
-    DeepSeek-R1 opens a thought in the generation prompt that it cuts out of a finished turn. Then
-    the header is what stands before a marked answer. `answered` is the rendered conversation.
+    Usually this is the generation prompt. There are two exceptions: a greeting has no question, so
+    there is no prompt that asks for it; and DeepSeek-R1's generation prompt opens a thought, which
+    the template removes from a finished turn. In these cases, the header is the text before an
+    answer that consists of MARK. `answered` is the whole conversation, rendered.
     """
     *earlier, _ = chat
     marked = render(tokenizer, [*earlier, {"role": "assistant", "content": MARK}], tools)
@@ -973,14 +991,14 @@ def render_header(tokenizer, chat: list, tools, answered: str) -> str:
     if answered.startswith(asked):
         return asked
     need(answered.startswith(header) and asked.startswith(header),
-         f"the chat template writes message {len(chat)} in another way than it asks for it")
+         f"the chat template begins message {len(chat)} differently when it asks for it")
     return header
 
 
 def check_printed(tokenizer, messages: list, tools=None):
     """Refuses a conversation if the template drops a message, a tool call or the tools.
 
-    Everything that should be printed gets a mark of its own, and the marks are looked for.
+    Everything that should be printed gets a mark of its own, which must be in the rendered text.
     """
     marked = [standard_message(message) for message in messages]
     names = []
@@ -995,8 +1013,7 @@ def check_printed(tokenizer, messages: list, tools=None):
     lost = [name for i, name in enumerate(names) if f"{MARK}{i}{MARK}" not in text]
     if standard_tools(tools) and text == render(tokenizer, marked):
         lost.append("the tools")
-    if lost:
-        raise ValueError(f"the chat template does not print {lost[0]}")
+    need(not lost, f"the chat template does not print {', '.join(lost)}")
 
 
 def check_said(message: dict, place: int, printed: str):
@@ -1012,13 +1029,13 @@ def check_said(message: dict, place: int, printed: str):
 # ---- text to token ids ---------------------------------------------------------------------------
 
 def to_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a rendered conversation. What QUOTE breaks becomes plain characters."""
+    """The token ids of a rendered conversation. Text that QUOTE breaks up is tokenized in parts."""
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split(QUOTE)]
     return list(itertools.chain(*parts))
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """The token ids of a string, with BOS once even if the string spells it, and no added eos."""
+    """The token ids of a string: one BOS, even if the string spells one, and no added eos."""
     ids = tokenizer(text)["input_ids"]
     if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]
@@ -1026,9 +1043,9 @@ def text_ids(tokenizer, text: str) -> list[int]:
 
 
 def with_end(tokenizer, ids: list[int]) -> list[int]:
-    """The ids with eos at their end, unless they end in a special token, white space aside."""
+    """Appends eos, unless the ids end in a special token; cuts whitespace after that token."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.discard(tokenizer.unk_token_id)  # stands for a character, and ends nothing
+    special.discard(tokenizer.unk_token_id)  # it stands for a character, and does not end a text
     special.add(tokenizer.eos_token_id)
     last = max((place for place, i in enumerate(ids) if i in special), default=0)
     if last > 0 and not tokenizer.decode(ids[last + 1:]).strip():
@@ -1037,7 +1054,7 @@ def with_end(tokenizer, ids: list[int]) -> list[int]:
 
 
 def shared_length(a: list, b: list) -> int:
-    """The number of items that two lists have in common at their start."""
+    """The length of the longest common prefix of two lists."""
     length = min(len(a), len(b))
     return next((i for i in range(length) if a[i] != b[i]), length)
 
@@ -1053,11 +1070,12 @@ def encode_prompt(tokenizer, prompt: str | list, tools=None) -> list[int]:
 
 
 def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> list[list]:
-    """Prompt and answer, strings or lists of messages, as examples: a list of pieces each.
+    """Turns prompt and answer, strings or lists of messages, into examples, each a list of pieces.
 
     A conversation becomes one example, in which every turn of the assistant in `answer` is
-    trained. If the template rewrites earlier turns once others follow (Qwen3 drops their
-    thoughts), a turn begins a new example, in which it comes last, as when the model answers.
+    trained. If the template rewrites earlier turns once later ones follow (Qwen3 drops their
+    thoughts), each turn becomes an example in which it is the last, as it is in sampling. If the
+    prompt ends in a prefill, the answer continues it, and only the answer is trained.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         return [encode_text(tokenizer, prompt, answer)]
@@ -1072,16 +1090,21 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
     chat = [standard_message(message) for message in prompt + answer]
     turns = [first + i for i, message in enumerate(answer)
              if chat[first + i]["role"] == "assistant" and is_trained(message)]
-    need(turns, "there is no answer of the assistant to train on")
-    need(not first or chat[first - 1]["role"] != "assistant" or turns[0] > first,
-         "the prompt ends in the start of an answer: move it into the answer")
+    need(turns, "there is no assistant message to train on")
+    prefilled = {}  # {turn: its rendered prompt, if that ends in a prefill}
+    if first and chat[first - 1]["role"] == "assistant" and turns[0] == first:
+        prefilled[first - 1] = render_prompt(tokenizer, chat[:first], tools)
+        prefill = chat.pop(first - 1)
+        content = prefill["content"] + chat[first - 1]["content"]
+        chat[first - 1] = prefill | chat[first - 1] | {"content": content}
+        turns = [turn - 1 for turn in turns]
     examples = []
     done = []
     for turn in turns:
         is_greeting = all(message["role"] == "system" for message in chat[:turn])
         if is_greeting and not can_render(tokenizer, chat[:turn + 1], tools):
             continue
-        asked, said = encode_turn(tokenizer, chat[:turn + 1], tools)
+        asked, said = encode_turn(tokenizer, chat[:turn + 1], tools, prefilled.get(turn))
         if examples and asked[:len(done)] == done:
             examples[-1].append((asked[len(done):], False))
         else:
@@ -1094,9 +1117,9 @@ def encode(tokenizer, prompt: str | list, answer: str | list, tools=None) -> lis
 
 
 def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bool]]:
-    """Prompt and answer, two strings, as pieces. One token ends the answer."""
-    # Both are tokenized as one string, because many tokenizers treat its start specially. A token
-    # that spans the border between prompt and answer belongs to the answer.
+    """Turns prompt and answer, two strings, into pieces. One token ends the answer."""
+    # They are tokenized as one string, because many tokenizers treat the start of a string
+    # specially. A token that spans the border between prompt and answer belongs to the answer.
     ids = with_end(tokenizer, text_ids(tokenizer, prompt + answer))
     head = int(ids[0] == tokenizer.bos_token_id)
     border = max(head, shared_length(text_ids(tokenizer, prompt), ids) if prompt else 0)
@@ -1104,15 +1127,20 @@ def encode_text(tokenizer, prompt: str, answer: str) -> list[tuple[list[int], bo
     return [(ids[:head], False), (ids[head:border], False), (ids[border:], True)]
 
 
-def encode_turn(tokenizer, chat: list, tools) -> tuple[list, list]:
-    """The ids before the last message, an answer, and those of the answer with its end of turn."""
+def encode_turn(tokenizer, chat: list, tools, prefilled: str | None) -> tuple[list, list]:
+    """The ids before the last message, an answer, and the ids of the answer with its end of turn.
+
+    `prefilled` is the rendered prompt if it ends in a prefill, the beginning of the last message.
+    """
     check_printed(tokenizer, chat, tools)
     text = render(tokenizer, chat, tools)
     header = render_header(tokenizer, chat, tools, text)
     check_said(chat[-1], len(chat), text[len(header):])
+    header = prefilled or header
+    need(text.startswith(header), "the chat template does not print the prefill as it is")
     ids = to_ids(tokenizer, text)
-    # One token may span the newlines at the end of the header and those that begin the answer. It
-    # belongs to the answer.
+    # A token may span the newlines that end the header and those that begin the answer. Such a
+    # token belongs to the answer.
     start = shared_length(to_ids(tokenizer, header), ids)
     ends = (tokenizer.eos_token_id, end_of_turn_id(tokenizer))
     stops = [i for i in range(start, len(ids)) if ids[i] in ends]
@@ -1124,16 +1152,16 @@ def encode_turn(tokenizer, chat: list, tools) -> tuple[list, list]:
 
 
 def head_length(tokenizer, chat: list, tools, asked: list[int]) -> int:
-    """The number of ids before the first question, BOS and the system message."""
+    """The number of tokens before the first question: BOS and the system message."""
     first = next(i for i, message in enumerate(chat) if message["role"] != "system")
     other = [*chat[:first], chat[first] | {"content": MARK}, *chat[first + 1:]]
     return shared_length(asked, to_ids(tokenizer, render(tokenizer, other, tools)))
 
 
 def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
-    """Chosen and rejected answer as pieces, after the same prompt.
+    """Turns a row into two lists of pieces, for the chosen and the rejected answer to one prompt.
 
-    The prompt is a column, or else the common start of both answers: messages, or a string.
+    The prompt is a column or, without such a column, the common start of both answers.
     """
     for name in ("chosen", "rejected"):
         need(row.get(name), f"the column {name} is missing or empty")
@@ -1147,49 +1175,50 @@ def encode_preference(tokenizer, row: dict) -> tuple[list, list]:
         shared = answers[0][:shared_length(*answers)]
         if any(standard_message(message)["role"] == "user" for message in shared):
             prompt = shared
-        need(prompt, "there is no prompt: no such column, and no question in both answers")
+        need(prompt, "there is no prompt: no column holds one, and the answers share no question")
         if isinstance(prompt, list):
             length = len(prompt)
             answers = [x[length:] if x[:length] == prompt else x for x in answers]
     others = [name for name, value in row.items() if name not in ("chosen", "rejected")
               and isinstance(value, str) and " " in value.strip()]
-    if not prompt and others:  # else the common start of both answers would pass for the question
-        raise ValueError(f"there is no column prompt; if that is {others[0]}, add --columns prompt="
-                         f"{others[0]}, else remove it")
+    # Otherwise, the common start of both answers would be taken for the question.
+    if not prompt and others:
+        raise ValueError(f"there is no column prompt; if {others[0]} holds the prompt, add "
+                         f"--columns prompt={others[0]}, otherwise remove {others[0]}")
     sides = [encode(tokenizer, prompt, answer, row.get("tools")) for answer in answers]
     need(len(sides[0]) == len(sides[1]) == 1,
-         "the chat template rewrites turns of the answer once others follow")
+         "the chat template rewrites turns of the answer once later ones follow")
     chosen, rejected = [examples[0] for examples in sides]
     if not prompt:
-        # The texts part at a token: half a word has other tokens than the whole word.
+        # The prompt ends between two tokens, because half a word is not tokenized like the word.
         head, _, (chosen_ids, _) = chosen
         _, _, (rejected_ids, _) = rejected
         border = shared_length(chosen_ids, rejected_ids)
         chosen, rejected = [[head, (ids[:border], False), (ids[border:], True)]
                             for ids in (chosen_ids, rejected_ids)]
     prompts = [side[0][0] + side[1][0] for side in (chosen, rejected)]
-    # A token that spans the border may be part of one prompt only.
+    # One prompt may be longer, if in the other a token spans the border and belongs to the answer.
     need(0 < shared_length(*prompts) == min(map(len, prompts)) and chosen[2][0],
          "chosen and rejected do not answer the same prompt")
-    need(chosen != rejected, "chosen and rejected are the same tokens")
+    need(chosen != rejected, "chosen and rejected have the same tokens")
     return chosen, rejected
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv")
-# The usual names of columns, of which the first that a row has is read.
+# The usual names of columns. The first one that a row has is used.
 QUESTIONS = ("prompt", "instruction", "question", "problem", "query", "input")
 ANSWERS = ("completion", "output", "response", "solution", "answer")
-# Columns that look like part of a conversation: the report names those that are not used.
+# Columns that look like part of a conversation. The report names those that are not used.
 SPOKEN = {*QUESTIONS, *ANSWERS, "system", "system_prompt", "context", "messages", "conversations",
           "history", "text", "chosen", "rejected", "completions", "labels"}
 
 
 def read_file(path: Path) -> list:
-    """The rows of a local file: .json, .jsonl, .csv or .tsv, each also as .gz, or .parquet.
+    """The rows of a local file: .parquet; or .json, .jsonl, .csv or .tsv, perhaps followed by .gz.
 
-    Every value of a .csv or .tsv file is a string, so that "0123" and "None" stay as they are.
+    Every value in a .csv or .tsv file is read as a string, so "0123" and "None" stay as they are.
     """
     is_zipped = path.suffix == ".gz"
     kind = Path(path.stem).suffix.lower() if is_zipped else path.suffix.lower()
@@ -1204,7 +1233,7 @@ def read_file(path: Path) -> list:
             for place, row in enumerate(rows, 1):
                 # An unquoted comma would shift values into the wrong column.
                 need(None not in row and None not in row.values(),
-                     f"row {place} has not as many cells as the header: {row}")
+                     f"row {place} does not have as many cells as the header: {row}")
             return rows
         text = file.read().strip()
     if not text.startswith("["):  # one object per line
@@ -1213,9 +1242,9 @@ def read_file(path: Path) -> list:
 
 
 def load_rows(source: str, split: str, limit: int, seed: int, columns=()) -> list[dict]:
-    """The rows of a file, or up to `limit` random rows of a Hub dataset, NAME or NAME:CONFIG.
+    """All rows of a file, or up to `limit` random rows of a Hub dataset, NAME or NAME:CONFIG.
 
-    `columns` holds other names of columns: "prompt=query" reads the column `query` as the prompt.
+    `columns` renames columns: with "prompt=query", the column `query` is read as the prompt.
     """
     with phase(f"reading {source}"):
         path = Path(find(source))
@@ -1227,31 +1256,31 @@ def load_rows(source: str, split: str, limit: int, seed: int, columns=()) -> lis
             rows = datasets.load_dataset(name, config or None, split=split).shuffle(seed=seed)
             rows = rows.select(range(min(limit, len(rows))))
         need(all(isinstance(row, dict) for row in rows),
-             "a row is not an object whose keys are the names of columns")
+             "a row is not an object that maps names of columns to values")
         rows = [without_nones(row) for row in rows]
         names = {}
         for pair in columns:
             new, _, old = pair.partition("=")
             need(any(old in row for row in rows), f"there is no column {old} for --columns {pair}")
             names[old] = new
-        named = {*names, *names.values()}
-        return [{key: value for key, value in row.items() if key not in named}
-                | {new: row[old] for old, new in names.items() if old in row} for row in rows]
+        # A renamed column replaces one that already has the new name.
+        return [{names.get(key, key): value for key, value in row.items()
+                 if key in names or key not in names.values()} for row in rows]
 
 
 def without_nones(value):
-    """Drops keys without a value: `datasets` adds them, and templates ask whether a key exists."""
+    """Drops keys whose value is None. `datasets` adds them, but templates test if a key exists."""
     if isinstance(value, dict):
         return {key: without_nones(item) for key, item in value.items() if item is not None}
     return [without_nones(item) for item in value] if isinstance(value, list) else value
 
 
 def from_cell(name: str, value):
-    """A cell of a conversation: whole numbers become strings, and JSON of messages a list."""
+    """Converts a value of a conversation column: an int to a string, JSON of messages to a list."""
     if type(value) is int and name in SPOKEN:
         return str(value)
     if isinstance(value, str) and name in SPOKEN and value.strip()[:1] + value.strip()[-1:] == "[]":
-        with contextlib.suppress(json.JSONDecodeError):  # a text in brackets
+        with contextlib.suppress(json.JSONDecodeError):  # ordinary text in brackets
             items = json.loads(value)
             if name in ("completions", "labels") or all(isinstance(x, dict) for x in items):
                 return items
@@ -1259,7 +1288,7 @@ def from_cell(name: str, value):
 
 
 def with_system(messages: list, row: dict) -> list:
-    """The messages of a row after the message in its column `system`, unless they have one."""
+    """The messages, after the row's column `system` unless they hold a system message already."""
     system = row.get("system") or row.get("system_prompt")
     if not system or any(standard_message(message)["role"] == "system" for message in messages):
         return messages
@@ -1293,12 +1322,12 @@ def answer_of(row: dict):
 
 
 def unused_columns(row: dict, made, make, *options) -> list[str]:
-    """The columns that look like part of the conversation, but without which nothing changes."""
+    """The columns that look like part of the conversation but that `make` does not use."""
     unused = []
     for name in sorted(SPOKEN & row.keys()):
         try:
             other = make({key: value for key, value in row.items() if key != name}, *options)
-        except Exception:  # the row needs it
+        except Exception:  # the row cannot do without this column
             continue
         if row[name] and other == made:
             unused.append(name)
@@ -1306,9 +1335,9 @@ def unused_columns(row: dict, made, make, *options) -> list[str]:
 
 
 def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int) -> list[dict]:
-    """The examples that `make` returns for the rows, one or a list of them per row.
+    """The examples that `make` builds from the rows: one, or a list of several, per row.
 
-    Rows that cannot be used, truncated rows, and columns that are not used are reported.
+    It reports rows that cannot be used, truncated examples, and columns that are not used.
     """
     max_length = min(max_length, tokenizer.model_max_length)
     encoded = []
@@ -1320,7 +1349,7 @@ def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int)
             made = make(row, tokenizer, max_length)
         except NameError:  # a bug
             raise
-        except Exception as error:  # templates and tokenizers raise types of their own
+        except Exception as error:  # templates and tokenizers raise exceptions of any type
             print_traceback()
             refused.append(f"row {place}: {error}")
             continue
@@ -1328,12 +1357,12 @@ def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int)
         if unused is None:
             unused = unused_columns(row, made, make, tokenizer, max_length)
     examples = list(itertools.chain(*encoded))
-    numbers = {"rows became one per answer": sum(len(several) > 1 for several in encoded),
+    numbers = {"rows became one example per answer": sum(len(several) > 1 for several in encoded),
                "are truncated": sum(example.get("truncated", False) for example in examples)}
     report = f"{source}: {len(rows)} rows, {len(examples)} examples"
     report += "".join(f"; {number} {words}" for words, number in numbers.items() if number)
     if unused:
-        report += f"; not used: the column {', '.join(unused)}"
+        report += f"; columns not used: {', '.join(unused)}"
     if refused:
         report += f"; {len(refused)} rows cannot be used, the first is {refused[0]}"
     if not examples:
@@ -1345,11 +1374,9 @@ def encode_rows(source: str, rows: list[dict], make, tokenizer, max_length: int)
 def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out examples. Without --eval-dataset, up to a fifth is held out.
 
-    Then no prompt is in both; if examples have a "key", that is compared instead of the prompt.
+    In that case, no prompt is in both parts. If examples have a "key", it is compared instead.
     """
-    with phase(f"reading {args.eval_dataset}"):
-        is_same = os.path.realpath(args.dataset) == os.path.realpath(args.eval_dataset or "")
-    if is_same:
+    if os.path.realpath(args.dataset) == os.path.realpath(args.eval_dataset or ""):
         fail(f"--eval-dataset {args.dataset} is trained on: without it, some rows are held out")
     rows = load_rows(args.dataset, args.split, limit + args.eval_size, args.seed, args.columns)
     examples = encode_rows(args.dataset, rows, make, tokenizer, args.max_length)
@@ -1365,5 +1392,5 @@ def load_examples(args, make, tokenizer, limit: int) -> tuple[list[dict], list[d
         fail("too few different prompts to hold some out: add rows, or name an --eval-dataset")
     left_out = len(examples) - len(training) - len(held_out)
     print(f"{len(training)} to train on, {len(held_out)} held out; "
-          f"{left_out} left out, because they begin like a held-out row")
+          f"{left_out} left out, because a held-out row has the same prompt")
     return training, held_out

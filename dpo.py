@@ -1,15 +1,16 @@
 """DPO: Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
 The data are pairs: a prompt x, a better answer y_w and a worse answer y_l. DPO trains the policy π,
-a language model, to prefer the better answers while it stays close to π_ref, the model that it
-started from. It needs no reward model and no sampling.
+a language model, to prefer the better answers while it stays close to the reference π_ref, a frozen
+copy of the model that training started from. It needs no reward model and no sampling.
 
-RLHF, reinforcement learning from human feedback, fits a reward model r to the pairs. Then it looks
-for the policy whose answers earn the most reward without leaving π_ref:
+RLHF, reinforcement learning from human feedback, fits a reward model r to the pairs. Then it
+searches for the policy whose answers earn the most reward without straying far from π_ref:
 
     max_π  E r(x, y) − β KL(π ‖ π_ref)                                                      (eq. 3)
 
-The best policy has a closed form. Solved for r, it says for which reward a given policy is best:
+The optimal policy has a closed form. Solving it for r gives the reward for which a given policy is
+optimal:
 
     π(y|x) ∝ π_ref(y|x) exp(r(x, y) / β)                                                    (eq. 4)
     r(x, y) = β log[π(y|x) / π_ref(y|x)] + a term in x alone                                (eq. 5)
@@ -30,9 +31,9 @@ A worked example. With β = 0.1, let the summed log-probs of the two answers be
     y_w (chosen)   −12        −13       0.1 · (−12 + 13) =  0.1
     y_l (rejected) −20        −18       0.1 · (−20 + 18) = −0.2
 
-The margin is 0.1 + 0.2 = 0.3 and the loss −log σ(0.3) = 0.554. Its gradient is −β σ(−0.3) = −0.0426
-on log π(y_w|x) and +0.0426 on log π(y_l|x): a step raises the first and lowers the second, less and
-less as the margin grows.
+The margin is 0.1 + 0.2 = 0.3 and the loss −log σ(0.3) = 0.554. Its gradient with respect to
+log π(y_w|x) is −β σ(−0.3) = −0.0426, and with respect to log π(y_l|x) it is +0.0426. So a step
+raises the first and lowers the second, less and less as the margin grows.
 
 --loss selects a variant, which differs in a line or two of `preference_loss`:
 
@@ -46,20 +47,21 @@ less as the margin grows.
     python dpo.py --model Qwen/Qwen2.5-0.5B               # 4-bit LoRA, sized for a 16 GB T4
     python dpo.py --model runs/sft --dataset pairs.jsonl  # an SFT adapter: it is also the reference
 
-What to watch: the loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5 and the
-margin grows. `chosen_logp` often falls as well, because the loss asks only for the difference.
+What to watch: DPO's loss starts at log 2 = 0.693 and falls, the accuracy climbs from 0.5 and the
+margin grows. `chosen_logp` often falls along with `rejected_logp`, because the loss depends only on
+their difference.
 
-Change one thing: with `--beta 0.1` the tiny model still orders 0.98 of the held-out pairs
-correctly, but its samples turn into garbage: 0.15 of them are correct instead of 0.94, and
-`chosen_logp` falls from −0.5 to −5.8. So weak a KL penalty lets π make both answers of a pair
+Change one thing: with `--beta 0.1` instead of 2, the tiny model still orders 98% of the held-out
+pairs correctly, but its samples turn into garbage: 15% of them are correct instead of 94%, and
+`chosen_logp` falls from −0.5 to −5.8. A KL penalty this weak lets π make both answers of a pair
 unlikely, as long as the gap between them grows.
 
-The default learning rate, 2e-5, is four times the 5e-6 that TRL suggests for DPO with LoRA. If the
-chosen log-prob collapses on your data, try theirs first.
+The default learning rate, 2e-5, is four times the 5e-6 that TRL suggests for DPO with LoRA. If
+`chosen_logp` collapses on your data, try TRL's value first.
 
 Shapes: P pairs are B = 2P rows of T tokens, all chosen answers first. L ≤ T columns hold tokens
 (the rest are padding in every row), N positions predict a token of an answer, and C of these are
-read at a time. D is the width of the model and V the size of its vocabulary.
+processed at a time. D is the width of the model and V the size of its vocabulary.
 """
 import argparse
 import functools
@@ -80,9 +82,9 @@ from tqdm import tqdm
 
 import common
 
-BY_LOSS = {"simpo": dict(beta=2.0)}  # another default, as in its paper
-# Tiny answers differ in a digit or two. At β = 0.1 the cheapest way to make a wrong answer less
-# likely is to stop ending it (see docs/tiny_world.md).
+BY_LOSS = {"simpo": dict(beta=2.0)}  # a different default, as in its paper
+# The answers of a tiny pair differ in a digit or two. At β = 0.1 the cheapest way to make the wrong
+# one less likely is to make its end token unlikely, so answers run on (see docs/tiny_world.md).
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3, epochs=2,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=32)
 REFERENCE_FREE = ("simpo", "orpo", "cpo")  # losses that never read π_ref
@@ -93,37 +95,35 @@ def make_flags():
         description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
-    add("--dataset", default="trl-lib/ultrafeedback_binarized", help="pairs: Hub name or a file")
+    add("--dataset", default="trl-lib/ultrafeedback_binarized", help="pairs: Hub name or file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out pairs; if not given, some pairs of --dataset are held out")
     add("--eval-size", type=common.count, default=100, help="number of held-out pairs")
     add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo",
         help="loss function: DPO or one of its variants")
     add("--beta", type=common.positive, default=0.1,
-        help="KL penalty strength; simpo, cpo: scale of log π (at 0.1, cpo is nearly SFT);\n"
+        help="KL penalty strength; simpo, cpo: scale of log π (at 0.1, cpo is close to SFT);\n"
         "orpo: weight of the odds-ratio term")
-    add("--gamma", type=common.weight, default=1.0, help="margin that simpo's rewards must exceed")
+    add("--gamma", type=common.weight, default=1.0, help="simpo: target reward margin")
     add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0,
-        help="expected share of pairs with the wrong label, dpo only")
+        help="dpo: expected share of pairs whose two labels are swapped")
     add("--max-length", type=common.number(int, 4), default=1024,
         help="longest prompt + answer, in tokens; longer examples are truncated")
     add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
     add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
-    add("--learning-rate", type=common.positive, default=2e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--epochs", type=common.count, default=1, help="passes over the pairs")
     add("--max-steps", type=common.count, default=500, help="upper limit on optimizer steps")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/dpo",
-        help="output folder; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/dpo", help=common.RESUMED)
     return parser
 
 
@@ -134,14 +134,15 @@ def encode_pair(row, tokenizer, max_length):
 
     The loss mask of an example is 1 on its answer and 0 on the prompt.
     """
-    # Each side is a list of pieces: the head of the prompt, the rest of the prompt, the answer.
+    # Each side is a list of pieces: the head of the prompt (BOS and the system message), the rest
+    # of the prompt, and the answer.
     sides = common.encode_preference(tokenizer, row)
     head_ids, _ = sides[0][0]
     chosen, rejected = [with_mask(pieces) for pieces in sides]
     # A token that spans the border between prompt and answer can differ between the two sides.
     # The prompt that both share ends where the first answer begins.
     start = min(chosen["loss_mask"].index(1), rejected["loss_mask"].index(1))
-    # Both sides lose the same tokens, so that they still answer the same prompt.
+    # The same prompt tokens are cut from both sides, so that both still answer the same prompt.
     longest = max(len(chosen["input_ids"]), len(rejected["input_ids"]))
     cut = functools.partial(
         shorten, length=longest, head=len(head_ids), start=start, max_length=max_length)
@@ -208,7 +209,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -221,7 +222,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -229,37 +230,38 @@ def chunk_logps(hidden, targets, causal, temperature):
 def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps,
                     ref_rejected_logps, chosen_lengths=None, rejected_lengths=None, loss="dpo",
                     beta=0.1, label_smoothing=0.0, gamma=1.0):
-    """Losses, implicit rewards of the chosen and of the rejected answers, [P] each.
+    """Returns the losses and the implicit rewards of the chosen and the rejected answers, [P] each.
 
-    The four log-probs are sums over the tokens of an answer, [P] each. Losses without a reference
-    get zeros for the last two. The lengths, [P] each, are only needed by simpo and orpo.
+    The four log-probs are sums over the tokens of an answer, [P] each. Reference-free losses get
+    zeros for the last two. Only simpo and orpo need the lengths in tokens, [P] each.
     """
     if loss in ("simpo", "orpo"):
-        # The mean over the tokens, so that an answer gains nothing by its length.
+        # Means over tokens instead of sums, so that an answer gains nothing from its length.
         policy_chosen_logps = policy_chosen_logps / chosen_lengths  # [P]
         policy_rejected_logps = policy_rejected_logps / rejected_lengths  # [P]
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)  # [P], eq. 5
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)  # [P], eq. 5
     margins = chosen_rewards - rejected_rewards  # [P]
     if loss == "dpo":
-        # Eq. 7, if no label is wrong. With label smoothing, conservative DPO: the expectation over
-        # correct and wrong labels (ericmitchell.ai/cdpo.pdf, eq. 3).
+        # Eq. 7 if no label is wrong. With label smoothing, conservative DPO: the expected loss if
+        # this share of the labels is wrong (ericmitchell.ai/cdpo.pdf, eq. 3).
         wrong = label_smoothing
         losses = -(1 - wrong) * F.logsigmoid(margins) - wrong * F.logsigmoid(-margins)  # [P]
     elif loss == "ipo":
         # Azar et al. 2023, arXiv:2310.12036, eq. 17: the log-ratios should be 1/(2β) apart.
         losses = (margins / beta - 1 / (2 * beta)) ** 2  # [P]
     elif loss == "hinge":
-        # The loss of SLiC (arXiv:2305.10425) on DPO's margin: Liu et al. 2023, arXiv:2309.06657.
+        # SLiC's hinge loss (arXiv:2305.10425) of DPO's margin: Liu et al. 2023, arXiv:2309.06657.
         losses = F.relu(1 - margins)  # [P]
     elif loss == "simpo":
         # Meng et al. 2024, arXiv:2405.14734, eq. 6.
         losses = -F.logsigmoid(margins - gamma)  # [P]
     elif loss == "cpo":
-        # Xu et al. 2024, arXiv:2401.08417: DPO with a uniform reference, plus SFT.
+        # Xu et al. 2024, arXiv:2401.08417: DPO with a uniform reference, plus SFT on y_w.
         losses = -F.logsigmoid(margins) - policy_chosen_logps  # [P]
     elif loss == "orpo":
-        # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7: SFT, plus a ratio of odds. Their λ is β.
+        # Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7: SFT on y_w, plus an odds-ratio term,
+        # whose weight λ is β here.
         log_odds = log_odds_of(policy_chosen_logps) - log_odds_of(policy_rejected_logps)  # [P]
         losses = -policy_chosen_logps - beta * F.logsigmoid(log_odds)  # [P]
     return losses, chosen_rewards, rejected_rewards
@@ -267,7 +269,7 @@ def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps
 
 def log_odds_of(logps):
     """log(p / (1 − p)) for log-probs [P]."""
-    logps = logps.clamp(max=-1e-6)  # the odds of a certain answer would be infinite
+    logps = logps.clamp(max=-1e-6)  # at p = 1 the odds would be infinite
     return logps - torch.log1p(-logps.exp())  # [P]
 
 
@@ -289,7 +291,7 @@ def pair_losses(model, pairs, args, pad_id):
                 ref_logps = token_logps(model, batch).sum(-1)  # [2P], log π_ref(y|x)
     lengths = batch["loss_mask"][:, 1:].sum(-1)  # [2P], |y|
 
-    # Take the chosen answers and the rejected ones apart again: [P] each.
+    # Split the batch into chosen and rejected answers again: [P] each.
     chosen_logps, rejected_logps = policy_logps.chunk(2)
     ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
     chosen_lengths, rejected_lengths = lengths.chunk(2)
@@ -308,7 +310,7 @@ def pair_losses(model, pairs, args, pad_id):
 
 @torch.no_grad()
 def evaluate(model, pairs, args, pad_id):
-    """The means of the FIGURES over held-out pairs, which the processes split between them."""
+    """The means of the FIGURES over held-out pairs, of which each process evaluates a share."""
     model.eval()
     mine = pairs[common.RANK::common.WORLD]
     sums = {}
@@ -324,7 +326,7 @@ def evaluate(model, pairs, args, pad_id):
 def sample_answers(model, tokenizer, prompts, length, seed):
     """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    Returns lists of ids. An answer ends with its stop token, unless it reaches `length`. Tokens
     are drawn from softmax(logits), because `generate` would also apply the generation config of
     the model: beams, penalties, suppressed tokens.
     """
@@ -353,7 +355,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 
 def show_samples(samples):
-    """Prints prompts, each with an answer from before and an answer from after training."""
+    """Prints prompts, each with one answer from before training and one from after."""
     print("\nsamples: held-out prompts, each answered before and after training")
     for sample in samples:
         print()
@@ -370,9 +372,9 @@ def train(args):
     for side in "chosen", "rejected":
         example = pairs[0][side]
         common.show(tokenizer, example["input_ids"], example["loss_mask"],
-                    f"a {side} answer as the model sees it (scored tokens in green):")
+                    f"a {side} answer after its prompt (trained tokens in green):")
 
-    # 2. Load the model: a frozen base with LoRA matrices, which alone are trained.
+    # 2. Load the model: a frozen base with trainable LoRA matrices.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
@@ -390,7 +392,7 @@ def train(args):
         state["before"] = evaluate(model, held_out, args, pad_id)
         state["answers"] = sample_answers(model, tokenizer, prompts, 64, args.seed)
 
-    # The order follows from the seed, so that a resumed run sees the same batches.
+    # The order depends only on the seed, so that a resumed run sees the same batches.
     generator = torch.Generator().manual_seed(args.seed)
     order = [torch.randperm(len(pairs), generator=generator) for epoch in range(args.epochs)]
     batches = torch.cat(order).split(args.batch_size)[:args.max_steps]
@@ -398,13 +400,13 @@ def train(args):
                     total=len(batches), disable=common.RANK > 0)
     for step in progress:
         # 4. Take this process's share of the batch (with one process, all of it). Pairs of similar
-        #    length share a forward pass, so that there is less padding.
+        #    length share a forward pass, which saves padding.
         began = time.time()
         batch = sorted([pairs[i] for i in batches[step - 1]], key=operator.itemgetter("length"))
         mine = batch[common.RANK::common.WORLD]
 
-        # 5. Accumulate the gradients of the micro-batches. Each pair counts 1 / len(batch), so that
-        #    the sum over micro-batches and processes is the gradient of the mean over the batch.
+        # 5. Accumulate the gradients of the micro-batches. Each pair has the weight 1 / len(batch),
+        #    so that the sum over micro-batches and processes is the gradient of the batch mean.
         sums = {}
         for i in range(0, len(mine), args.micro_batch_size):
             losses, figures = pair_losses(model, mine[i:i + args.micro_batch_size], args, pad_id)
@@ -428,7 +430,7 @@ def train(args):
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, weights, optimizer, scaler)
 
-    # 8. Evaluate and sample again on the same held-out pairs, and save the adapter.
+    # 8. Evaluate and sample again with the same held-out pairs, and save the adapter.
     after = evaluate(model, held_out, args, pad_id)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
     for prompt, old, new in zip(prompts, state["answers"], answers, strict=True):
@@ -457,10 +459,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -474,7 +476,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -513,7 +515,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

@@ -1,61 +1,62 @@
 """Compares checkpoints: all of them answer the same prompts, and one table shows the results.
 
-A loss or a training reward does not tell whether a model has improved, because each method logs a
-different one. This script measures all methods in the same way: how often answers to held-out
-prompts are correct, and how far the model has moved from the first checkpoint. A checkpoint is a
-saved run, a local folder or a Hub name. A row of the dataset needs a `prompt` and an `answer`,
-which is a number.
+Losses and training rewards do not show which of two models is better, because each method defines
+its own. This script measures the models of all methods in the same way: how often their answers to
+held-out prompts are correct, and how far they have moved from the first checkpoint. A checkpoint is
+a saved run, a local folder or a Hub name. Each row of the dataset needs a `prompt`, and a number as
+its `answer`.
 
     sampled   accuracy of answers sampled at --temperature, with a 95% interval
-    greedy    accuracy of answers that take the likeliest token each time, with the same interval
+    greedy    accuracy of greedy answers, which take the likeliest token each time; same interval
     pass@k    probability that at least one of k samples is correct
-    reward    mean score of the sampled answers by --reward (of a run of prm.py: p of the worst
-              line, or with --outcome of the last)
+    reward    mean --reward of the sampled answers (a run of prm.py gives p of the worst line, or of
+              the last line if it was trained with --outcome)
     kl        KL(π ‖ π_first), where π_first is the first checkpoint, in nats per answer
     length    tokens per sampled answer
     stopped   share of the sampled answers that end before --max-new-tokens
 
-The figures are estimated from n samples y_1 … y_n ~ π(·|x) per prompt, of which c are correct:
+The figures are estimated from n samples y_1 … y_n ~ π(·|x) for each of P prompts x. Let c of the n
+samples be correct, and let p be an accuracy over all prompts. Then
 
     pass@k   = 1 − C(n − c, k) / C(n, k)      (Chen et al. 2021, arXiv:2107.03374, eq. 1)
     kl       = mean of log π(y|x) − log π_first(y|x)
     interval = (p + z²/2P ± z √(p (1 − p) / P + z²/4P²)) / (1 + z²/P),  z = 1.96   (Wilson 1927)
 
-C(n − c, k) / C(n, k) is the probability that k samples drawn from the n are all wrong; that makes
-the estimate unbiased, which 1 − (1 − c/n)^k is not. The mean of the log-ratios is an unbiased
-estimate of the KL because the samples come from π, but a single log-ratio may well be negative. The
-interval counts the P prompts and not the samples, because samples of one prompt are alike.
+C(n − c, k) / C(n, k) is the probability that k of the n samples, drawn without replacement, are all
+wrong. This makes the estimate unbiased; 1 − (1 − c/n)^k is biased. The mean of the log-ratios is an
+unbiased estimate of the KL because the samples come from π, but a single log-ratio can be negative.
+The interval counts prompts, not samples, because samples for one prompt are not independent.
 
-With --best-of N the table also shows the accuracy when one of N samples is picked:
+With --best-of N, a second table shows the accuracy if one of N samples is picked:
 
     first      the first sample
     majority   a sample with the most frequent number (self-consistency, Wang et al. 2022,
                arXiv:2203.11171)
-    best       the sample with the highest score by --reward (Cobbe et al. 2021, arXiv:2110.14168)
-    oracle     a correct sample wherever there is one: an upper bound for every way of picking
+    best       the sample with the highest --reward (Cobbe et al. 2021, arXiv:2110.14168)
+    oracle     a correct sample if there is one: an upper bound for every way of picking
 
-A worked example: one prompt with the answer 7, and four samples that end in 8, 7, 8 and no number.
+A worked example: the answer to one prompt is 7, and four samples end in 8, 7, 8 and no number.
 
     c = 1 of n = 4    pass@1 = 1 − 3/4 = 0.25    pass@2 = 1 − 3/6 = 0.5    pass@4 = 1
-    scores by --reward 0.2, 0.9, 0.4, 0.1: first, majority (8) wrong; best (7), oracle correct
-    log π −2.0, −3.0, log π_first −4.0, −3.5 of two answers: kl = (2.0 + 0.5) / 2 = 1.25
-    180 of 300 prompts: accuracy 0.600, interval 0.544 to 0.654
+    rewards 0.2, 0.9, 0.4, 0.1: first and majority (8) are wrong, best (7) and oracle are correct
+    two answers with log π −2.0, −3.0 and log π_first −4.0, −3.5: kl = (2.0 + 0.5) / 2 = 1.25
+    180 correct answers to 300 prompts: accuracy 0.600, interval 0.544 to 0.654
 
     python evaluate.py                            # the tiny model and every run on it in runs/
     python evaluate.py Qwen/Qwen2.5-0.5B runs/dpo --dataset openai/gsm8k:main --max-new-tokens 512
     python evaluate.py tiny/chat --best-of 8 --reward tiny/reward
 
 What to watch. If `sampled` rises while pass@k falls, the policy has become more certain but not
-more capable: it samples fewer different answers. If `reward` rises while `sampled` falls, the
-policy exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with
-the smaller `kl`: it has changed the model less. Differences within the intervals mean nothing.
+more capable: its samples are less diverse. If `reward` rises while `sampled` falls, the policy
+exploits the reward (reward hacking). Of two runs with the same accuracy, prefer the one with the
+smaller `kl`: it has changed the model less. Differences within the intervals may be noise.
 
-Change one thing: with `--best-of 8 --reward tiny/reward` the first sample of tiny/chat is correct
-for 0.543 of the prompts, the majority for 0.923, the best for 0.937, and the oracle for 0.993. The
-policy knows nearly all answers; it only has to learn which of its samples to prefer.
+Change one thing: with `--best-of 8 --reward tiny/reward` the accuracy of tiny/chat is 0.543 for the
+first sample, 0.923 for the majority, 0.937 for the best, and 0.993 for the oracle. The policy can
+answer nearly all prompts; it only has to learn which of its samples to prefer.
 
-Shapes: P prompts with n samples each; B answers of T tokens, of which L ≤ T columns hold tokens; N
-tokens of answers in a batch, C of them at a time; width D, vocabulary V; S steps of an answer.
+Shapes: P prompts with n samples each; B rows of T tokens, of which L ≤ T columns hold tokens; N
+answer tokens in a batch, read C at a time; width D, vocabulary V; S steps in an answer.
 """
 import argparse
 import collections
@@ -84,17 +85,18 @@ def make_flags():
         description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*",
-        help="saved runs, folders or Hub names; without any: tiny/chat and the runs on it in runs/")
+        help="saved runs, folders or Hub names; by default tiny/chat and its runs in runs/")
     add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config] or file")
     add("--split", default="test", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-    add("--size", type=common.count, default=300, help="largest number of prompts")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
+    add("--size", type=common.count, default=300, help="maximum number of prompts")
     add("--samples-per-prompt", type=common.count, default=4,
-        help="sampled answers per prompt, n; at least --best-of")
-    add("--k", type=common.count, help="k of pass@k; without it 4, or --samples-per-prompt if less")
-    add("--best-of", type=common.natural, default=0, help="also pick one of N samples; 0: do not")
+        help="sampled answers per prompt, n; raised to --best-of if that is larger")
+    add("--k", type=common.count, help="k of pass@k; by default 4, or n if that is less")
+    add("--best-of", type=common.natural, default=0,
+        help="number of samples, N, from which one is picked; 0 picks none")
     add("--reward", default="correct_answer",
         help="correct_answer, FILE.py:function, or a run of reward_model.py or prm.py")
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
@@ -116,7 +118,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -124,7 +127,7 @@ def join_answers(prompts, answers, tokenizer, model):
     """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    # The mask follows from lengths, because the pad token may also be a token of an answer.
+    # The mask is built from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
     batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
@@ -155,7 +158,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -168,7 +171,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -216,7 +219,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     return answers
 
 
-# ---- what scores an answer -----------------------------------------------------------------------
+# ---- rewards -------------------------------------------------------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion equals the row's column `answer`, else 0."""
@@ -227,7 +230,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -247,9 +250,9 @@ def plain_number(text):
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -258,12 +261,12 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 
 def load_scorer(name, args):
-    """The reward as a function of columns: the user's own, or one that asks a trained model."""
+    """The reward as a function of columns: the user's own, or the score of a trained model."""
     if name == "correct_answer":
         return correct_answer
     if name.rpartition(":")[0].endswith(".py"):
@@ -271,9 +274,9 @@ def load_scorer(name, args):
     with common.phase(f"loading the reward {name} ({common.ANOTHER_BASE})"):
         config = common.adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
-            raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
-        # summary.json says which script trained it. Without one, as in tiny/reward, or if it has
-        # another form, it is a reward model.
+            raise ValueError("neither FILE.py:function nor a run of reward_model.py or prm.py")
+        # summary.json says which script trained the model. If there is none, as in tiny/reward, or
+        # if it has another form, the model is taken to be a reward model.
         summary = Path(common.find(name), "summary.json")
         run = json.loads(summary.read_text()) if summary.exists() else {}
         run = run if isinstance(run, dict) else {}
@@ -286,15 +289,16 @@ def load_scorer(name, args):
 @torch.no_grad()
 def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, tools=None,
                  **columns):
-    """Scores of answers by a reward model, r(x, y), or by steps: min p_k over the steps of y.
+    """Scores by a reward model, r(x, y), or by a process reward model, min p_k over steps k.
 
-    With `outcome`, the model of the steps was trained on the last step alone: then p of that one.
+    With `outcome`, the process reward model was trained on last steps only, and p of the last step
+    is the score.
     """
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
         steps = []
-        # Each line is a step. Prompt and steps are joined as prm.py joins them in training.
+        # Each line is a step. Prompt and steps are joined in the same way as prm.py trains on them.
         if by_steps:
             steps = [line.strip() for line in text.split("\n") if line.strip()]
             text = "\n".join(steps)
@@ -305,7 +309,7 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
             said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             (head, _), (rest, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
             asked = head + rest
-        else:  # an empty answer is the token that ends it
+        else:  # an empty answer consists of its end token
             asked = common.encode_prompt(tokenizer, prompt, tool)
             answer = [tokenizer.eos_token_id]
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
@@ -357,7 +361,7 @@ def step_logits(model, batch, head):
 # ---- the figures ---------------------------------------------------------------------------------
 
 def pass_at_k(correct, count, k):
-    """The probability that k of `count` samples, `correct` of them correct, are not all wrong."""
+    """The probability that k draws from `count` samples include one of the `correct` ones."""
     return 1 - math.comb(count - correct, k) / math.comb(count, k)
 
 
@@ -371,11 +375,11 @@ def wilson(share, count, z=1.96):
 
 
 def pick(count, texts, scores, correct):
-    """1 or 0 for each way of PICKS: is the answer correct that it picks of the first `count`?"""
+    """For each of PICKS, whether its choice among the first `count` answers is correct: 1 or 0."""
     scores = scores[:count]
     correct = correct[:count]
     numbers = [last_number(text) for text in texts[:count]]
-    # Answers without a number have no vote; of equal votes, the number that came first wins.
+    # Answers without a number have no vote. Ties go to the number that came first.
     votes = collections.Counter(number for number in numbers if number is not None)
     elected = max(votes, key=votes.get) if votes else None
     return {"first": correct[0], "majority": correct[numbers.index(elected)],
@@ -385,7 +389,7 @@ def pick(count, texts, scores, correct):
 def answer_log_ratios(model, first, batch, temperature):
     """log π(y|x) − log π_first(y|x) of each answer, [B]; its mean estimates KL(π ‖ π_first).
 
-    Where `first` is `model` itself, π_first is the model without its adapter.
+    If `first` is `model` itself, π_first is the model without its adapter.
     """
     logps = token_logps(model, batch, temperature)  # [B, T-1]
     if first is model:
@@ -398,8 +402,8 @@ def answer_log_ratios(model, first, batch, temperature):
 
 @torch.no_grad()
 def measure(name, model, first, tokenizer, examples, reward, args):
-    """The line of one checkpoint; `first` is what answer_log_ratios takes, or None: no KL."""
-    # Nearly 0: the likeliest token is drawn, and ties are broken at random.
+    """The table's row for one checkpoint. For `first`, see answer_log_ratios; None means no KL."""
+    # At a temperature near 0 the likeliest token is drawn, and ties are broken at random.
     greedy_args = argparse.Namespace(**vars(args) | {"temperature": 1e-6})
     picks = PICKS if args.best_of else ()
     figures = {column: [] for column in SHARES + OTHERS + picks}
@@ -421,7 +425,7 @@ def measure(name, model, first, tokenizer, examples, reward, args):
         correct = call_reward("correct_answer", correct_answer, part, texts)
         figures["sampled"] += correct
 
-        # The figures of each prompt's n samples.
+        # Compute the figures of each prompt's n samples.
         for j in range(0, len(texts), samples):
             group = slice(j, j + samples)
             scores = call_reward(args.reward, reward, part[group], texts[group])
@@ -435,7 +439,7 @@ def measure(name, model, first, tokenizer, examples, reward, args):
                 for way, is_correct in picked.items():
                     figures[way].append(is_correct)
 
-        # Length, and the distance from the first checkpoint.
+        # Measure the lengths and the KL to the first checkpoint.
         prompts = [example["prompt"] for example in part]
         batch = join_answers(prompts, answers, tokenizer, model)
         figures["length"] += [len(answer) for answer in answers]
@@ -455,7 +459,7 @@ def measure(name, model, first, tokenizer, examples, reward, args):
 # ---- the program ---------------------------------------------------------------------------------
 
 def tiny_runs():
-    """The finished runs in runs/ that trained the tiny model to answer."""
+    """The finished runs in runs/ in which the tiny model learned to answer."""
     names = []
     for file in sorted(Path("runs").glob("*/summary.json")):
         with common.phase(f"reading {file}"):
@@ -472,7 +476,7 @@ def is_adapter_on(name, base):
 
 
 def questions_of(examples):
-    """The last message of each prompt, which has the same text whatever the tokenizer."""
+    """The last message of each prompt, whose text does not depend on the tokenizer."""
     questions = []
     for example in examples:
         prompt = example["row"]["prompt"]
@@ -505,7 +509,7 @@ def main(args):
     args.samples_per_prompt = max(args.samples_per_prompt, args.best_of)
     args.k = args.k or min(4, args.samples_per_prompt)
     if args.k > args.samples_per_prompt:
-        common.fail(f"--k {args.k} needs at least as many --samples-per-prompt")
+        common.fail(f"--k {args.k} is above --samples-per-prompt {args.samples_per_prompt}")
     if args.output is not None:
         output = Path(args.output)
         with common.phase(f"--output {output}, which must be a new file in an existing folder"):
@@ -524,7 +528,7 @@ def main(args):
         examples[name] = common.encode_rows(
             args.dataset, rows[:args.size], encode, tokenizers[name], 10**9)
         if questions_of(examples[name]) != questions_of(examples[first_name]):
-            common.fail(f"{name} can use other rows of {args.dataset} than {first_name}")
+            common.fail(f"{name} and {first_name} can use different rows of {args.dataset}")
 
     # 2. Measure the first checkpoint, which stays in memory if others are compared with it.
     options = (args.load_in_4bit, 0, "off", False)
@@ -532,29 +536,29 @@ def main(args):
     lines = [measure(first_name, first_model, None, tokenizers[first_name], examples[first_name],
                      reward, args)]
     if all(is_adapter_on(name, first_name) for name in names[1:]):
-        first_model = None  # each of the others is the first checkpoint once its adapter is off
+        first_model = None  # every other checkpoint becomes the first when its adapter is off
 
     # 3. Measure the others.
     for name in names[1:]:
         model = common.load_model(name, *options)
         first = model if is_adapter_on(name, first_name) else first_model
         if tokenizers[name].get_vocab() != tokenizers[first_name].get_vocab():
-            first = None  # log-probs of other tokens cannot be compared
+            first = None  # log-probs over different vocabularies cannot be compared
         lines.append(measure(name, model, first, tokenizers[name], examples[name], reward, args))
         del model, first  # free the memory before the next one is loaded
 
-    # 4. Save the table, all of it or nothing, and print it.
+    # 4. Save the table in one atomic write, and print it.
     if args.output is not None:
         with common.phase(f"writing {output}"):
             with tempfile.TemporaryDirectory(dir=output.parent) as folder:
                 Path(folder, "table").write_text(json.dumps(lines, indent=2))
                 Path(folder, "table").replace(output)
     print(f"\n{args.samples_per_prompt} samples per prompt at temperature {args.temperature}; "
-          "95% intervals in brackets")
+          "95% intervals in parentheses")
     show_table(lines, SHARES, OTHERS, args)
     if args.best_of:
         reward_name = common.visible(args.reward)
-        print(f"\naccuracy of one of {args.best_of} samples; best: the highest {reward_name}")
+        print(f"\naccuracy if one of {args.best_of} samples is picked; best: by {reward_name}")
         show_table(lines, PICKS, [], args)
 
 

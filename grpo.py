@@ -1,39 +1,40 @@
 """GRPO: Group Relative Policy Optimization (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
 GRPO learns from prompts and a reward, as PPO does, but without a critic. The policy π writes a
-group of G completions for each prompt, every completion gets a reward, and it becomes more likely
-the more it beats its group, and less likely the more it falls short of it.
+group of G completions for each prompt, and every completion gets a reward. A completion becomes
+more likely if its reward is above the mean of its group, and less likely if it is below.
 
-Why it works. The policy gradient, which ppo.py derives, says that the expected reward of a
-completion o rises along
+Why it works. The policy gradient, which ppo.py derives, is the gradient of the expected reward of a
+completion o with tokens o_t:
 
     ∇ E[r(o)] = E[Σ_t (r(o) − b) ∇ log π(o_t)]
 
-so it is raised by raising log π of each sampled token in proportion to the reward minus a baseline
-b. Any b that does not depend on o leaves the mean of this estimate as it is, but a good one lowers
-its variance: it says what reward to expect from this prompt. PPO trains a second model, the critic,
-to predict that. GRPO simply asks the policy G times and takes the mean reward of the group. (This
-mean includes r(o) itself, which scales the gradient by (G − 1)/G and changes nothing else.)
+To raise the expected reward, raise log π of each sampled token in proportion to the reward minus a
+baseline b. Any b that does not depend on o leaves the mean of this estimate unchanged. A good b
+lowers its variance, and the best simple choice is the reward to expect for this prompt. PPO trains
+a second model, the critic, to predict it. GRPO samples G completions and takes the mean reward of
+the group. (This mean includes r(o) itself, which scales the expected gradient by (G − 1)/G and
+changes nothing else.)
 
-r_i is the reward of completion o_i, o_t one of its tokens, |o_i| the number of its tokens, π_old
-the policy that sampled it and π_ref the frozen policy that training started from. J is maximized,
-so the loss is −J:
+Below, r_i is the reward of completion o_i, |o_i| its number of tokens, and o_t one of these tokens.
+π_old is the policy that sampled it, and π_ref is the frozen policy that training started from. J is
+maximized, so the loss is −J:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)       mean and std of its group; std over G − 1
     J = E 1/G Σ_i 1/|o_i| Σ_t { min[ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i] − β k3_t }       eq. 3
     ρ_t = π(o_t) / π_old(o_t),   k3_t = q − log q − 1 with q = π_ref(o_t) / π(o_t)         eq. 4
 
-Kept from PPO is the clipped ratio. Dropped are the critic, GAE and the value loss, because all
-tokens of a completion share its advantage. The KL penalty moves from the reward into the loss, and
-so its estimator changes. k3 estimates KL(π ‖ π_ref) from sampled tokens and is never negative. Its
-gradient is on average that of KL(π_ref ‖ π), which also pulls π back to π_ref. The estimator of
-PPO's reward, k1 = log π/π_ref, would do nothing in a loss: its gradient is 0 on average.
+GRPO keeps PPO's clipped ratio. It drops the critic, and with it GAE and the value loss, so all
+tokens of a completion share one advantage. The KL penalty moves from the reward into the loss, so
+its estimator changes. k3 estimates KL(π ‖ π_ref) from sampled tokens and is never negative. Its
+gradient is on average the gradient of KL(π_ref ‖ π), which also pulls π back to π_ref. PPO's
+estimator, k1 = log π/π_ref, would do nothing in a loss, because its gradient is 0 on average.
 
     [P] prompts ── G samples each ──► [P·G] completions ── reward ──► rewards [P, G]
                                                                            │ − mean, / std of a row
     loss of each token ◄── the same for all tokens ── advantages [P·G] ◄───┘
 
-Worked example: four groups with G = 4, and the advantages that two baselines give them.
+Worked example: four groups with G = 4, and their advantages under two baselines.
 
     rewards        mean    std     A: group                         A: rloo
     1  0  0  1     0.50    0.577    0.87  −0.87  −0.87   0.87        0.67  −0.67  −0.67   0.67
@@ -41,47 +42,49 @@ Worked example: four groups with G = 4, and the advantages that two baselines gi
     1  1  1  0     0.75    0.500    0.50   0.50   0.50  −1.50        0.33   0.33   0.33  −1.00
     1  1  1  1     1.00    0.000    0.00   0.00   0.00   0.00        0.00   0.00   0.00   0.00
 
-The rarer outcome counts more, and a group whose rewards are all equal teaches nothing. The KL of a
-token with log π = −1 is, if log π_ref = −1.5, k1 = 0.500 and k3 = 0.107; if log π_ref = −0.5, it is
-k1 = −0.500 and k3 = 0.149.
+The rarer outcome of a group gets the advantage of larger size, and a group whose rewards are all
+equal teaches nothing. For a token with log π = −1, the KL estimates are, if log π_ref = −1.5,
+k1 = 0.500 and k3 = 0.107, and if log π_ref = −0.5, k1 = −0.500 and k3 = 0.149.
 
-The variants change a line or two. --loss selects how the loss of a token is made and weighted:
+The variants change a line or two. --loss selects how the loss of a token is computed and weighted:
 
-    dr_grpo  divides neither by std(r), which favors prompts that nearly all or no completions
-             solve, nor by |o_i|, which makes long failures cheap (Liu et al. 2025, 2503.20783)
-    dapo     counts all tokens alike, widens the upper clip, and leaves out truncated completions
-             and groups of equal rewards (Yu et al. 2025, 2503.14476, without its soft length
-             penalty and its sampling of replacements)
-    gspo     has one ratio per sequence, as it has one reward per sequence (Zheng et al. 2025,
-             2507.18071)
-    cispo    uses the clipped ratio only as a weight, without a gradient, so that every token keeps
-             the gradient of its log π (MiniMax 2025, 2506.13585)
+    dr_grpo  drops both divisions: dividing by std(r) favors prompts that almost all or almost no
+             completions solve, and dividing by |o_i| penalizes the tokens of a long wrong
+             completion less (Liu et al. 2025, 2503.20783)
+    dapo     weights all tokens alike, raises the upper clip, and leaves out truncated completions
+             and groups of equal rewards (Yu et al. 2025, 2503.14476; their soft length penalty and
+             their resampling of groups are not implemented)
+    gspo     has one ratio per sequence, because there is one reward per sequence (Zheng et al.
+             2025, 2507.18071)
+    cispo    uses the clipped ratio only as a weight without a gradient, so every token keeps the
+             gradient of its log π (MiniMax 2025, 2506.13585)
 
 --baseline selects what is subtracted from a reward: the mean of its group (group), the mean of the
-others in the group (rloo), or nothing (none). RLOO (Ahmadian et al. 2024, 2402.14740) is
-`--loss dr_grpo --baseline rloo`, except that its KL penalty is in the reward, and REINFORCE is
-`--loss dr_grpo --baseline none`.
+others in the group (rloo), or nothing (none). Up to a constant factor, RLOO (Ahmadian et al. 2024,
+2402.14740) is `--loss dr_grpo --baseline rloo`, except that RLOO has its KL penalty in the reward,
+and REINFORCE is `--loss dr_grpo --baseline none`.
 
     python grpo.py                                            # the tiny model, two minutes
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct         # GSM8K, in 4 bits on a GPU
     python grpo.py --reward tiny/reward correct_answer --reward-weights 0.1 1
 
-The defaults are small on purpose, for a GPU of 16 GB (by the estimates of docs/memory.md): 250
-rollouts of 8 prompts with 8 completions each read 2,000 prompts. DeepSeekMath sampled 64
-completions per prompt, with 1,024 completions in a batch. The learning rate, 2e-5, is twice the
-1e-5 that TRL's documentation recommends for GRPO with LoRA; neither was compared here on a model of
-that size.
+The defaults are small on purpose, to fit a 16 GB GPU (by the estimates of docs/memory.md): 250
+rollouts of 8 prompts are 2,000 prompts, with 8 completions each. DeepSeekMath sampled 64
+completions per prompt and trained on 1,024 completions per batch. The learning rate, 2e-5, is twice
+the 1e-5 that TRL's documentation recommends for GRPO with LoRA; neither was tested here on a large
+model.
 
 What to watch: the reward rises, group_std falls, and kl and length grow slowly. With --updates 1,
-all ratios are 1. Then no clip binds, gspo equals grpo, and their loss says nothing, because the
-advantages of a group add up to 0 and leave β k3 alone. A zero_spread near 1 from the start means
-that the prompts are too easy or too hard. If entropy collapses within a few steps, lower the
-learning rate. If the reward rises while the samples get worse, the policy exploits a gap in the
-reward. This is called reward hacking or over-optimization, and only reading the samples shows it.
+all ratios are 1, so no clip binds and gspo equals grpo. Their loss then says nothing, because the
+advantages of a group add up to 0, which leaves only β k3. If zero_spread, the share of groups with
+equal rewards, is near 1 from the start, the prompts are too easy or too hard. If entropy collapses
+within a few steps, lower the learning rate. If the reward rises while the samples get worse, the
+policy exploits a weakness of the reward. This is called reward hacking or over-optimization, and
+only reading the samples reveals it.
 
-Try `--max-steps 2 --batch-size 2 --updates 2` on the tiny model: π is not π_old in the second
-update, so the first step logs a clip_fraction of 0.03 instead of 0, and a loss of −0.007, which is
-no longer β k3 alone.
+Try `--max-steps 2 --batch-size 2 --updates 2` on the tiny model: in the second update, π is no
+longer π_old, so the first step logs a clip_fraction of 0.03 instead of 0, and a loss of −0.007,
+which β k3 alone could not give, because it is never negative.
 
 Shapes: P prompts × G completions = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
 token in some row; N completion tokens in all, C of them at a time; F rewards; D the width of the
@@ -113,24 +116,24 @@ def make_flags():
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", nargs="+", default=["correct_answer"],
-        help="one or more of correct_answer, FILE.py:function and runs of reward_model.py")
+        help="one or more of correct_answer, FILE.py:function, output folders of reward_model.py")
     add("--reward-weights", type=common.number(float, -1e9), nargs="+", default=[1.0],
         help="weight of each --reward in the sum that is maximized")
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-    add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
+    add("--eval-dataset", help="held-out prompts; if not given, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
     add("--loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"], default="grpo",
-        help="variant of the loss; it also changes the defaults of --beta and the clip range")
+        help="variant of the loss, which also sets the defaults of --beta and the clip range")
     add("--baseline", choices=["group", "rloo", "none"], default="group",
-        help="baseline of a reward: the mean of its group, of the others in it, or nothing")
+        help="baseline: mean reward of the group, mean of the others in it (rloo), or nothing")
     add("--beta", type=common.weight, default=0.04, help="strength of the KL penalty in the loss")
-    add("--epsilon", type=common.positive, default=0.2, help="lower clip: ratios below 1 − ε")
+    add("--epsilon", type=common.positive, default=0.2, help="lower clip, at ratio 1 − ε")
     add("--epsilon-high", type=common.positive, default=0.2,
-        help="upper clip: ratios above 1 + ε; in cispo, above this number itself")
+        help="upper clip, at ratio 1 + ε; in cispo, at this number itself")
     add("--updates", type=common.count, default=1,
         help="optimizer steps per rollout; with 1, no clip binds, and gspo equals grpo")
     add("--group-size", type=common.number(int, 2), default=8, help="completions per prompt, G")
@@ -138,21 +141,21 @@ def make_flags():
     add("--micro-batch-size", type=common.count, default=2, help="completions per forward pass")
     add("--sample-batch-size", type=common.count, default=128, help="completions sampled at a time")
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
-    add("--max-length", type=common.count, default=1024, help="longest prompt + completion")
+    add("--max-length", type=common.count, default=1024,
+        help="longest prompt + completion, in tokens")
     add("--max-new-tokens", type=common.count, default=512, help="longest completion, in tokens")
-    add("--learning-rate", type=common.positive, default=2e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--max-steps", type=common.count, default=250, help="number of rollouts")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
-    add("--save-every", type=common.count, default=20, help="rollouts between two checkpoints")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
+    add("--save-every", type=common.count, default=20, help="rollouts between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/grpo", help="run folder; the same command resumes a run")
+    add("--output-dir", default="runs/grpo", help=common.RESUMED)
     return parser
 
 
-# What the papers of the variants set differently (cispo: 2510.13786).
+# What the papers of the variants set differently (for cispo, 2510.13786).
 BY_LOSS = {"dr_grpo": dict(beta=0.0), "dapo": dict(beta=0.0, epsilon_high=0.28),
            "gspo": dict(epsilon=3e-4, epsilon_high=4e-4), "cispo": dict(beta=0.0, epsilon_high=5.0)}
 # What the tiny model needs differently.
@@ -171,7 +174,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -179,7 +183,7 @@ def join_answers(prompts, answers, tokenizer, model):
     """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    # The mask follows from lengths, because the pad token may also be a token of an answer.
+    # The mask is built from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
     batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
@@ -210,7 +214,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -223,7 +227,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -232,8 +236,8 @@ def group_advantages(rewards, baseline="group", scale=True):
     """Advantages [P, G] of G completions for each of P prompts, from their rewards [P, G]."""
     if baseline == "none":  # REINFORCE (Williams 1992)
         return rewards
-    # A group with equal rewards must get exactly 0. Otherwise the rounding error in its mean would
-    # be divided by 1e-4.
+    # A group of equal rewards must get exactly 0. Otherwise, the rounding error in its mean would
+    # be divided by about 1e-4.
     above = (rewards - rewards.mean(1, keepdim=True)) * has_spread(rewards)[:, None]  # [P, G]
     if baseline == "rloo":
         # r_i minus the mean of the G − 1 others is (r_i − mean(r)) G / (G − 1).
@@ -244,7 +248,7 @@ def group_advantages(rewards, baseline="group", scale=True):
 
 
 def has_spread(rewards):
-    """Whether the rewards [P, G] of a group differ, [P]. If not, the group teaches nothing."""
+    """[P]: whether the rewards [P, G] differ within each group. If not, it teaches nothing."""
     return rewards.amax(1) > rewards.amin(1)
 
 
@@ -253,26 +257,27 @@ def token_losses(logps, old_logps, advantages, mask, loss, epsilon, epsilon_high
     advantages = advantages[:, None]  # [B, 1]
     log_ratio = (logps - old_logps) * mask  # [B, T-1]
     if loss == "gspo":
-        # All tokens have one ratio, the geometric mean of those of the sequence (GSPO, eq. 7).
+        # All tokens of a sequence share one ratio, the geometric mean of theirs (GSPO, eq. 7).
         log_ratio = log_ratio.sum(1, keepdim=True) / lengths(mask) * mask
-    # With one update per rollout, π is π_old and every ratio is 1. Its gradient is not 0, though:
-    # it is that of log π, so each token is pushed by its advantage, as in REINFORCE.
+    # With one update per rollout, π is π_old and every ratio ρ is 1. But its gradient is not 0:
+    # ∇ρ = ρ ∇ log π = ∇ log π, so each token is pushed by its advantage, as in REINFORCE.
     ratio = log_ratio.exp()
     if loss == "cispo":
-        # The bound, 1 + ε_high in the paper, limits a weight that has no gradient (eqs. 4 and 5).
+        # The bound, 1 + ε_high in the paper, limits a weight without a gradient (CISPO, eqs. 4, 5).
         weight = ratio.clamp(max=epsilon_high).detach()
         return -weight * advantages * logps, ratio > epsilon_high
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
-    # The minimum takes away what going further would gain, and never the way back (PPO, eq. 7).
+    # The minimum removes the gain from moving past the clip, but never the gradient that leads back
+    # (PPO, eq. 7).
     return -torch.min(unclipped, clipped), clipped < unclipped
 
 
 def token_kl(logps, ref_logps):
     """k3 of each token, [B, T-1] (eq. 4), which is never negative.
 
-    Over samples of π, its mean is KL(π ‖ π_ref), and the mean of its gradient is the gradient of
-    KL(π_ref ‖ π). The mean of the gradient of k1 would be 0.
+    Over samples of π, the mean of k3 is KL(π ‖ π_ref), and the mean of its gradient is the gradient
+    of KL(π_ref ‖ π). The mean gradient of k1 would be 0.
     """
     log_q = ref_logps - logps
     return log_q.exp() - log_q - 1
@@ -281,20 +286,22 @@ def token_kl(logps, ref_logps):
 def token_weights(mask, loss, sequences, tokens, longest):
     """The weight of each token in the loss, [B, T-1].
 
-    `sequences` and `tokens` are totals over the whole batch, `longest` is Dr. GRPO's constant.
+    `sequences` and `tokens` are totals over the whole batch. `longest` is the constant by which
+    Dr. GRPO divides.
     """
     if loss in ("grpo", "gspo"):
-        # the mean over sequences of the mean over their tokens
+        # This is the mean over sequences of the mean over their tokens.
         return mask / (lengths(mask) * sequences)
     if loss == "dr_grpo":
-        # With 1/|o_i| in place of this constant, a wrong answer costs less the longer it is.
+        # With |o_i| in place of this constant, the longer a wrong answer is, the less each of its
+        # tokens costs.
         return mask / (longest * sequences)
-    # dapo and cispo: the mean over all tokens, in the papers over those of a group
+    # dapo and cispo take the mean over all tokens of the batch (in the papers, of a group).
     return mask / tokens.clamp(min=1)
 
 
 def lengths(mask):
-    """The number of tokens of each sequence, [B, 1]; at least 1, so that it can divide."""
+    """The number of tokens of each sequence, [B, 1], but at least 1, because it is a divisor."""
     return mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -366,7 +373,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -399,15 +406,15 @@ def load_reward(name, model):
         return functools.partial(scores_of_function, name, correct_answer)
     if name.rpartition(":")[0].endswith(".py"):
         return functools.partial(scores_of_function, name, common.load_function(name))
-    # A reward model is one more adapter on the base of the policy, and a head.
+    # A reward model is another adapter on the policy's base, plus a scalar head.
     head = common.add_role(model, name, "reward")
     return functools.partial(scores_of_model, name, head)
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -416,12 +423,12 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 
 def scores_of_function(name, function, model, batch, examples, texts, args):
-    """Scores [B] by a function of rows and texts; NaN where it returns None: it does not apply."""
+    """Scores [B] by a reward function; NaN where it returns None because it does not apply."""
     scores = call_reward(name, function, examples, texts)
     scores = [math.nan if score is None else score for score in scores]
     return torch.tensor(scores, device=model.device)
@@ -451,9 +458,12 @@ def sequence_rewards(model, batch, head):
 # ---- the run -------------------------------------------------------------------------------------
 
 def rollout(model, rewards, examples, copies, tokenizer, args, seed):
-    """`copies` completions per prompt: a batch, [B, ...] each, with their rewards; and the ids."""
+    """Samples `copies` completions per prompt, and scores them.
+
+    Returns a batch of tensors [B, ...] with the rewards, and the ids of the completions.
+    """
     answers = []
-    # --sample-batch-size counts completions, of which each prompt gets `copies`.
+    # --sample-batch-size counts completions, and each prompt has `copies` of them.
     size = max(1, args.sample_batch_size // copies)
     for i in range(0, len(examples), size):
         prompts = [example["prompt"] for example in examples[i:i + size]]
@@ -464,7 +474,7 @@ def rollout(model, rewards, examples, copies, tokenizer, args, seed):
     examples = [example for example in examples for _ in range(copies)]
     batch = join_answers([example["prompt"] for example in examples], answers, tokenizer, model)
     scores = [reward(model, batch, examples, texts, args) for reward in rewards.values()]
-    # The score of a reward that does not apply to a completion is NaN, and is left out of its sum.
+    # Where a reward does not apply to a completion, its score is NaN and is left out of the sum.
     batch["scores"] = torch.stack(scores, 1)  # [B, F]
     applies = ~batch["scores"].isnan()  # [B, F]
     for text, has_score in zip(texts, applies.any(1).tolist(), strict=True):
@@ -491,7 +501,7 @@ def in_parts(function, model, batch, argument, args):
 
 
 def mean_where_it_applies(scores):
-    """The mean of one reward's scores [B] over all processes, without NaN; None if all are NaN."""
+    """The mean over all processes of one reward's scores [B] that are not NaN, or None."""
     applies = ~scores.isnan()  # [B]
     sums = torch.stack([scores.where(applies, 0.0).double().sum(), applies.double().sum()])
     sum_over_processes([sums])
@@ -506,7 +516,7 @@ def describe(batch):
 
 
 def evaluate(model, rewards, held_out, tokenizer, args):
-    """One completion per held-out prompt; kl is KL(π ‖ π_ref), in nats per completion.
+    """Means over one completion per held-out prompt. kl is KL(π ‖ π_ref), in nats per completion.
 
     Prompts and random numbers are the same each time, so that before and after can be compared.
     """
@@ -516,7 +526,7 @@ def evaluate(model, rewards, held_out, tokenizer, args):
 
 
 def group_gradients(model, batch, scaler, args):
-    """Accumulates the gradients of the completions that are kept; returns {name: mean}."""
+    """Accumulates the gradients of the completions that are kept; returns {name: mean} to log."""
     sequences = args.batch_size * args.group_size
     tokens = batch["loss_mask"].sum()
     kept_tokens = (batch["loss_mask"] * batch["kept"][:, None]).sum()
@@ -527,7 +537,7 @@ def group_gradients(model, batch, scaler, args):
         mask = micro["loss_mask"][:, 1:]  # [b, T-1]
         with common.autocast(model):
             logps = token_logps(model, micro, args.temperature)  # [b, T-1]
-        # In a rollout's only update, π still is π_old.
+        # In the only update of a rollout, π is still π_old.
         old_logps = micro["logps"] if args.updates > 1 else logps.detach()
         losses, is_clipped = token_losses(logps, old_logps, micro["advantages"], mask, args.loss,
                                           args.epsilon, args.epsilon_high)
@@ -536,7 +546,7 @@ def group_gradients(model, batch, scaler, args):
         losses = losses * weights * micro["kept"][:, None]  # [b, T-1]
         scaler.scale(losses.sum()).backward()
         ratio_error = ((logps - old_logps).exp() - 1).abs()
-        # The logged kl is the mean of k1 per completion; the loss has k3 per token.
+        # The logged kl is the mean of k1, summed over a completion; the loss has k3 of each token.
         add_up(sums, {"loss": losses, "kl": logps - micro["ref_logps"], "entropy": -logps,
                       "clip_fraction": is_clipped * mask, "ratio_error": ratio_error})
     figures = over_processes(sums, FIGURES, model.device)
@@ -547,7 +557,7 @@ def group_gradients(model, batch, scaler, args):
 
 
 def some_samples(tokenizer, step, examples, answers, scores):
-    """Up to four prompts with their sampled answers and scores, as text for the report."""
+    """Up to four prompts with their sampled answers and scores, as text for the summary."""
     samples = []
     for example, answer, score in zip(examples[:4], answers, scores.tolist(), strict=False):
         samples.append({"step": step, "prompt": common.shown_text(tokenizer, example["prompt"]),
@@ -556,13 +566,13 @@ def some_samples(tokenizer, step, examples, answers, scores):
 
 
 def train(args):
-    # 1. Check the rewards and load the prompts first: errors show before the model is loaded.
+    # 1. Check the rewards and load the prompts first, so that errors show before the model loads.
     if not len(set(args.reward)) == len(args.reward) == len(args.reward_weights):
-        common.fail("--reward must differ from each other, with a --reward-weights for each")
+        common.fail("each --reward may be named only once, and needs one of --reward-weights")
     if args.loss == "dapo" and args.baseline == "none":
         common.fail("--loss dapo leaves out groups of equal rewards: it needs a --baseline")
     if args.batch_size < common.WORLD:
-        common.fail("--batch-size must not be below the number of processes")
+        common.fail("--batch-size must be at least the number of processes")
     for name in args.reward:
         check_reward(name, args.model)
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
@@ -595,7 +605,7 @@ def train(args):
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
         # 4. Sample G completions for each prompt of this process, and score them. With one process,
-        # RANK is 0 and WORLD is 1, so that `mine` are all prompts of the step.
+        # RANK is 0 and WORLD is 1, so `mine` holds all prompts of the step.
         began = time.time()
         picked = order[(step - 1) * args.batch_size:step * args.batch_size]
         mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
@@ -610,7 +620,7 @@ def train(args):
         spread = has_spread(grouped)  # [P]
         batch["kept"] = torch.ones_like(batch["stopped"])  # [B]
         if args.loss == "dapo":
-            # The paper resamples to fill the batch; here the mean is over what remains.
+            # The paper resamples to fill the batch. Here, the mean is over the remaining ones.
             batch["kept"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
         # 6. Take one or more optimizer steps on these completions. After the first, π differs from
@@ -626,7 +636,7 @@ def train(args):
         # 7. Log the means over the updates, print some completions, and save a checkpoint.
         for name in FIGURES:
             metrics[name] = sum(x[name] for x in figures) / len(figures)
-        # These two are of the first update, in which π still is the policy that sampled.
+        # These two come from the first update, in which π is still the policy that sampled.
         for name in ("kl", "ratio_error"):
             metrics[name] = figures[0][name]
         for name, scores in zip(rewards, batch["scores"].unbind(1), strict=True):
@@ -668,10 +678,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -685,7 +695,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -724,7 +734,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

@@ -8,48 +8,50 @@ under π_ref, the model that training started from:
     r(x, y) = β log[π(y|x) / π_ref(y|x)]                    (eq. 5 of DPO, without the term in x)
 
 DPO compares the two answers of a pair. Here nothing says which two answers to compare, so KTO asks
-what people do with a single outcome. They judge it against what they are used to, the reference
-point z: above z it is a gain, below z a loss, and each further bit of either matters less (Kahneman
-and Tversky 1979). So the value of a desirable answer is λ_D times a sigmoid of its gain, between 0
-and λ_D, and the loss is λ_D minus that value. For an undesirable answer, gain and loss are swapped:
+how people judge a single outcome. They compare it with what they are used to, the reference point
+z: above z it is a gain, below z a loss, and each additional unit of either matters less (Kahneman
+and Tversky 1979). So the value of a desirable answer is λ_D times a sigmoid of its gain. For an
+undesirable answer, gain and loss are swapped. The training loss is λ minus the value:
 
     loss = λ_D (1 − σ(r(x, y) − β z))                       if y is desirable       (section 4.1)
     loss = λ_U (1 − σ(β z − r(x, y)))                       if y is undesirable
     z    = max(0, mean of log[π(y'|x) / π_ref(y'|x)])       where y' answers another prompt
 
-λ_D and λ_U are weights. z stands for KL(π ‖ π_ref), how far π has moved as a whole. A true KL needs
-samples from π, which are slow. The answer to another prompt is a cheap, biased stand-in: nothing
-trains π to prefer it after this prompt, so its log-ratio shows only the overall drift. z gets no
-gradient; it decides where σ is steep, and so which answers have the largest gradient.
+λ_D and λ_U are weights. z stands for KL(π ‖ π_ref), which measures how far π has moved overall. A
+proper estimate needs samples from π, which are slow to generate. The answer to another prompt is a
+cheap, biased substitute: nothing trains π to prefer it after this prompt, so its log-ratio shows
+only the overall drift. z gets no gradient; it decides where σ is steep, and so which answers have
+the largest gradient.
 
 Compared with DPO, the implicit reward, the reference and the masks stay. The pairs go, and with
 them the loss that grows without bound: σ is flat far from z, so an answer far on the wrong side,
-perhaps because its label is wrong, no longer has a gradient.
+perhaps because its label is wrong, has almost no gradient.
 
 A worked example. With β = 0.1, both λ = 1 and z = 1, let an answer have the log-ratio 3. Its gain
 over the reference point is 0.1 · (3 − 1) = 0.2 and σ(0.2) = 0.550. If the answer is desirable, its
-loss is 1 − 0.550 = 0.450; if not, 1 − σ(−0.2) = 0.550. Both gradients have the size
-β σ(0.2) σ(−0.2) = 0.0248: it is −0.0248 on log π(y|x) if y is desirable and +0.0248 if not.
+loss is 1 − 0.550 = 0.450; if not, 1 − σ(−0.2) = 0.550. The gradient with respect to log π(y|x) is
+−β σ(0.2) σ(−0.2) = −0.0248 if y is desirable and +0.0248 if not.
 
-    python kto.py                                           # the embedded tiny model, on a laptop
-    python kto.py --model Qwen/Qwen2.5-0.5B                 # 4-bit LoRA, sized for a 16 GB T4
+    python kto.py                                            # the embedded tiny model, on a laptop
+    python kto.py --model Qwen/Qwen2.5-0.5B                  # 4-bit LoRA, sized for a 16 GB T4
     python kto.py --model runs/sft --dataset labeled.jsonl   # an SFT adapter: it is the reference
 
 What to watch: the loss starts at 0.5 if both λ are 1, and `margin`, the mean reward of desirable
-answers minus that of undesirable ones, grows. `z` stays 0 as long as mismatched answers only become
-less likely. If `grad_norm` vanishes and the loss settles at the share of one label, the model has
-given up on all answers with that label: raise the weight of that label.
+answers minus the mean reward of undesirable ones, grows. `z` stays 0 as long as mismatched answers
+become less likely on average. If `grad_norm` vanishes while the loss settles at the share of one
+label, all answers with that label are far on the wrong side of z: raise the weight of that label.
 
 Change one thing: with `--undesirable-weight 0.1` a line warns that one label outweighs the other 10
-to 1. The tiny model hardly notices: held-out `chosen_logp` ends at −0.02 and `rejected_logp` at −9,
-as with equal weights, because its labels are all correct and σ is flat once both are far from z.
+to 1. The result hardly changes: held-out `chosen_logp` ends at −0.02 and `rejected_logp` at −9, as
+with equal weights, because all labels in the tiny data are correct, and σ is flat once answers of
+both kinds are far from z.
 
 The default learning rate, 2e-5, is that of dpo.py, and four times the 5e-6 that TRL suggests for
-DPO with LoRA (it has no figure for KTO). If a run is unstable on your data, try theirs first.
+DPO with LoRA (it has no figure for KTO). If a run is unstable on your data, try TRL's value first.
 
 Shapes: B answers (of a micro-batch or of a step) are rows of T tokens. L ≤ T columns hold tokens
 (the rest are padding in every row), N positions predict a token of an answer, and C of these are
-read at a time. D is the width of the model and V the size of its vocabulary.
+processed at a time. D is the width of the model and V the size of its vocabulary.
 """
 import argparse
 import hashlib
@@ -68,7 +70,7 @@ from tqdm import tqdm
 
 import common
 
-# Tiny answers differ in a digit or two. β is as high as in dpo.py, for the same reason.
+# β is as high as in dpo.py, for the same reason: tiny answers differ in a digit or two.
 TINY = dict(dataset="tiny/data/preference_train.jsonl", beta=2.0, learning_rate=1e-3,
             eval_dataset="tiny/data/preference_heldout.jsonl", micro_batch_size=64)
 LABELS = {"true": True, "false": False, "1": True, "0": False}
@@ -82,8 +84,8 @@ def make_flags():
     add("--dataset", default="trl-lib/kto-mix-14k", help="labeled answers: Hub name or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out rows; if not given, some rows of --dataset are held out")
     add("--eval-size", type=common.count, default=100, help="number of held-out rows")
     add("--beta", type=common.positive, default=0.1, help="KL penalty strength")
@@ -95,42 +97,41 @@ def make_flags():
         help="longest prompt + answer, in tokens; longer examples are truncated")
     add("--batch-size", type=common.number(int, 2), default=32, help="answers per optimizer step")
     add("--micro-batch-size", type=common.count, default=4, help="answers per forward pass")
-    add("--learning-rate", type=common.positive, default=2e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--epochs", type=common.count, default=1, help="passes over the answers")
     add("--max-steps", type=common.count, default=500, help="upper limit on optimizer steps")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/kto",
-        help="output folder; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/kto", help=common.RESUMED)
     return parser
 
 
 # ---- data: prompts, answers to them, and labels --------------------------------------------------
 
-def encode_labelled(row, tokenizer, max_length):
-    """A row as examples, each with a prompt, an answer and a label: is the answer desirable?
+def encode_labeled(row, tokenizer, max_length):
+    """A row as examples, each with a prompt, an answer and a label (True: desirable).
 
-    A pair becomes two examples. Prompt and answer stay apart, because the reference point z needs
-    each answer after another prompt as well.
+    A pair becomes two examples. Prompt and answer are kept apart, because the reference point z
+    needs each answer after another prompt as well.
     """
     if "chosen" in row or "rejected" in row:
         chosen, rejected = common.encode_preference(tokenizer, row)
-        labelled = [(chosen, True), (rejected, False)]
+        labeled = [(chosen, True), (rejected, False)]
     else:
         prompt, answer = common.prompt_of(row, tokenizer), common.answer_of(row)
         label = LABELS.get(str(row.get("label")).lower())
         if not prompt or answer is None or label is None:
             raise ValueError("no prompt, completion and label (true or false, 1 or 0), and no pair")
-        labelled = [(pieces, label) for pieces in
-                    common.encode(tokenizer, prompt, answer, row.get("tools"))]
+        labeled = [(pieces, label) for pieces in
+                   common.encode(tokenizer, prompt, answer, row.get("tools"))]
     examples = []
-    for pieces, label in labelled:
-        # Pieces: the head of the prompt, the rest of the prompt, then the turns of the answer.
+    for pieces, label in labeled:
+        # Pieces: the head of the prompt (BOS and the system message), the rest of the prompt, then
+        # the turns of the answer.
         (head, _), (rest, _), *answer = pieces
         length = sum(len(ids) for ids, _ in pieces)
         examples.append({"prompt": head + rest, "head": len(head), "answer": answer,
@@ -204,7 +205,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -217,13 +218,13 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
 def kto_loss(log_ratios, labels, z, beta, desirable_weight, undesirable_weight):
-    """The loss of each answer, [B], from its log π/π_ref, [B], and whether it is desirable, [B]."""
+    """The losses, [B], from the log-ratios log(π / π_ref) and the labels (True: desirable), [B]."""
     gains = beta * (log_ratios - z)  # [B], r(x, y) − βz
     desirable_losses = desirable_weight * (1 - torch.sigmoid(gains))  # [B]
     undesirable_losses = undesirable_weight * (1 - torch.sigmoid(-gains))  # [B]
@@ -249,7 +250,7 @@ def answer_losses(model, examples, z, args, tokenizer):
     """The losses, [B], and the FIGURES to log, {name: [B]}.
 
     The names are those of dpo.py: chosen means desirable and rejected means undesirable. An answer
-    counts 0 in the figures of the other label.
+    adds 0 to the figures of the other label.
     """
     policy_logps, ref_logps = answer_logps(model, examples, args, tokenizer)  # [B] each
     log_ratios = policy_logps - ref_logps  # [B]
@@ -263,7 +264,7 @@ def answer_losses(model, examples, z, args, tokenizer):
 
 
 def mismatched(examples):
-    """Each answer appended to the next prompt that differs from its own; none if all are equal."""
+    """The answers, each with the next prompt that differs from its own; [] if none differs."""
     pairs = []
     for i, example in enumerate(examples):
         for other in examples[i + 1:] + examples[:i]:
@@ -274,17 +275,17 @@ def mismatched(examples):
 
 
 def differs(prompt, other):
-    """Whether two prompts, as ids, differ in some token, and not in their length only.
+    """Whether two prompts (token ids) differ in a token, not just in length.
 
-    If one is a prefix of the other, both may come from the same string: the token at its end can
-    belong to the answer instead.
+    If one is a prefix of the other, both may come from the same string, because a token that spans
+    the border between prompt and answer belongs to the answer.
     """
     return common.shared_length(prompt, other) < min(len(prompt), len(other))
 
 
 @torch.no_grad()
 def reference_point(model, examples, args, tokenizer):
-    """z: the mean log-ratio of mismatched answers, at least 0; 0 if there are none."""
+    """z: the mean log-ratio of mismatched answers, clamped at 0; 0 if there are none."""
     pairs = mismatched(examples)
     mine = pairs[common.RANK::common.WORLD]
     sums = {}
@@ -301,7 +302,7 @@ def reference_point(model, examples, args, tokenizer):
 def plan_batches(labels, args):
     """The indices of the answers of each step, [steps, size].
 
-    Every step has both labels in the proportion of the data, and at least one answer of each.
+    Every step has both labels in about the proportion of the data, and at least one of each.
     """
     size = min(args.batch_size, len(labels))
     desirable = [i for i, label in enumerate(labels) if label]
@@ -318,7 +319,7 @@ def plan_batches(labels, args):
 
 
 def draw(members, count, generator):
-    """`count` of the members: all in a random order, then in another, until there are enough."""
+    """`count` members: all in a random order, then all in another order, until there are enough."""
     order = []
     while len(order) < count:
         order += torch.randperm(len(members), generator=generator).tolist()
@@ -326,16 +327,16 @@ def draw(members, count, generator):
 
 
 def advise_weights(n_desirable, n_undesirable, args):
-    """Prints a line if the weight of a label is not what the paper (section 4.2) recommends."""
+    """Prints a line if the weights are outside the range that section 4.2 of the paper gives."""
     ratio = n_desirable * args.desirable_weight / (n_undesirable * args.undesirable_weight)
     if not 1 <= ratio <= 3 / 2:
         better = args.desirable_weight / ratio * 5 / 4
-        print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step. The paper recommends 1 to 1.5, so "
-              f"try --desirable-weight {better:.3g}")
+        print(f"n_D λ_D / (n_U λ_U) is {ratio:.3g} in each step (n: number of answers). The paper "
+              f"recommends 1 to 1.5, so try --desirable-weight {better:.3g}")
 
 
 def describe(sums, labels, z, device):
-    """The figures to log: means over all answers, or over the answers with one label."""
+    """The figures to log: the loss is a mean over all answers, the rest over those of a label."""
     totals = over_processes(sums, FIGURES, device)
     n_desirable = sum(labels)
     n_undesirable = len(labels) - n_desirable
@@ -349,7 +350,7 @@ def describe(sums, labels, z, device):
 
 @torch.no_grad()
 def evaluate(model, examples, args, tokenizer):
-    """The figures of held-out answers, which have a reference point z of their own."""
+    """The figures of the held-out answers, for which z is computed anew."""
     model.eval()
     z = reference_point(model, examples, args, tokenizer)
     mine = examples[common.RANK::common.WORLD]
@@ -365,7 +366,7 @@ def evaluate(model, examples, args, tokenizer):
 def sample_answers(model, tokenizer, prompts, length, seed):
     """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    Returns lists of ids. An answer ends with its stop token, unless it reaches `length`. Tokens
     are drawn from softmax(logits), because `generate` would also apply the generation config of
     the model: beams, penalties, suppressed tokens.
     """
@@ -394,7 +395,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 
 def show_samples(samples):
-    """Prints prompts, each with an answer from before and an answer from after training."""
+    """Prints prompts, each with one answer from before training and one from after."""
     print("\nsamples: held-out prompts, each answered before and after training")
     for sample in samples:
         print()
@@ -406,7 +407,7 @@ def train(args):
     # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     examples, held_out = common.load_examples(
-        args, encode_labelled, tokenizer, limit=args.max_steps * args.batch_size)
+        args, encode_labeled, tokenizer, limit=args.max_steps * args.batch_size)
     for name, part in ("to train on", examples), ("held out", held_out):
         if len({example["label"] for example in part}) < 2:
             common.fail(f"all answers {name} have the same label, and KTO needs both")
@@ -414,9 +415,9 @@ def train(args):
     for name, i in ("desirable", batches[0, 0]), ("undesirable", batches[0, -1]):
         tokens = tokens_of(examples[i], args, tokenizer)
         common.show(tokenizer, tokens["input_ids"], tokens["loss_mask"],
-                    f"a {name} answer as the model sees it (scored tokens in green):")
+                    f"an answer labeled {name}, after its prompt (trained tokens in green):")
 
-    # 2. Load the model: a frozen base with LoRA matrices, which alone are trained.
+    # 2. Load the model: a frozen base with trainable LoRA matrices.
     torch.manual_seed(args.seed)
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
@@ -442,8 +443,8 @@ def train(args):
         batch = [examples[i] for i in batches[step - 1]]
         z = reference_point(model, batch, args, tokenizer)
 
-        # 5. Accumulate the gradients of the micro-batches of this process. Each answer counts
-        #    1 / len(batch), so that the sum is the gradient of the mean over the batch.
+        # 5. Accumulate the gradients of the micro-batches of this process. Each answer has the
+        #    weight 1 / len(batch), so that the sum over processes is the gradient of the mean.
         mine = batch[common.RANK::common.WORLD]
         sums = {}
         for i in range(0, len(mine), args.micro_batch_size):
@@ -467,7 +468,7 @@ def train(args):
         if step % args.save_every == 0 or step == len(batches):
             save(args, state, weights, optimizer, scaler)
 
-    # 8. Evaluate and sample again on the same held-out answers, and save the adapter.
+    # 8. Evaluate and sample again with the same held-out data, and save the adapter.
     after = evaluate(model, held_out, args, tokenizer)
     answers = sample_answers(model, tokenizer, prompts, 64, args.seed)
     for prompt, old, new in zip(prompts, state["answers"], answers, strict=True):
@@ -496,10 +497,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -513,7 +514,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -552,7 +553,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

@@ -1,11 +1,11 @@
 """Online DPO (Guo et al. 2024, arXiv:2402.04792) and its variants XPO and Nash-MD.
 
-dpo.py learns from a fixed dataset of pairs. As the policy π changes, these answers resemble its own
-less and less, and the pairs say nothing about the mistakes that it makes now. Online DPO makes its
-pairs itself: in each step π samples two new answers y and y' to every prompt x, a reward (--reward)
-scores both, and the loss of DPO trains π to prefer the one with the higher score.
+dpo.py learns from a fixed dataset of pairs. As the policy π changes, the answers in it resemble π's
+own less and less, and say nothing about the mistakes that π makes now. Online DPO makes its own
+pairs: in each step π samples two new answers y and y' to every prompt x, a reward (--reward)
+scores both, and DPO's loss trains π to prefer the one with the higher score.
 
-With a score s for each answer, the probability that y beats y' is
+From the scores s of two answers, the probability that y beats y' is modeled as
 
     P(y ≻ y') = σ(s(y) − s(y'))                                        Bradley and Terry (1952)
 
@@ -14,24 +14,27 @@ and the implicit reward, as in dpo.py, compares π with π_ref, the model that t
     r(x, y) = β log[π(y|x) / π_ref(y|x)]                        eq. 5 of DPO (arXiv:2305.18290)
 
 The answer with the higher score is y_w, the other is y_l, and h = r(x, y_w) − r(x, y_l) is the
-margin. --loss selects one of four losses. The answer y always comes from π. Each token of y' comes
-from a mixture of both models, π^(1−m) π_ref^m / Z, where --mixture is m and Z makes it sum to 1:
+margin. --loss selects one of four losses. The answer y is always sampled from π. Each token of y'
+is sampled from a geometric mixture of both models, π^(1−m) π_ref^m / Z, where Z normalizes the
+probabilities. The table gives the default of m (--mixture):
 
     dpo      −log σ(h)                                 m = 0   Guo et al. 2024
     ipo      (h/β − 1/(2β))²                           m = 0   Azar et al. 2023, 2310.12036, eq. 17
     xpo      −log σ(h) + α log π(y'|x)                 m = 1   Xie et al. 2024, 2405.21046
     nash_md  −(P(y ≻ y') − ½ − r(x, y)) log π(y|x)     m = ⅛   Munos et al. 2023, 2312.00886
 
-IPO pulls the margin to a target, while DPO pushes it up forever. XPO explores: y' is an answer of
-π_ref, and the term with α makes it less likely, so that π tries what π_ref would not have said.
-Nash-MD drops the assumption that a score explains preferences, because people may prefer A to B, B
-to C and C to A. It looks for a policy that no other policy beats, the Nash equilibrium of a game.
-Its loss is a policy gradient: the bracket has no gradient of its own and only says how strongly to
-raise or lower log π(y|x), namely by how far y beats one half, minus the KL penalty r(x, y).
+IPO pulls the margin to a target, while DPO pushes it up forever. XPO explores: y' is sampled from
+π_ref, and the term with α makes it less likely, so that π tries answers that π_ref would not give.
+Nash-MD does not assume that a score explains all preferences, because people may prefer A to B, B
+to C and C to A. It needs only P, which need not come from scores (although it does here). It seeks
+a policy that no other policy beats, the Nash equilibrium of a game. Its gradient is a policy
+gradient: the bracket is treated as a constant that says how strongly to raise or lower log π(y|x).
+It is the amount by which P(y ≻ y') exceeds ½, minus the KL penalty r(x, y).
 
-If both scores are equal there is no better answer, so dpo, ipo and xpo give such a tie the loss 0.
+If both scores are equal, there is no better answer, so dpo, ipo and xpo give such a tie the loss 0.
 Compared with dpo.py, the implicit reward, the reference and the loss stay; sampling and scoring
-take the place of the dataset. Compared with ppo.py and grpo.py, there is no advantage and no ratio.
+take the place of the dataset. Compared with ppo.py and grpo.py, there is no advantage and no ratio
+of probabilities.
 
 A worked example. Let log π be −12 for y and −20 for y', and log π_ref −13 and −18. With β = 0.1,
 r(x, y) = 0.1 and r(x, y') = −0.2. The scores are 1 for y and 0 for y', so P(y ≻ y') = σ(1) = 0.731,
@@ -40,7 +43,7 @@ y is y_w, and h = 0.3:
     dpo       −log σ(0.3) = 0.554; if y' had the higher score, −log σ(−0.3) = 0.854
     ipo       (3 − 5)² = 4: the log-ratios are 3 apart and should be 1/(2β) = 5 apart
     xpo       0.554 + 0.01 · (−20) = 0.354, with α = 0.01
-    nash_md   the gradient on log π(y|x) is −(0.731 − 0.5 − 0.1) = −0.131: y becomes likelier
+    nash_md   gradient w.r.t. log π(y|x): −(0.731 − 0.5 − 0.1) = −0.131, so y becomes likelier
 
     python online_dpo.py                                      # the tiny model, two minutes
     python online_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct   # GSM8K, 4 bits, for a 16 GB T4
@@ -53,12 +56,12 @@ nearly every prompt. `ties` is 0.98 from the first step on (0.6 at temperature 1
 is learned, because a preference needs two answers that differ.
 
 The default learning rate, 2e-5, is that of dpo.py. TRL suggests 5e-6 for DPO and 1e-5 for GRPO with
-LoRA and has no figure for online DPO. If kl jumps up on your data, try these first.
+LoRA and has no figure for online DPO. If `kl` jumps up on your data, try one of these first.
 
 Shapes: P prompts have B = 2P answers, first all y, then all y', in rows of T tokens; p ≤ P prompts
 make a micro-batch. L ≤ T columns hold tokens (the rest are padding in every row), N positions
-predict a token of an answer, and C of these are read at a time. While sampling, A ≤ P answers have
-not ended yet. D is the width of the model and V the size of its vocabulary.
+predict a token of an answer, and C of these are processed at a time. While sampling, A ≤ P answers
+have not ended yet. D is the width of the model and V the size of its vocabulary.
 """
 import argparse
 import functools
@@ -94,41 +97,39 @@ def make_flags():
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out prompts; if not given, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
     add("--loss", choices=["dpo", "ipo", "xpo", "nash_md"], default="dpo",
         help="loss function: online DPO or one of its variants")
     add("--beta", type=common.positive, default=0.1,
-        help="KL penalty strength (called τ in the Nash-MD paper)")
+        help="KL penalty strength (τ in Nash-MD's paper)")
     add("--alpha", type=common.weight, default=1e-5, help="strength of xpo's exploration")
     add("--mixture", type=common.share, default=0.0,
-        help="m, weight of π_ref in the mixture that y' comes from (β in the Nash-MD paper)")
+        help="m, weight of π_ref in the mixture that y' is sampled from (β in Nash-MD's paper)")
     add("--preference", choices=["sigmoid", "hard"], default="sigmoid",
         help="nash_md: P(y ≻ y') as σ of the difference of scores, or hard: 1, ½ or 0")
     add("--missing-eos-penalty", type=common.weight, default=1.0,
-        help="score deducted from an answer that does not stop, when it is compared")
+        help="score deducted, in comparisons only, from an answer that does not stop")
     add("--batch-size", type=common.number(int, common.WORLD), default=32,
         help="prompts per optimizer step")
     add("--sample-batch-size", type=common.count, default=128, help="answers sampled at a time")
     add("--micro-batch-size", type=common.count, default=2,
         help="pairs per forward pass of training; answers per forward pass of scoring")
     add("--temperature", type=common.positive, default=1.0,
-        help="sampling temperature; log-probs are divided by it in the loss, too")
+        help="sampling temperature; the loss divides the logits by it, too")
     add("--max-length", type=common.count, default=1024, help="longest prompt + answer, in tokens")
     add("--max-new-tokens", type=common.count, default=512, help="longest answer, in tokens")
-    add("--learning-rate", type=common.positive, default=2e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--max-steps", type=common.count, default=250, help="number of optimizer steps")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--save-every", type=common.count, default=20,
         help="steps between checkpoints, at which samples are shown as well")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/online_dpo",
-        help="output folder; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/online_dpo", help=common.RESUMED)
     return parser
 
 
@@ -141,7 +142,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -149,7 +151,7 @@ def join_answers(prompts, answers, tokenizer, model):
     """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    # The mask follows from lengths, because the pad token may also be a token of an answer.
+    # The mask is built from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
     batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
@@ -180,7 +182,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -193,19 +195,20 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
 def online_loss(logps, other_logps, ref_logps, other_ref_logps, wins, loss, beta, alpha):
-    """The loss of each pair, [P].
+    """The losses of P pairs, [P].
 
-    log π and log π_ref of y, and the same of the other answer y'; wins is P(y ≻ y'): [P] each.
+    `logps` and `ref_logps` are log π(y|x) and log π_ref(y|x), `other_logps` and `other_ref_logps`
+    the same for y', and `wins` is P(y ≻ y'): [P] each.
     """
     reward = beta * (logps - ref_logps)  # [P], r(x, y)
     other_reward = beta * (other_logps - other_ref_logps)  # [P], r(x, y')
-    lead = wins - 0.5  # [P], above 0 where y has the higher score, below 0 where y' has it
+    lead = wins - 0.5  # [P], positive where y has the higher score, negative where y' does
     margin = lead.sign() * (reward - other_reward)  # [P], h = r(x, y_w) − r(x, y_l)
     if loss == "nash_md":
         # Only the gradient is meaningful, not the value. Equal scores are no special case here.
@@ -216,7 +219,7 @@ def online_loss(logps, other_logps, ref_logps, other_ref_logps, wins, loss, beta
         losses = (margin / beta - 1 / (2 * beta)) ** 2  # [P]
     elif loss == "xpo":
         losses = -F.logsigmoid(margin) + alpha * other_logps  # [P]
-    # A tie is no pair. (The paper of XPO has no ties; here a tie has no term with α either.)
+    # A tie makes no pair. (XPO's paper has no ties; here a tie loses the term with α, too.)
     return losses * (lead != 0)  # [P]
 
 
@@ -233,9 +236,9 @@ def batch_losses(logps, batch, args):
 
 @torch.no_grad()
 def sample_mixture(model, tokenizer, prompts, m, args, seed):
-    """An answer to each of P prompts, as ids; every token comes from exactly π^(1−m) π_ref^m / Z.
+    """Samples an answer to each of P prompts, as ids, each token from π^(1−m) π_ref^m / Z.
 
-    The keys and values of earlier tokens are in a KV cache, one for π and one for π_ref.
+    Each of π and π_ref has a KV cache with the keys and values of earlier tokens.
     """
     model.eval()  # in train mode, gradient checkpointing would silently drop the cache
     causal = common.causal_lm(model)
@@ -247,8 +250,8 @@ def sample_mixture(model, tokenizer, prompts, m, args, seed):
     tokens, mask = batch["input_ids"].to(causal.device), batch["attention_mask"].to(causal.device)
     cache = ref_cache = None
     answers = [[] for _ in prompts]
-    # The A answers that have not ended. They are the same list objects, so that appending to one
-    # extends its answer.
+    # The A answers that have not ended. They are the same list objects as in `answers`, so that
+    # appending to one extends its answer.
     alive = list(answers)
     for _ in range(args.max_new_tokens):
         mixed = 0.0
@@ -284,12 +287,12 @@ def next_logps(causal, tokens, mask, cache, temperature):
 
 
 def sample_in_parts(model, tokenizer, prompts, m, args, seed):
-    """Samples --sample-batch-size answers at a time, because a KV cache needs memory."""
+    """Samples --sample-batch-size answers at a time, to limit the memory of the KV caches."""
     answers = []
     for i in range(0, len(prompts), args.sample_batch_size):
         part = prompts[i:i + args.sample_batch_size]
         with common.autocast(model):
-            # y starts at an even distance and y' at an odd one, so that no two parts share a seed.
+            # The seeds of y and y' differ by 1 (see `rollout`). Steps of 2 make all seeds differ.
             answers += sample_mixture(model, tokenizer, part, m, args, seed + 2 * i)
     return answers
 
@@ -305,7 +308,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -338,15 +341,15 @@ def load_reward(name, model):
         return functools.partial(scores_of_function, name, correct_answer)
     if name.rpartition(":")[0].endswith(".py"):
         return functools.partial(scores_of_function, name, common.load_function(name))
-    # A reward model is one more adapter on the base of the policy, and a head.
+    # A reward model is another adapter on the policy's base, plus a scalar head.
     head = common.add_role(model, name, "reward")
     return functools.partial(scores_of_model, name, head)
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -355,12 +358,12 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 
 def scores_of_function(name, function, model, batch, examples, texts, args):
-    """Scores [B] by a function of rows and texts; NaN where it returns None: it does not apply."""
+    """Scores [B] by a reward function; NaN where it returns None because it does not apply."""
     scores = call_reward(name, function, examples, texts)
     scores = [math.nan if score is None else score for score in scores]
     return torch.tensor(scores, device=model.device)
@@ -390,9 +393,10 @@ def sequence_rewards(model, batch, head):
 # ---- the run -------------------------------------------------------------------------------------
 
 def rollout(model, reward, examples, tokenizer, args, seed):
-    """Two answers to each of P prompts, with scores, preferences and log-probs, without gradients.
+    """Samples two answers to each of P prompts, and adds scores, preferences and log-probs.
 
-    Returns a batch of tensors [2P, ...], and the answers as ids: all y first, then all y'.
+    Returns a batch of tensors [2P, ...] without gradients, and the answers as ids: all y first,
+    then all y'.
     """
     prompts = [example["prompt"] for example in examples]
     answers = sample_in_parts(model, tokenizer, prompts, 0, args, seed)
@@ -402,10 +406,10 @@ def rollout(model, reward, examples, tokenizer, args, seed):
     batch["scores"] = reward(model, batch, examples * 2, texts, args)
     if batch["scores"].isnan().any():
         common.fail(f"the reward {args.reward} returns None: each answer needs a number here")
-    # Only the comparison is penalized; the scores are logged as they are.
+    # The penalty is for the comparison only; the scores are logged without it.
     penalized = batch["scores"] - args.missing_eos_penalty * ~batch["stopped"]  # [2P]
     other = penalized.roll(len(prompts))  # [2P], of the other answer to the same prompt
-    gap = (penalized - other).double()  # in fp32, σ of a tiny gap would be ½ and look like a tie
+    gap = (penalized - other).double()  # in fp32, σ of a tiny gap would round to ½, a tie
     if args.preference == "sigmoid":
         batch["wins"] = gap.sigmoid()  # [2P], the probability that an answer beats the other
     else:
@@ -430,7 +434,7 @@ def in_parts(function, model, batch, argument, args):
 def describe(batch, args):
     """The figures to log: means over the answers y, which π sampled, and means over the pairs.
 
-    kl is in nats per answer. A tie is no pair; without any pair, the means over pairs are 0.
+    kl is in nats per answer. The means over pairs leave out ties, and are 0 if there is no pair.
     """
     prompts = len(batch["wins"]) // 2  # P
     first = {name: value[:prompts] for name, value in batch.items()}  # [P, ...] of y
@@ -457,7 +461,7 @@ def describe(batch, args):
 
 
 def some_samples(tokenizer, step, examples, answers, scores):
-    """Up to four prompts with their sampled answers and scores, as text for the report."""
+    """Up to four prompts with their sampled answers and scores, as text for the summary."""
     samples = []
     for example, answer, score in zip(examples[:4], answers, scores.tolist(), strict=False):
         samples.append({"step": step, "prompt": common.shown_text(tokenizer, example["prompt"]),
@@ -473,12 +477,12 @@ def train(args):
                                needs_answer=args.reward == "correct_answer")
     wanted = args.max_steps * args.batch_size
     examples, held_out = common.load_examples(args, encode, tokenizer, wanted)
-    torch.manual_seed(args.seed)  # of the order, then of the LoRA matrices
+    torch.manual_seed(args.seed)  # for the order of the prompts, then for the LoRA matrices
     epochs = math.ceil(wanted / len(examples))
     order = [torch.randperm(len(examples)) for _ in range(epochs)]
     batches = torch.cat(order).split(args.batch_size)
 
-    # 2. Load the model: a frozen base with LoRA matrices, which alone are trained.
+    # 2. Load the model: a frozen base with trainable LoRA matrices.
     model = common.load_model(
         args.model, args.load_in_4bit, args.lora_rank, args.gradient_checkpointing)
     reward = load_reward(args.reward, model)
@@ -498,16 +502,16 @@ def train(args):
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
-        # 4. Sample and score two answers to each prompt of this process. The seed follows from step
-        #    and process, so that no samples repeat and a resumed run draws the same ones.
+        # 4. Sample and score two answers to each prompt of this process. The seed depends on the
+        #    step and the process, so that no seed repeats and a resumed run draws the same answers.
         began = time.time()
         mine = [examples[i] for i in batches[step - 1][common.RANK::common.WORLD]]
         seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
         batch, answers = rollout(model, reward, mine, tokenizer, args, seed)
         metrics = {"step": step, **describe(batch, args), "rollout_seconds": time.time() - began}
 
-        # 5. Accumulate the gradients of the micro-batches. Each prompt counts 1 / batch size, so
-        #    that the sum over micro-batches and processes is the gradient of the mean.
+        # 5. Accumulate the gradients of the micro-batches. Each prompt has the weight 1 / batch
+        #    size, so that the sum over micro-batches and processes is the gradient of the mean.
         for firsts in torch.arange(len(mine)).split(args.micro_batch_size):  # [p], rows of y
             rows = torch.cat([firsts, firsts + len(mine)])  # [2p], the rows of y, then those of y'
             micro = {name: value[rows] for name, value in batch.items()}
@@ -556,10 +560,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -573,7 +577,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -612,7 +616,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

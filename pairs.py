@@ -1,48 +1,48 @@
-"""Builds training data for dpo.py, sft.py and kto.py from a model's own answers; trains nothing.
+"""Builds datasets for dpo.py, sft.py and kto.py from a model's own answers; trains nothing.
 
-The model π answers each prompt x N times, y_1 … y_N ~ π(·|x). Each answer gets a score s_i, and
---format chooses which answers become rows:
+The model π answers each prompt x N times: y_1 … y_N ~ π(·|x). Each answer y_i gets a score s_i, and
+--format determines which answers become rows:
 
     pairs   chosen = argmax s, rejected = argmin s, margin = max s − min s           for dpo.py
     best    completion = argmax s (best-of-N)                                        for sft.py
     kto     label = s_i > mean of all N scores; no row where s_i equals the mean     for kto.py
 
-Why it works. A model that answers one sample in four correctly already knows how; it only has to do
-so more often. Nobody has to write answers, and every answer that is kept is within the model's
-reach. SFT on the best answers is RAFT (Dong et al. 2023, arXiv:2304.06767), also known as rejection
-sampling:
+Why it works. A model that answers one sample in four correctly already has the skill; it only has
+to use it more often. Nobody has to write answers, and every answer that is kept is one that the
+model can produce. SFT on the best answers is RAFT (Dong et al. 2023, arXiv:2304.06767), also known
+as rejection-sampling fine-tuning:
 
     maximize  E_x [ log π(y*|x) ],    y* = argmax s_i over y_1 … y_N ~ π(·|x)
 
-which is a policy gradient with the weight 1 on the best answer and 0 on all others. Equal scores
-make no pair. With `best` they make a row even where every answer is wrong: --min-score 1 leaves
-such prompts out.
+Its gradient is a policy gradient in which the best answer has weight 1 and all others have weight
+0. A prompt whose answers all have the same score yields no pair and no label. With `best` it yields
+a row even if every answer is wrong; --min-score 1 leaves such prompts out.
 
-Scores come from --reward: a function of the answer, a run of reward_model.py, or a run of prm.py
-(min_k p_k over the lines of y). Or they are AI feedback: a language model, --judge, reads x, two
-answers and a principle drawn from a constitution (Bai et al. 2022, arXiv:2212.08073, section 4.1),
-and says A or B. RLAIF trains a reward model on such preferences; here the preferences themselves
-are the scores. Judges have a position bias, so each pair is read in both orders (Lee et al. 2023,
-arXiv:2309.00267):
+The scores come from --reward: a reward function, a run of reward_model.py, or a run of prm.py
+(min_k p_k over the lines of y). Or they come from AI feedback: a language model, --judge, reads x,
+two answers and a principle drawn from a constitution (Bai et al. 2022, arXiv:2212.08073, section
+4.1), and says which answer is better, A or B. RLAIF trains a reward model on such preferences; here
+an answer's score is its win rate. Judges have a position bias, so they read each pair in both
+orders (Lee et al. 2023, arXiv:2309.00267):
 
     P_A(y, y') = p(A) / (p(A) + p(B))                   A: the first answer, y, is better
     P(y ≻ y')  = ½ [P_A(y, y') + 1 − P_A(y', y)]
     s_i        = mean of P(y_i ≻ y_j) over the y_j that y_i was compared with: its win rate
 
 If the judge follows the Bradley-Terry model, P(y_i ≻ y_j) = σ(r_i − r_j), and all pairs are
-compared, then win rates rank the answers as the rewards r would. N different answers make
-N (N − 1) / 2 pairs; --comparisons C has C of them judged, but at least N − 1.
+compared, then the win rates rank the answers in the same order as the rewards r. N distinct answers
+form N (N − 1) / 2 pairs. The judge compares at most --comparisons of them, but at least N − 1.
 
 A worked example, with four answers to "What is 36 - 25?" and the reward correct_answer:
 
     answers 11, 11, 13, 1    scores 1, 1, 0, 0    mean 0.5
     pairs   chosen 11, rejected 13, margin 1
     best    11
-    kto     11 desirable, 13 and 1 undesirable (each different answer once)
+    kto     11 desirable, 13 and 1 undesirable (one row for each distinct answer)
 
-and with a judge that compares three answers a, b and c:
+With a judge that compares three answers a, b and c:
 
-    P_A(a, b) = 0.9    P_A(b, a) = 0.6    P(a ≻ b) = 0.65    the verdict flips: both times "A"
+    P_A(a, b) = 0.9    P_A(b, a) = 0.6    P(a ≻ b) = 0.65    the verdict flips: "A" both times
     P_A(a, c) = 0.7    P_A(c, a) = 0.2    P(a ≻ c) = 0.75
     P_A(b, c) = 0.5    P_A(c, b) = 0.5    P(b ≻ c) = 0.50
     s_a = (0.65 + 0.75) / 2 = 0.700    s_b = (0.35 + 0.50) / 2 = 0.425    s_c = 0.375
@@ -51,18 +51,19 @@ and with a judge that compares three answers a, b and c:
     python pairs.py Qwen/Qwen2.5-0.5B-Instruct --output pairs.jsonl  # GSM8K in 4 bits on a T4
     python pairs.py --judge tiny/base --judge-template examples/judge_claim.txt --output ai.jsonl
 
-What to watch. The gap between the best and the first answers is what best-of-N gains. Prompts whose
-answers all have the same score are wasted: they are too easy or too hard. If the best answers are
-much longer than the worst, the reward favors length (--max-length-ratio limits that). If most
-verdicts flip, the judge prefers a position rather than an answer. With a template that shows one
-answer at a time (judge_claim.txt), a flip only means that the judge says the same of both.
+What to watch. The gain from best-of-N is the difference between the scores of the best and the
+first answers. Prompts whose answers all have the same score are wasted: they are too easy or too
+hard. If the best answers are much longer than the worst, the reward favors length;
+--max-length-ratio limits the damage. If most verdicts flip, the judge prefers a position rather
+than an answer. With a template that shows one answer at a time (judge_claim.txt), a flip only means
+that both answers get the same verdict.
 
 Change one thing: with `--temperature 0.3` only 11 of the first 100 prompts have answers with
-different scores, instead of 99 at 1.0: nearly all samples are wasted. Or change the judge: on the
-preferences of tiny/base, which has read claims such as `2 + 2 = 5? No.`, DPO takes tiny/chat from
-0.589 correct answers to 0.801. With `--judge tiny/chat --judge-template examples/judge_tiny.txt`
-the model judges itself: it orders only 54% of held-out pairs correctly (tiny/base: 96%), and DPO
-takes it down to 0.492.
+different scores, compared with 99 at 1.0, so nearly all samples are wasted. Or change the judge.
+The model tiny/base has read claims such as `2 + 2 = 5? No.`; DPO on its preferences raises the
+accuracy of tiny/chat from 0.589 to 0.801. With
+`--judge tiny/chat --judge-template examples/judge_tiny.txt` the model judges itself. It orders only
+54% of held-out pairs correctly (tiny/base: 96%), and DPO lowers its accuracy to 0.492.
 
 Shapes: P prompts; B answers or comparisons of T tokens; S steps in an answer; width D,
 vocabulary V. The program runs in one process.
@@ -87,7 +88,7 @@ from tqdm import tqdm
 import common
 
 TINY = dict(dataset="tiny/data/prompt_train.jsonl", max_new_tokens=24, micro_batch_size=256)
-# the script that trains on each --format
+# The script that trains on the rows of each --format.
 TRAINED_BY = {"pairs": "dpo.py", "best": "sft.py", "kto": "kto.py"}
 # Columns of a prompt's row that would be misread as part of the new row.
 MISREAD = {"messages", "text", "completion", "chosen", "rejected", "margin", "label"}
@@ -101,14 +102,14 @@ def make_flags():
         help="model that answers: Hub name, folder or LoRA adapter")
     add("--output", required=True, help="new .jsonl file")
     add("--format", choices=TRAINED_BY, default="pairs",
-        help="rows to write: for dpo.py, sft.py or kto.py")
+        help="rows to write: pairs for dpo.py, best-of-N for sft.py, or labels for kto.py")
     add("--dataset", default="openai/gsm8k:main",
-        help="prompts: Hub name[:config] or file; for the tiny model its own")
+        help="prompts: Hub name[:config] or local file; the tiny model has its own")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-    add("--size", type=common.count, default=1000, help="largest number of prompts")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
+    add("--size", type=common.count, default=1000, help="maximum number of prompts")
     add("--samples", type=common.number(int, 2), default=8, help="answers per prompt, N")
     add("--reward", default="correct_answer",
         help="correct_answer, FILE.py:function, or a run of reward_model.py or prm.py")
@@ -117,11 +118,11 @@ def make_flags():
     add("--constitution", default="examples/constitution.txt",
         help="file with the judge's principles, one per line")
     add("--comparisons", type=common.count, default=28,
-        help="largest number of pairs judged per prompt")
+        help="maximum number of comparisons per prompt")
     add("--max-length-ratio", type=common.number(float, 1), default=math.inf,
-        help="largest ratio of the lengths of chosen and rejected, in tokens")
+        help="maximum length of the longer answer of a pair, relative to the shorter one")
     add("--min-score", type=common.number(float, -1e9), default=-math.inf,
-        help="lowest score of the best answer with which a prompt is kept")
+        help="minimum score of the best answer; a prompt whose best is lower is left out")
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
     add("--max-new-tokens", type=common.count, default=512,
         help="longest answer, in tokens; 24 for the tiny model")
@@ -141,16 +142,17 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
 # ---- the method: which answers are kept ----------------------------------------------------------
 
 def make_rows(row, answers, args):
-    """The rows of the new dataset that come from one prompt, in the form of --format.
+    """The rows of the new dataset that come from one prompt, in the form that --format asks for.
 
-    An answer has "text", "length", "score" and "count", the number of samples that said it.
+    An answer has "text", "length", "score" and "count", the number of samples with that text.
     """
     scores = [answer["score"] for answer in answers]
     if max(scores) < args.min_score:
@@ -174,7 +176,7 @@ def make_rows(row, answers, args):
         pair = {"chosen": completions[best], "rejected": completions[worst], "margin": margin}
         return [kept | pair]
 
-    # The labels of KTO: better or worse than the mean of the samples, which is the baseline.
+    # KTO labels: is an answer better or worse than the mean of all samples, the baseline?
     samples = []
     for answer in answers:
         samples += [answer["score"]] * answer["count"]
@@ -189,7 +191,8 @@ def make_rows(row, answers, args):
 def best_and_worst(scores, lengths, max_ratio):
     """The indices of chosen and rejected, neither over `max_ratio` times as long as the other.
 
-    Of several best answers, the one whose partner scores lowest is chosen; of equals, the first.
+    If several answers share the best score, the one with the lowest-scoring partner is chosen, and
+    among equal pairs the first.
     """
     candidates = []
     for best, worst in itertools.product(range(len(scores)), repeat=2):
@@ -243,7 +246,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 
 
 def read_answers(tokenizer, prompt, answers, stop_ids):
-    """The different answers to a prompt as dicts with "text", "length" and "count".
+    """The distinct answers to a prompt as dicts with "text", "length" and "count".
 
     Empty answers are left out, and so are truncated ones: training on a truncated answer would
     teach the model to stop mid-answer.
@@ -252,7 +255,7 @@ def read_answers(tokenizer, prompt, answers, stop_ids):
     prompt_text = tokenizer.decode(prompt, **options)
     different = {}
     for answer in answers:
-        # Decoded alone, an answer may lose the space that it begins with.
+        # An answer that is decoded on its own may lose its leading space.
         whole = tokenizer.decode(prompt + answer, **options)
         text = whole.removeprefix(prompt_text)
         if not text.strip() or answer[-1] not in stop_ids:
@@ -263,7 +266,7 @@ def read_answers(tokenizer, prompt, answers, stop_ids):
     return list(different.values())
 
 
-# ---- what scores an answer: each is a function of prompts, completions and columns ---------------
+# ---- rewards: functions of prompts, completions and columns --------------------------------------
 
 def correct_answer(prompts, completions, answer, **columns):
     """1 where the last number of the completion equals the row's column `answer`, else 0."""
@@ -274,7 +277,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -294,9 +297,9 @@ def plain_number(text):
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -305,12 +308,12 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 
 def load_scorer(name, args):
-    """The reward as a function of columns: the user's own, or one that asks a trained model."""
+    """The reward as a function of columns: the user's own, or the score of a trained model."""
     if name == "correct_answer":
         return correct_answer
     if name.rpartition(":")[0].endswith(".py"):
@@ -318,9 +321,9 @@ def load_scorer(name, args):
     with common.phase(f"loading the reward {name} ({common.ANOTHER_BASE})"):
         config = common.adapter_config(name)
         if not config or config.task_type != "SEQ_CLS":
-            raise ValueError("no FILE.py:function, and no run of reward_model.py or prm.py")
-        # summary.json says which script trained it. Without one, as in tiny/reward, or if it has
-        # another form, it is a reward model.
+            raise ValueError("neither FILE.py:function nor a run of reward_model.py or prm.py")
+        # summary.json says which script trained the model. If there is none, as in tiny/reward, or
+        # if it has another form, the model is taken to be a reward model.
         summary = Path(common.find(name), "summary.json")
         run = json.loads(summary.read_text()) if summary.exists() else {}
         run = run if isinstance(run, dict) else {}
@@ -333,15 +336,16 @@ def load_scorer(name, args):
 @torch.no_grad()
 def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, tools=None,
                  **columns):
-    """Scores of answers by a reward model, r(x, y), or by steps: min p_k over the steps of y.
+    """Scores by a reward model, r(x, y), or by a process reward model, min p_k over steps k.
 
-    With `outcome`, the model of the steps was trained on the last step alone: then p of that one.
+    With `outcome`, the process reward model was trained on last steps only, and p of the last step
+    is the score.
     """
     scores = []
     tools = tools or [None] * len(prompts)
     for prompt, text, tool in zip(prompts, completions, tools, strict=True):
         steps = []
-        # Each line is a step. Prompt and steps are joined as prm.py joins them in training.
+        # Each line is a step. Prompt and steps are joined in the same way as prm.py trains on them.
         if by_steps:
             steps = [line.strip() for line in text.split("\n") if line.strip()]
             text = "\n".join(steps)
@@ -352,7 +356,7 @@ def model_scores(model, tokenizer, by_steps, outcome, /, prompts, completions, t
             said = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             (head, _), (rest, _), (answer, _) = common.encode(tokenizer, prompt, said, tool)[0]
             asked = head + rest
-        else:  # an empty answer is the token that ends it
+        else:  # an empty answer consists of its end token
             asked = common.encode_prompt(tokenizer, prompt, tool)
             answer = [tokenizer.eos_token_id]
         ends = step_ends(tokenizer, answer, steps)[-1 if outcome else 0:] or [len(answer) - 1]
@@ -404,7 +408,7 @@ def step_logits(model, batch, head):
 # ---- AI feedback: a judge compares two answers ---------------------------------------------------
 
 def load_judge(args, flips):
-    """A reward function that scores answers by their win rates before the judge.
+    """Returns a reward function: the win rate of each answer, according to the judge.
 
     For each comparison it appends to the list `flips` whether the verdict changed with the order.
     """
@@ -425,8 +429,9 @@ def load_judge(args, flips):
 def read_template(file):
     """The two verdicts of a judge's template, and its messages as pairs (role, Jinja template).
 
-    Its first line is like "verdicts: A B". Messages stand below lines like <user>; their variables
-    are prompt (messages), principle, answer_a, answer_b, and verdict where the judge decides.
+    The first line of the file names the verdicts, as in "verdicts: A B". A line with a role, such
+    as <user>, precedes each message. The variables of a message are prompt (a list of messages),
+    principle, answer_a, answer_b and, where the judge decides, verdict.
     """
     first_line, _, rest = Path(common.find(file)).read_text().partition("\n")
     verdicts = first_line.removeprefix("verdicts:").split()
@@ -436,7 +441,7 @@ def read_template(file):
     texts = parts[2::2]
     if len(set(verdicts)) != 2 or "{{ verdict }}" not in "".join(texts):
         raise ValueError("it needs a first line like verdicts: A B, and {{ verdict }} in a message")
-    # A template may be a stranger's, so it must not run code; a misspelled variable is an error.
+    # A template may come from a stranger, so it must not run code. Misspelled variables are errors.
     jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     templates = [jinja.from_string(text) for text in texts]
     return verdicts, list(zip(roles, templates, strict=True))
@@ -444,7 +449,7 @@ def read_template(file):
 
 def judge_scores(model, tokenizer, template, principles, args, flips, /, prompts, completions,
                  **columns):
-    """The win rate of each of several answers to one prompt."""
+    """The win rate of each answer. All completions answer the same prompt."""
     prompt = prompts[0]
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     comparisons = list(itertools.combinations(range(len(completions)), 2))
@@ -460,19 +465,19 @@ def judge_scores(model, tokenizer, template, principles, args, flips, /, prompts
                       "answer_a": completions[first], "answer_b": completions[second]}
             questions.append(encode_verdict(tokenizer, template, values))
         i_first, j_first = first_wins(model, tokenizer, questions)  # P_A(y_i, y_j), P_A(y_j, y_i)
-        # The same as ½ (P_A(y_i, y_j) + 1 − P_A(y_j, y_i)), but exactly ½ where both are equal.
+        # This is ½ [P_A(y_i, y_j) + 1 − P_A(y_j, y_i)], in a form that is exactly ½ for equal P_A.
         preference = 0.5 + (i_first - j_first) / 2
         preferences[i].append(preference)
         preferences[j].append(1 - preference)
         flips.append((i_first > 0.5) != (j_first < 0.5))
-    # A single answer, which has nothing to be compared with, has a win rate of ½.
+    # A single answer is compared with nothing; its win rate is ½.
     return [statistics.fmean(own or [0.5]) for own in preferences]
 
 
 def encode_verdict(tokenizer, template, values):
-    """The ids that precede the judge's verdict, and the ids of its two possible next tokens.
+    """The ids that precede the judge's verdict, and the ids of the two tokens that may follow.
 
-    Both come from rendering the chat with either verdict: the two differ first where it stands.
+    The chat is rendered once with each verdict. The judge decides where the two first differ.
     """
     verdicts, messages = template
     rendered = []
@@ -485,7 +490,7 @@ def encode_verdict(tokenizer, template, values):
     a, b = rendered
     length = common.shared_length(a, b)
     if not 0 < length < min(len(a), len(b)) or length > tokenizer.model_max_length:
-        raise ValueError(f"the verdicts {verdicts} differ first after {length} of {len(a)} tokens")
+        raise ValueError(f"the verdicts {verdicts} first differ after {length} of {len(a)} tokens")
     return a[:length], [a[length], b[length]]
 
 
@@ -507,16 +512,16 @@ def first_wins(model, tokenizer, questions):
 # ---- the program ---------------------------------------------------------------------------------
 
 def summarize(groups, flips, args):
-    """Prints the quality of the answers, and the gain from best-of-N selection."""
+    """Prints the scores and lengths of the answers, and so the gain from best-of-N."""
     answers = list(itertools.chain(*groups))
     ended = sum(answer["count"] for answer in answers)
-    print(f"\n{ended} of {len(groups) * args.samples} answers ended and are not empty")
+    print(f"\n{ended} of {len(groups) * args.samples} answers ended and were not empty")
     ranked = [sorted(group, key=lambda answer: answer["score"]) for group in groups if group]
     differing = sum(group[0]["score"] < group[-1]["score"] for group in ranked)
     print(f"{differing} of {len(groups)} prompts have answers with different scores")
     if flips:
         share = sum(flips) / len(flips)
-        print(f"{share:.3f} of {len(flips)} verdicts flip with the order of the answers")
+        print(f"{share:.1%} of {len(flips)} verdicts flip with the order of the answers")
     print(f"{'':<8}{'score':>9}{'length':>9}")
     shown = {"first": [group[0] for group in groups if group], "all": answers,
              "best": [group[-1] for group in ranked], "worst": [group[0] for group in ranked]}
@@ -554,7 +559,7 @@ def main(args):
     stop_ids = common.stop_token_ids(tokenizer, model.generation_config)
     common.print_settings(model)
 
-    groups = []  # the different answers to each prompt
+    groups = []  # the distinct answers to each prompt
     size = max(1, args.micro_batch_size // args.samples)
     for i in tqdm(range(0, len(examples), size)):
         # 3. Sample N answers to each of a few prompts.
@@ -588,9 +593,9 @@ def main(args):
         if group:
             made += make_rows(example["row"], group, args)
     if not made:
-        common.fail("no rows: no prompt has answers with different scores, or one of --min-score")
+        common.fail("no rows: every prompt has equal scores or a best one below --min-score")
 
-    # 7. Write the file under another name first: an interrupted run leaves no half of it.
+    # 7. Write to another name first, so that an interrupted run leaves no incomplete file.
     lines = [json.dumps(row) + "\n" for row in made]
     with common.phase(f"writing {output}"), tempfile.TemporaryDirectory(dir=output.parent) as new:
         Path(new, "rows").write_text("".join(lines))

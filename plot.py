@@ -1,20 +1,21 @@
-"""Plots the metrics that runs logged, several runs over each other: a picture and an HTML report.
+"""Plots the logged metrics of one or more runs: a picture and an HTML report.
 
     python plot.py runs/dpo                       # writes runs/dpo/curves.png and report.html
     python plot.py runs/* --output compare.png    # writes compare.png and compare.html
 
-The picture has one panel per metric and one line per run. Pale lines are the logged values; where a
-run has many steps, the strong line over them is a moving average. The report, a single file, also
-has the settings, those that differ between the runs first, the held-out figures before and after
-training, and answers of the policy with their scores. docs/metrics.md says what each metric means
-and what a healthy curve looks like.
+The picture has one panel per metric and one line per run. If a run has many steps, a pale line is
+the logged values and a strong line is their moving average. The report is a single file. It adds
+the settings (those that differ between the runs come first), the held-out figures before and after
+training, and sampled answers with their scores. docs/metrics.md says what each metric means and
+what a healthy curve looks like.
 
-To see what a setting does, run a script twice and plot both runs. For example, the loss of a reward
-model does not change if a constant is added to all rewards; only --centering keeps them near 0:
+To see the effect of a setting, run a script twice and plot both runs. For example, the loss of a
+reward model does not change if a constant is added to all rewards; only --centering keeps them
+near 0:
 
     python reward_model.py --output-dir runs/centered
     python reward_model.py --centering 0 --output-dir runs/drifting
-    python plot.py runs/centered runs/drifting --output centering.png    # see the panel `reward`
+    python plot.py runs/centered runs/drifting --output centering.png    # see the panel "reward"
 """
 import argparse
 import base64
@@ -27,7 +28,7 @@ import matplotlib
 
 import common
 
-matplotlib.use("Agg")  # draws into files and needs no screen
+matplotlib.use("Agg")  # draws to files and needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("plot.html")
@@ -36,9 +37,9 @@ UNITS = {"kl": "nats per answer", "sampler_kl": "nats per token", "entropy": "na
          "z": "nats per answer", "length": "tokens", "trained_tokens": "tokens",
          "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB", "seconds": "s",
          "rollout_seconds": "s"}
-MANY = 60  # steps of a run from which on its curves are smoothed
-NOT_NOISY = {"learning_rate", "loss_scale"}  # and are drawn as they are
-plt.rcParams["text.parse_math"] = False  # a $ in the name of a run is a $ and no formula
+MANY = 60  # a curve with at least this many steps is smoothed
+NOT_NOISY = {"learning_rate", "loss_scale"}  # never smoothed
+plt.rcParams["text.parse_math"] = False  # a $ in a run's name starts no formula
 plt.style.use("petroff10")  # colors that color-blind readers can tell apart
 
 
@@ -47,8 +48,8 @@ def make_flags():
         description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs")
-    add("--output", help="new picture, with the report beside it; without it, both are written\n"
-                         "into the folder of the first run")
+    add("--output", help="new picture, with the report beside it; by default both are written\n"
+                         "to the folder of the first run")
     return parser
 
 
@@ -58,18 +59,18 @@ def read_metrics(run):
     """The logged steps of a run, a list of dicts from metric to number or None."""
     with common.phase(f"reading the metrics of {run}"):
         lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-        # As floats: a number of 400 digits becomes infinite, where an integer would have no limit.
+        # Integers are read as floats, which cannot grow without limit: 400 digits become infinity.
         steps = [json.loads(line, parse_int=float) for line in lines]
         if not steps or not all({"step"} < set(step) for step in steps):
             raise ValueError("no steps were logged there")
         for step in steps:
             if not all(isinstance(value, float | None) for value in step.values()):
-                raise ValueError(f"a metric is no number in {step}")
+                raise ValueError(f"a metric is not a number in {step}")
     return steps
 
 
 def metrics_of(logged):
-    """The metrics that any of the runs logged, in the order in which they come up."""
+    """The metrics that any of the runs logged, in the order of their first appearance."""
     names = {}
     for steps in logged.values():
         for step in steps:
@@ -78,14 +79,14 @@ def metrics_of(logged):
 
 
 def read_about(run):
-    """Settings, held-out figures and samples of a run; one in progress has no summary yet."""
+    """Settings, held-out figures and samples of a run. A run in progress has no summary yet."""
     about = {"method": "–"}
     with common.phase(f"reading the settings of {run}"):
         for file in Path(run, "args.json"), Path(run, "summary.json"):
             if file.exists():
                 about |= json.loads(file.read_text())
         for name in "data", "files":
-            about[name] = about.get(name, "–")[:8]  # the begin of a hash
+            about[name] = about.get(name, "–")[:8]  # the beginning of a hash
         before = about.pop("before", {})
         after = about.pop("after", {})
         held_out = {name: f"{before[name]:.3f} → {after[name]:.3f}" for name in after}
@@ -96,7 +97,7 @@ def read_about(run):
 # ---- drawing -------------------------------------------------------------------------------------
 
 def smooth(values):
-    """The moving average over a twentieth of the steps around each; only for reading a curve."""
+    """A moving average, centered on each step, over a window of a twentieth of all steps."""
     half = len(values) // 40
     means = []
     for i in range(len(values)):
@@ -106,7 +107,7 @@ def smooth(values):
 
 
 def draw_panel(axis, name, logged):
-    """One metric: a line per run, with gaps where it was not logged."""
+    """One metric, with a line per run through the steps in which it was logged."""
     units = set()
     for run, steps in logged.items():
         units.add("rollout" if "rollout_seconds" in steps[0] else "optimizer step")
@@ -153,7 +154,7 @@ def draw_picture(runs, output):
 
 
 def as_svg(figure):
-    """The figure as SVG in base64, as a data: address in a page needs it."""
+    """The figure as SVG in base64, for a data: URL."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", transparent=True)
     plt.close(figure)
@@ -163,7 +164,7 @@ def as_svg(figure):
 # ---- the report ----------------------------------------------------------------------------------
 
 def as_rows(columns):
-    """Dicts, one per run, as rows: pairs of a name and its values in all runs."""
+    """Turns dicts, one per run, into rows: pairs of a name and its values in all runs."""
     names = {}
     for column in columns:
         names |= dict.fromkeys(column)
@@ -171,7 +172,7 @@ def as_rows(columns):
 
 
 def make_report(runs, file):
-    """The page as bytes, in which everything that comes from data is escaped."""
+    """The page as bytes. Everything in it that comes from data is escaped."""
     logged = {run: read_metrics(run) for run in runs}
     settings = []
     held_out = []
@@ -212,7 +213,7 @@ def main(args):
         if exists:
             common.fail(f"{output} exists already: name a new picture with --output")
 
-    # 2. Make both before one is written, or the same command would find the first in its way.
+    # 2. Make both before writing either, so that after an error the same command works again.
     contents = {picture: draw_picture(args.runs, picture), report: make_report(args.runs, report)}
 
     # 3. Write them.

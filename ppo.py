@@ -1,28 +1,33 @@
 """PPO for language models (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, 2203.02155).
 
-PPO learns from prompts and a reward. The policy π answers each prompt, a reward model or a function
-scores the answer, and a token becomes more likely if its answer went better than the critic V
-expected, and less likely if it went worse.
+PPO learns from prompts and a reward. The policy π answers each prompt, and a reward model or a
+function scores the answer. Each token of the answer becomes more likely if things turned out better
+than the critic V expected before that token, and less likely if they turned out worse.
 
-Why it works. SFT follows ∇ log π of answers that somebody else wrote. Here the model writes the
-answers itself, and no gradient flows back through a sampled token. But ∇π = π ∇ log π, so samples
-can still estimate the gradient of the expected reward R of an answer y:
+Why it works. SFT follows ∇ log π(y) of an answer y that somebody else wrote. Here the model writes
+y itself, and no gradient flows back through a sampled token. But because ∇π = π ∇ log π, samples
+can still estimate the gradient of the expected reward R(y). Write π(y_t) for the probability of
+token y_t given the prompt and the tokens before y_t, so that log π(y) = Σ_t log π(y_t). Then
 
     ∇ E[R(y)] = Σ_y R(y) ∇π(y) = Σ_y π(y) R(y) ∇ log π(y) = E[R(y) ∇ log π(y)]
               = E[Σ_t (R(y) − b_t) ∇ log π(y_t)]
 
-This is the policy gradient, and following it with b = 0 is REINFORCE (Williams 1992). It is SFT on
-the model's own answers, each weighted by its reward: raising log π of the sampled tokens in
-proportion to R raises the expected R. The baseline b_t may be anything that does not depend on y_t,
-because E[∇ log π(y_t)] = Σ π(y_t) ∇ log π(y_t) = ∇ Σ π(y_t) = ∇ 1 = 0. So a baseline changes the
-variance of the estimate and not its mean, and the variance is what matters: with rewards 10 and 11
-and no baseline, both answers become more likely, and only the average over many samples favors
-the second; with b = 10.5, the first becomes less likely. For the same reason, rewards
-that were paid before y_t need not count. What remains, the rewards from y_t on minus a baseline, is
-the advantage A_t of y_t. PPO learns its baseline, the critic. (grpo.py has none to learn: it takes
-the mean reward of several answers to the prompt. If critics are new to you, read grpo.py first.)
+This is the policy gradient. Following it with b_t = 0 is REINFORCE (Williams 1992), which is SFT on
+the model's own answers, each weighted by its reward. The baseline b_t may be any function of the
+prompt and of the tokens before y_t, because the term that it adds is 0 on average:
 
-Each token y_t is an action, and these are the equations:
+    E[∇ log π(y_t)] = Σ π(y_t) ∇ log π(y_t) = ∇ Σ π(y_t) = ∇ 1 = 0     summed over the vocabulary
+
+So a baseline does not change the mean of the estimate, but it changes the variance, which matters.
+Take two answers with rewards 10 and 11. Without a baseline, sampling either answer makes it more
+likely, and only the average over many samples favors the second. With b = 10.5, sampling the first
+makes it less likely. For the same reason, rewards paid before y_t can be left out. What remains,
+the sum of the rewards from y_t on minus a baseline, estimates the advantage A_t of y_t. PPO's
+baseline is a trained model, the critic. (GRPO takes the mean reward of several answers to the same
+prompt instead. If critics are new to you, read grpo.py first.)
+
+In the language of RL, each token y_t is an action. A rollout is a batch of answers, sampled from
+the current policy, which is π_old from then on. The equations are
 
     r_t = −β log(π(y_t) / π_ref(y_t)), plus the score of the answer at its last token
     δ_t = r_t + γ V_{t+1} − V_t
@@ -31,45 +36,48 @@ Each token y_t is an action, and these are the equations:
     policy loss = −E min[ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t]        PPO, eq. 7
     critic loss = ½ E max[(V_t − R_t)², (clip(V_t, V_old − ε, V_old + ε) − R_t)²]
 
-- V_t is the sum that the critic expects of the rewards from y_t on, before it has seen y_t. A_t is
-  how much better y_t turned out, and R_t, the return, is what V_t should have been. Both are
-  computed once, from the values of sampling time, V_old, and are constants in the losses.
-- The λ of generalized advantage estimation (GAE) trades bias for variance. At one end, λ = 1, A_t
-  is the sum of the rewards from t on, minus V_t: unbiased but noisy. At the other, λ = 0, A_t is
-  δ_t: hardly noisy, but as wrong as the critic is about the next token. (γ = 1 means no discount.)
-- After the last token, V is 0. This holds for an answer that --max-new-tokens truncated, too: it
-  counts as ended, and is not bootstrapped from the critic's V. It pays a penalty instead, see [3].
-- The ratio ρ_t = π(y_t) / π_old(y_t) says how far the policy has moved since it sampled. Its clip
-  makes several updates on one rollout safe: beyond a factor of 1 ± ε there is nothing to gain.
+- V_t is the critic's prediction of the sum of the rewards from y_t on, made before it sees y_t. A_t
+  says how much better y_t turned out, and R_t, the return, is the critic's target. r_t, A_t and R_t
+  are computed once per rollout, from π_old and its critic V_old, and are constants in the losses.
+- The λ of generalized advantage estimation (GAE) trades bias against variance. With λ = 1 (and
+  γ = 1), A_t is the sum of the rewards from y_t on, minus V_t, which is unbiased but noisy. With
+  λ = 0, A_t is δ_t, which is much less noisy, but biased wherever the critic's V_{t+1} is wrong.
+  γ discounts later rewards; γ = 1 means no discount.
+- After the last token, V is 0, even if --max-new-tokens truncated the answer: a truncated answer
+  counts as ended, without a bootstrap from the critic's V. It pays a penalty instead [3].
+- The ratio ρ_t = π(y_t) / π_old(y_t) says how far the policy has moved since the rollout. (The PPO
+  paper calls it r_t.) The clip makes several updates per rollout safer: once ρ_t has moved past
+  1 ± ε in the direction that A_t favors, there is nothing to gain from moving it further.
 
-One frozen base carries four roles, as LoRA adapters that are switched on and off:
+One frozen base carries four roles, which differ in the LoRA adapter that is switched on:
 
                      ┌── adapter "default" ── policy: samples answers, log π       trained
     frozen base ─────┼── no adapter ───────── reference: log π_ref                 frozen
                      ├── adapter "critic" ─── critic: V, one value per token       trained
                      └── adapter "reward" ─── reward model: one score per answer   frozen
 
-If training starts from an adapter, the reference is a frozen copy of it. A reward function takes
-the place of the reward model, and then the critic's head starts at 0. Dropped are PPO's entropy
-bonus (eq. 9), Ziegler's adaptive β and Ziegler's whitened rewards. These details make PPO work on
-language models:
+If training starts from an adapter, the reference is a frozen copy of that adapter. If a function
+takes the place of the reward model, the critic starts as the base with a head of zeros. PPO's
+entropy bonus (eq. 9) is left out, and so are the adaptive β and the whitened rewards of Ziegler et
+al. These details make PPO work on language models:
 
     [1] each token pays β log π/π_ref (Ziegler et al. 2019, 1909.08593; their eq. 2 is per answer)
     [2] the score comes at the last token (Ziegler et al.'s code)
-    [3] an unended answer loses score (in Huang et al. 2024, 2403.17031, it gets a fixed low one)
+    [3] a truncated answer loses score (Huang et al. 2024, 2403.17031, give it a fixed low score)
     [4] the critic starts as a copy of the reward model, if any (Ouyang et al. 2022, appendix C.4)
-    [5] advantages get mean 0 and variance 1 over the tokens of a rollout (Huang et al. 2024)
+    [5] advantages are whitened: mean 0, variance 1 over the tokens of a rollout (Huang et al. 2024)
     [6] the value loss is clipped (Ziegler et al.'s code)
     [7] several epochs of minibatches on the same samples (PPO, algorithm 1)
     [8] early stopping: no further epoch once π is --target-kl from π_old (Dossa et al. 2021)
-    [9] sampling and scoring use the same temperature and no dropout: the samples are those of π_old
+    [9] sampling and scoring use the same temperature and no dropout, so the samples are from π_old
 
-The KL penalty [1] keeps the policy near π_ref; without it, the policy drifts to whatever the reward
-happens to like. In the *reward*, its estimator has to be k1 = log π/π_ref: as a reward, k1 follows
-exactly the gradient of KL(π ‖ π_ref), while k3 (see grpo.py) may point almost the opposite way. In
-a *loss* it is the other way round: there the gradient of k1 is 0 on average.
+The KL penalty [1] keeps the policy near π_ref. Without it, the policy drifts toward whatever the
+reward happens to favor. In the *reward*, the KL estimator has to be k1 = log π/π_ref, because the
+policy gradient of k1 is exactly the gradient of KL(π ‖ π_ref), while the policy gradient of k3 (see
+grpo.py) may point in almost the opposite direction. In a *loss*, k1 would be useless, because its
+gradient is 0 on average.
 
-Worked example: an answer of three tokens with score 1, β = 0.05, γ = 1, λ = 0.95.
+Worked example: an answer of three tokens with score 1, β = 0.05, γ = 1, λ = 0.95, not whitened.
 
     log π − log π_ref      0.20   −0.40    0.20
     r                     −0.01    0.02    0.99     the KL penalty, and the score at the end
@@ -84,18 +92,17 @@ Worked example: an answer of three tokens with score 1, β = 0.05, γ = 1, λ = 
     python ppo.py --model runs/sft --reward runs/sft-reward    # both on one base
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct           # GSM8K, scored by the last number
 
-The learning rate, 1e-5, is that of published PPO runs which train all weights (1e-6 to 1e-5); LoRA
-usually takes several times as much, so that a higher one is worth a try on a large model.
+The default learning rate, 1e-5, comes from published PPO runs that train all weights (1e-6 to
+1e-5). LoRA usually needs one several times as high, so try a higher one on a large model.
 
 What to watch: the reward rises, kl rises slowly and stays below ten nats per answer, the critic's
-explained_variance rises towards 1, and clip_fraction stays below 0.2. If reward and kl rise
-together while the samples get worse, the policy exploits mistakes of its reward model. This is
-called reward hacking or over-optimization. A larger --beta, fewer steps or a better reward model
-prevent it.
+explained_variance rises toward 1, and clip_fraction stays below 0.2. If reward and kl rise together
+while the samples get worse, the policy exploits mistakes of its reward model. This is called reward
+hacking or over-optimization. A larger --beta, fewer steps or a better reward model reduce it.
 
-Try `--target-kl 0.1` on the tiny model: no epoch is cut short any more (updates is 8 in all 25
-rollouts; by default it is 6 in two of them). The policy ends further from the reference, kl 0.51
-instead of 0.45 by evaluate.py, and no more accurate, 0.948 instead of 0.953.
+Try `--target-kl 0.1` on the tiny model: early stopping [8] never acts (updates is 8 in all 25
+rollouts; by default it is 6 in two of them). The policy ends further from the reference, with a kl
+of 0.51 instead of 0.45 by evaluate.py, and is no more accurate: 0.948 instead of 0.953.
 
 Shapes: B answers (b in a micro-batch) of T columns, of which L ≤ T hold a token in some row; N
 answer tokens in all, C of them at a time; D the width of the model, V the size of its vocabulary
@@ -128,26 +135,29 @@ def make_flags():
     add = parser.add_argument
     add("--model", default="tiny/chat", help="Hub name, local folder or LoRA adapter to start from")
     add("--reward", default="correct_answer",
-        help="correct_answer, FILE.py:function, or the folder of a run of reward_model.py")
+        help="reward: correct_answer, FILE.py:function, or an output folder of reward_model.py")
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
-    add("--eval-dataset", help="held-out prompts; without it, some of --dataset are held out")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
+    add("--eval-dataset", help="held-out prompts; if not given, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
     add("--beta", type=common.weight, default=0.05, help="KL penalty strength, per token [1]")
-    add("--missing-eos-penalty", type=common.weight, default=1.0, help="penalty for truncation [3]")
+    add("--missing-eos-penalty", type=common.weight, default=1.0,
+        help="score deducted from a truncated answer [3]")
     add("--gamma", type=common.share, default=1.0, help="discount factor per token")
-    add("--lam", type=common.share, default=0.95, help="λ of GAE: 1 is noisy, 0 trusts the critic")
-    add("--epsilon", type=common.positive, default=0.2, help="clip range of ratio and value [6]")
+    add("--lam", type=common.share, default=0.95,
+        help="λ of GAE: 1 is unbiased but noisy, 0 trusts the critic")
+    add("--epsilon", type=common.positive, default=0.2, help="clip range ε of ratio and value [6]")
     add("--value-weight", type=common.weight, default=0.5,
         help="weight of the critic loss; 0 freezes the critic. Policy and critic share no trained\n"
-             "weight, and Adam cancels a constant factor, so a weight above 0 matters only\n"
-             "through the gradient clipping that both share")
-    add("--epochs", type=common.count, default=4, help="passes over one rollout at most [7]")
+             "weights, and Adam cancels a constant factor, so other values matter only through\n"
+             "the gradient clipping, which is over both")
+    add("--epochs", type=common.count, default=4, help="maximum passes over a rollout [7]")
     add("--target-kl", type=common.positive, default=0.02,
-        help="KL(π_old ‖ π) in nats per token: an epoch that exceeds it is the rollout's last [8]")
+        help="early stopping: an epoch whose KL(π_old ‖ π), in nats per token, exceeds this value\n"
+             "is the last one on its rollout [8]")
     add("--batch-size", type=common.count, default=64, help="answers per rollout")
     add("--minibatches", type=common.count, default=4, help="optimizer steps per epoch")
     add("--micro-batch-size", type=common.count, default=2, help="answers per forward pass")
@@ -155,20 +165,19 @@ def make_flags():
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature [9]")
     add("--max-length", type=common.count, default=768, help="longest prompt + answer, in tokens")
     add("--max-new-tokens", type=common.count, default=256, help="longest answer, in tokens")
-    add("--learning-rate", type=common.positive, default=1e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=1e-5, help=common.PEAK)
     add("--max-steps", type=common.count, default=200, help="number of rollouts")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
-    add("--save-every", type=common.count, default=10, help="rollouts between two checkpoints")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
+    add("--save-every", type=common.count, default=10, help="rollouts between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/ppo", help="run folder; the same command resumes a run")
+    add("--output-dir", default="runs/ppo", help=common.RESUMED)
     return parser
 
 
-# At β = 0.05, the policy exploits a gap in the tiny reward model: correct sums that answer another
-# question than the one asked.
+# At β = 0.05, the policy would exploit a weakness of the tiny reward model and write correct sums
+# that answer a different question from the one asked.
 TINY = dict(dataset="tiny/data/prompt_train.jsonl", eval_dataset="tiny/data/prompt_heldout.jsonl",
             reward="tiny/reward", beta=0.5, batch_size=128, minibatches=2, micro_batch_size=64,
             max_new_tokens=24, learning_rate=5e-4, max_steps=25)
@@ -184,7 +193,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -192,7 +202,7 @@ def join_answers(prompts, answers, tokenizer, model):
     """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    # The mask follows from lengths, because the pad token may also be a token of an answer.
+    # The mask is built from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
     batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
@@ -223,7 +233,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -236,14 +246,14 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
 
 def token_values(model, batch, head):
     """[B, T-1]: column t is the critic's V before token t+1 where the loss mask is 1, else 0."""
-    # Only the L columns that are not padding in every row are computed.
+    # Columns that are padding in every row are not read. L ≤ T columns remain.
     used = batch["attention_mask"].any(0)  # [T]
     inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
     hidden = common.causal_lm(model).base_model(**inputs, use_cache=False)[0]  # [B, L, D]
@@ -254,9 +264,9 @@ def token_values(model, batch, head):
 
 def token_rewards(scores, logps, ref_logps, mask, beta):
     """Rewards [B, T-1]: a KL penalty at each token [1], and the score [B] at the last one [2]."""
-    # This is k1 on purpose: the policy gradient of k1 is that of the KL, and that of k3 is not.
+    # This has to be k1, because its policy gradient is the gradient of the KL. That of k3 is not.
     rewards = -beta * (logps - ref_logps) * mask  # [B, T-1]
-    # An answer's last token is in the last column in which its mask is 1.
+    # The last token of an answer is in the last column where its mask is 1.
     columns = torch.arange(mask.shape[1], device=mask.device)  # [T-1]
     last = (mask * columns).argmax(1)  # [B]
     rewards[torch.arange(len(last)), last] += scores
@@ -266,8 +276,8 @@ def token_rewards(scores, logps, ref_logps, mask, beta):
 def gae(rewards, values, mask, gamma, lam):
     """Advantages and returns, [B, T-1] each (GAE, eq. 16), from the last token to the first."""
     advantages = torch.zeros_like(rewards)
-    # Nothing follows the last token, so V and A are 0 there. An answer that --max-new-tokens cut
-    # off counts as ended as well: there is no bootstrap from the critic.
+    # Nothing follows the last token, so V and A are 0 after it. An answer that --max-new-tokens
+    # truncated counts as ended, too: there is no bootstrap from the critic.
     next_value = torch.zeros_like(rewards[:, 0])  # [B]
     next_advantage = torch.zeros_like(rewards[:, 0])  # [B]
     for t in reversed(range(rewards.shape[1])):
@@ -290,12 +300,13 @@ def policy_loss(logps, old_logps, advantages, epsilon):
     ratio = (logps - old_logps).exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages
-    # The minimum takes away what going further would gain, and never the way back.
+    # The minimum removes the gain from moving past the clip, but never the gradient that leads
+    # back.
     return -torch.min(unclipped, clipped), clipped < unclipped
 
 
 def value_loss(values, old_values, returns, epsilon):
-    """Half the squared error of each value, or of the clipped value if larger [6]: [B, T-1]."""
+    """Half the squared error of each value, or of the clipped value if that is larger [6]."""
     clipped = old_values + (values - old_values).clamp(-epsilon, epsilon)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -368,7 +379,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -401,15 +412,15 @@ def load_reward(name, model):
         return functools.partial(scores_of_function, name, correct_answer)
     if name.rpartition(":")[0].endswith(".py"):
         return functools.partial(scores_of_function, name, common.load_function(name))
-    # A reward model is one more adapter on the base of the policy, and a head.
+    # A reward model is another adapter on the policy's base, plus a scalar head.
     head = common.add_role(model, name, "reward")
     return functools.partial(scores_of_model, name, head)
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -418,12 +429,12 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 
 def scores_of_function(name, function, model, batch, examples, texts, args):
-    """Scores [B] by a function of rows and texts; NaN where it returns None: it does not apply."""
+    """Scores [B] by a reward function; NaN where it returns None because it does not apply."""
     scores = call_reward(name, function, examples, texts)
     scores = [math.nan if score is None else score for score in scores]
     return torch.tensor(scores, device=model.device)
@@ -453,7 +464,10 @@ def sequence_rewards(model, batch, head):
 # ---- the run -------------------------------------------------------------------------------------
 
 def rollout(roles, examples, tokenizer, args, seed):
-    """One answer per prompt: a batch, [B, ...] each, with the outputs of all roles; and the ids."""
+    """Samples one answer per prompt, and reads it in all roles.
+
+    Returns a batch of tensors [B, ...] with the outputs of all roles, and the ids of the answers.
+    """
     model, reward, critic_head = roles
     prompts = [example["prompt"] for example in examples]
     answers = []
@@ -463,7 +477,7 @@ def rollout(roles, examples, tokenizer, args, seed):
             answers += sample(model, tokenizer, some, 1, args, seed + i)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     batch = join_answers(prompts, answers, tokenizer, model)
-    # Policy, reference, critic and reward model read the sampled ids, never a text made of them.
+    # All roles read the sampled ids, because decoding and re-tokenizing may give other ids.
     batch["logps"] = in_parts(token_logps, model, batch, args.temperature, args)  # [B, T-1]
     with common.reference(model):
         batch["ref_logps"] = in_parts(token_logps, model, batch, args.temperature, args)
@@ -471,7 +485,7 @@ def rollout(roles, examples, tokenizer, args, seed):
         batch["values"] = in_parts(token_values, model, batch, critic_head, args)  # [B, T-1]
     batch["scores"] = reward(model, batch, examples, texts, args)
     if batch["scores"].isnan().any():
-        common.fail(f"the reward {args.reward} returns None: each answer needs a number here")
+        common.fail(f"the reward {args.reward} returns None, but each answer needs a number in PPO")
     return batch, answers
 
 
@@ -487,34 +501,37 @@ def in_parts(function, model, batch, argument, args):
 
 
 def describe(batch):
-    """Means over the answers of all processes; kl is KL(π ‖ π_ref) in nats per answer."""
+    """Means over the answers of all processes. kl is KL(π ‖ π_ref), in nats per answer."""
     kl = (batch["logps"] - batch["ref_logps"]).sum(1)  # [B]
     return {"reward": mean(batch["scores"]), "kl": mean(kl),
             "length": mean(batch["loss_mask"].sum(1)), "stopped": mean(batch["stopped"])}
 
 
 def evaluate(roles, held_out, tokenizer, args):
-    """The same prompts and random numbers each time, so that before and after can be compared."""
+    """Means over one answer per held-out prompt.
+
+    Prompts and random numbers are the same each time, so that before and after can be compared.
+    """
     batch, _ = rollout(roles, held_out, tokenizer, args, args.seed)
     return describe(batch)
 
 
 def local_rows(indices):
-    """Which rows of this process hold the answers `indices` of the whole rollout.
+    """The rows of this process that hold the answers `indices` of the whole rollout.
 
     Answer i of the rollout is row i // WORLD of process i % WORLD. With one process, RANK is 0 and
-    WORLD is 1, so that this changes nothing.
+    WORLD is 1, so this returns `indices`.
     """
     return indices[indices % common.WORLD == common.RANK] // common.WORLD
 
 
 def minibatch_gradients(roles, batch, rows, scaler, args):
-    """Accumulates the gradients of policy and critic over these rows of all processes.
+    """Accumulates the gradients of policy and critic over `rows`, this process's share.
 
-    Returns {name: mean over their tokens} of the FIGURES.
+    Returns {name: mean} of the FIGURES, over the tokens of the minibatch in all processes.
     """
     model, _, critic_head = roles
-    # Each token counts 1 / tokens, whichever micro-batch or process it is in.
+    # Each token has weight 1 / tokens, whichever micro-batch or process it is in.
     tokens = batch["loss_mask"][rows].sum()
     sum_over_processes([tokens])
     sums = {}
@@ -527,7 +544,8 @@ def minibatch_gradients(roles, batch, rows, scaler, args):
         policy_losses, is_clipped = policy_loss(
             logps, micro["logps"], micro["advantages"], args.epsilon)
         scaler.scale((policy_losses * mask).sum() / tokens).backward()
-        # The critic stays on in the backward pass, where checkpointing repeats the forward pass.
+        # The critic's adapter stays on in the backward pass, because gradient checkpointing repeats
+        # the forward pass there.
         with common.using(model, "critic"):
             with common.autocast(model):
                 values = token_values(model, micro, critic_head)  # [b, T-1]
@@ -535,7 +553,7 @@ def minibatch_gradients(roles, batch, rows, scaler, args):
             scaler.scale(args.value_weight * (value_losses * mask).sum() / tokens).backward()
         log_ratio = logps - micro["logps"]
         error = log_ratio.exp() - 1
-        # The samples are those of π_old, so the mean of this k3 is KL(π_old ‖ π).
+        # The samples come from π_old, so the mean of this k3 estimates KL(π_old ‖ π).
         k3 = error - log_ratio
         figures = {"policy_loss": policy_losses, "value_loss": value_losses, "sampler_kl": k3,
                    "clip_fraction": is_clipped, "entropy": -logps, "ratio_error": error.abs()}
@@ -545,7 +563,7 @@ def minibatch_gradients(roles, batch, rows, scaler, args):
 
 
 def some_samples(tokenizer, step, examples, answers, scores):
-    """Up to four prompts with their sampled answers and scores, as text for the report."""
+    """Up to four prompts with their sampled answers and scores, as text for the summary."""
     samples = []
     for example, answer, score in zip(examples[:4], answers, scores.tolist(), strict=False):
         samples.append({"step": step, "prompt": common.shown_text(tokenizer, example["prompt"]),
@@ -554,10 +572,10 @@ def some_samples(tokenizer, step, examples, answers, scores):
 
 
 def train(args):
-    # 1. Check the reward and load the prompts first: errors there show before the model is loaded.
+    # 1. Check the reward and load the prompts first, so that errors show before the model loads.
     check_reward(args.reward, args.model)
     if args.batch_size < max(args.minibatches, common.WORLD):
-        common.fail("--batch-size must not be below --minibatches or the number of processes")
+        common.fail("--batch-size must be at least --minibatches and the number of processes")
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
                                needs_answer=args.reward == "correct_answer")
@@ -592,7 +610,8 @@ def train(args):
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
-        # 4. Sample an answer to each prompt of this process; all roles read the answers.
+        # 4. Sample an answer to each prompt of this process, and read it in all roles. With one
+        # process, RANK is 0 and WORLD is 1, so `mine` holds all prompts of the step.
         began = time.time()
         picked = order[(step - 1) * args.batch_size:step * args.batch_size]
         mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
@@ -607,12 +626,12 @@ def train(args):
         advantages, returns = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         batch["advantages"] = whiten(advantages, mask)
         batch["returns"] = returns
-        # A = R − V is the part of the returns that the critic did not explain.
+        # A = R − V is the part of the returns that the critic does not explain.
         _, unexplained = moments(advantages, mask)
         _, variance = moments(returns, mask)
         metrics["explained_variance"] = 1 - unexplained / (variance + 1e-8)
 
-        # 6. Take several epochs over these answers, with an optimizer step per minibatch [7].
+        # 6. Train for several epochs on these answers, with one optimizer step per minibatch [7].
         lr = learning_rate(step, args.max_steps, args.learning_rate)
         figures = []
         for epoch in range(args.epochs):
@@ -622,7 +641,7 @@ def train(args):
                 rows = local_rows(minibatch)
                 figures.append(minibatch_gradients(roles, batch, rows, scaler, args))
                 updated = update(optimizer, scaler, lr)
-            # Early stopping: samples of π_old say little about a π that is far from it [8].
+            # Stop early [8], because samples of π_old say little about a π that is far from it.
             epoch_kl = [x["sampler_kl"] for x in figures[-args.minibatches:]]
             if sum(epoch_kl) / len(epoch_kl) > args.target_kl:
                 break
@@ -630,7 +649,7 @@ def train(args):
         # 7. Log the means over all updates, print some answers, and save a checkpoint.
         for name in FIGURES:
             metrics[name] = sum(x[name] for x in figures) / len(figures)
-        # In the first update, π still is π_old, so the ratio differs from 1 by rounding alone.
+        # In the first update, π is still π_old, so the ratio differs from 1 only by rounding error.
         metrics["ratio_error"] = figures[0]["ratio_error"]
         metrics |= {"updates": len(figures), **updated}
         tokens = batch["attention_mask"].sum()
@@ -667,10 +686,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -684,7 +703,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -723,7 +742,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

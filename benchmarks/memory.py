@@ -4,18 +4,18 @@
     python benchmarks/memory.py --scripts dpo --gib 22
 
 The estimate follows from shapes, with each script's own defaults, for sequences that are all as
-long as --max-length allows: 4-bit weights, fp16 activations, gradient checkpointing. No T4 was at
-hand; tests/system/test_memory.py compares the same sums with peaks measured on small models on a
-CPU. A T4 has 14.7 GiB, of which the CUDA context and fragmentation leave about 13.8.
+long as --max-length allows, with 4-bit weights, fp16 activations and gradient checkpointing. It was
+not measured on a T4; tests/system/test_memory.py compares the same sums with the peaks of small
+models on a CPU. A T4 has 14.7 GiB, of which the CUDA context and fragmentation leave about 13.8.
 
     weights      linear layers in NF4 (half a byte and a scale per weight), embeddings in fp16
     training     LoRA matrices in fp32, with gradients and Adam's two moments; PPO has two adapters
     checkpoints  the input of every layer, kept for the backward pass (gradient checkpointing)
-    cache        KV cache of all answers that are sampled at a time
-    widest       all activations of one layer, which are recomputed; or a chunk of logits
+    cache        KV cache of all answers that are sampled at once
+    widest       all activations of one layer while it is recomputed, or one chunk of logits
 
-Training and sampling do not happen at the same time, nor do layers and logits, so the larger of
-each two counts.
+Training and sampling do not happen at the same time, so only the larger of the two counts. The same
+holds for layers and logits.
 """
 import argparse
 import importlib
@@ -41,7 +41,7 @@ def make_flags():
     add = parser.add_argument
     add("--scripts", nargs="+", choices=ROWS, default=list(ROWS), help="scripts to estimate")
     add("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES), help="sizes of Qwen2.5")
-    add("--gib", type=float, default=13.8, help="memory that the GPU has for a run, in GiB")
+    add("--gib", type=float, default=13.8, help="GPU memory that a run can use, in GiB")
     return parser
 
 
@@ -55,14 +55,14 @@ def shape(hidden, layers, heads, kv_heads, intermediate, vocabulary, tied):
 
 
 def weights(model, element, four_bit):
-    """Bytes of the weights; NF4 has half a byte per weight, and one byte of scale per 64."""
+    """Bytes of the weights; NF4 takes half a byte per weight, and one byte of scale per 64."""
     inside = sum(i * o for i, o in model.linear) * model.layers
     tables = model.vocabulary * model.hidden * (1 if model.tied else 2)
     return inside * (0.5 + 1 / 64 if four_bit else element) + tables * element
 
 
 def training(model, rank, adapters):
-    """Bytes of the trained weights, their gradients and two moments each, 4 bytes apiece."""
+    """Bytes of the trained weights, their gradients and Adam's two moments, in fp32."""
     lora = sum(rank * (i + o) for i, o in model.linear) * model.layers
     return 16 * lora * adapters
 
@@ -74,9 +74,9 @@ def checkpoints(model, rows, length, element):
 
 def layer(model, rows, length, element, four_bit, repeated=True):
     """Bytes of one layer between its second forward pass and the end of its backward pass."""
-    # The backward pass reads the inputs and outputs of two norms, queries, the attention's output,
-    # keys and values (which a T4 repeats for all heads); and of the MLP the gate, its SiLU, the up
-    # projection and their product.
+    # The backward pass needs the inputs and outputs of two norms, the queries, the output of the
+    # attention, and the keys and values, which a T4 repeats for all heads. From the MLP it needs
+    # the gate, the SiLU of the gate, the up projection, and the product of the last two.
     keys = model.hidden if repeated else model.keys
     saved = 6 * model.hidden + 2 * keys + 4 * model.intermediate
     moving = 2 * model.intermediate  # gradients of activations
@@ -109,7 +109,7 @@ def estimate(model, script, args, element=2, four_bit=True):
     draw = {}
     if script in ("online_dpo", "ppo", "grpo"):
         sampled = sampled_rows(script, args)
-        # online_dpo.py needs two where it samples from a mixture of policy and reference
+        # online_dpo.py needs two caches to sample from a mixture of policy and reference.
         caches = 2 if 0 < getattr(args, "mixture", 0) < 1 else 1
         draw["cache"] = caches * cache(model, sampled, args.max_length, element)
         draw["widest"] = logits(model, sampled)
@@ -130,7 +130,7 @@ def largest(model, script, args, name, limit):
     size = 0
     for candidate in (2**power for power in range(13)):
         tried = SimpleNamespace(**vars(args) | {name: candidate})
-        if name == "sample_batch_size":  # it only matters with as many prompts
+        if name == "sample_batch_size":  # a smaller batch would not reach it
             tried.batch_size = tried.eval_size = candidate
         if sum(estimate(model, script, tried).values()) > limit:
             break

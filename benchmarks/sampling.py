@@ -5,11 +5,11 @@
     python benchmarks/sampling.py --model FOLDER --adapter --load-in-4bit on
 
 All three draw G completions of each prompt from the model's own distribution. They take turns, and
-ratios are taken within a round, so that a machine that slows down affects all of them alike. Time
-is CPU time on a CPU (of one thread, with OMP_NUM_THREADS=1) and wall time on a GPU. A model with
-random weights hardly ever samples the eos token; with --stop-share, that share of the vocabulary
-ends an answer, whose mean length is then 1 / share. TRL 1.16.0 is called through a method of its
-trainer that is not public.
+speeds are compared within a round, so that a machine that slows down affects all of them alike.
+Time is CPU time on a CPU (of one thread, with OMP_NUM_THREADS=1) and wall-clock time on a GPU. A
+model with random weights hardly ever samples the eos token. With --stop-share, that share of the
+vocabulary ends a completion, so that its mean length is about 1 / share unless --max-new-tokens is
+reached first. TRL 1.16.0 is called through a private method of its trainer.
 """
 import argparse
 import datetime
@@ -49,7 +49,7 @@ def make_flags():
 
 
 def sample_ours(model, tokenizer, prompts, args, seed):
-    """Samples with grpo.py and returns the number of tokens, as do the next two."""
+    """Samples with grpo.py; like sample_generate and sample_trl, returns the number of tokens."""
     answers = grpo.sample(model, tokenizer, prompts, args.group_size, args, seed)
     return sum(len(answer) for answer in answers)
 

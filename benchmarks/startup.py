@@ -1,7 +1,7 @@
 """Measures the CPU seconds of each phase of `python dpo.py`, up to the end of the first step.
 
     OMP_NUM_THREADS=1 python benchmarks/startup.py
-    python -X importtime dpo.py --help            # how long each import takes
+    python -X importtime dpo.py --help            # the time of each import
 """
 import sys
 import tempfile
@@ -17,7 +17,7 @@ def mark(phase):
 
 
 def marked(function, phase):
-    """A function that does the same and sets a mark when it ends for the first time."""
+    """The same function, which also sets a mark when its first call ends."""
     def call(*args, **options):
         result = function(*args, **options)
         if phase not in dict(MARKS):

@@ -1,27 +1,27 @@
-"""Compares time and memory of an optimizer step with TRL's, and with its matrix products alone.
+"""Compares the time and memory of an optimizer step with TRL's, and its time with a lower limit.
 
     pip install trl==1.16.0
     python benchmarks/step.py --model MODEL --output benchmarks/results/step.json
     python benchmarks/step.py --model MODEL --methods dpo --steps 2 --rounds 1
 
-MODEL is a folder with a model like Qwen2. Random weights will do, since the length of every row is
-fixed:
+MODEL is a folder with a model of the Qwen2 architecture. Random weights will do, since the length
+of every row is fixed:
 
     sft            4 rows of 128 + 380 tokens
     dpo            2 pairs of 256 + 250 tokens, including the forward pass of the reference
     reward_model   the same pairs
     grpo           the whole step: 1 prompt of 100 tokens, 8 completions of 64, with the reference
 
-All use LoRA of rank 16, gradient checkpointing and one forward pass for all rows. Both programs are
-the real ones. They take turns, each in a process of its own, and the first step of each is for
-warm-up. On a CPU the figures are CPU seconds of one thread in fp32, and the peak of resident memory
-beyond the loaded model. On a GPU they are wall time in bf16, and the peak of memory that torch
-allocated beyond the loaded model.
+All methods use LoRA of rank 16, gradient checkpointing and one forward pass for all rows. Both
+programs run their real training loop. They take turns, each in a process of its own, and the first
+step of each is for warm-up. On a CPU the figures are the CPU seconds of one thread in fp32, and the
+peak of resident memory beyond the loaded model. On a GPU they are the wall-clock time in bf16, and
+the peak of the memory that torch allocated beyond the loaded model.
 
-The limit is the time of the matrix products with the frozen weights, which no program can avoid,
-measured with torch.mm on the same shapes: for every linear layer a forward pass, a second one
-(gradient checkpointing) and the gradient of its input; for the head, at the trained positions only,
-a forward pass and that gradient.
+The limit is the time of the matrix products with the frozen weights, which no program can avoid. It
+is measured with torch.mm on the same shapes. Every linear layer needs a forward pass, a second one
+(gradient checkpointing) and the gradient of its input. The head needs a forward pass and that
+gradient, at the trained positions only.
 """
 import argparse
 import collections
@@ -59,7 +59,7 @@ def make_flags():
 # ---- rows of exact length ------------------------------------------------------------------------
 
 def text_of(tokenizer, length, seed):
-    """A text of exactly `length` tokens, also when it follows another text."""
+    """A text of exactly `length` tokens, even when it follows another text."""
     words = [f" {word}" for word in ("one two red blue green small large time water house tree "
                                      "hand light night music paper table river stone").split()]
     text = "".join(words[(seed * 7 + i * (seed % 5 + 1)) % len(words)] for i in range(length))
@@ -91,19 +91,19 @@ def draw_scores(prompts, completions, **columns):
 # ---- one program in a process of its own ---------------------------------------------------------
 
 class Meter:
-    """Measures the time of each step, and the peak of memory beyond that of the model."""
+    """Measures the time of each step, and the peak memory beyond that of the model."""
 
     def __init__(self):
         self.ticks = []
 
     def loaded(self):
-        """The model has been loaded."""
+        """Call this when the model has been loaded."""
         self.weight = self.memory("VmRSS")
 
     def tick(self):
-        """A step has ended."""
+        """Call this when a step has ended."""
         self.ticks.append(self.clock())
-        if len(self.ticks) == 1:  # the peak of the first step does not count
+        if len(self.ticks) == 1:  # the first step does not count toward the peak
             if self.on_gpu():
                 torch.cuda.reset_peak_memory_stats()
             else:
@@ -164,7 +164,7 @@ def run_ours(method, data, args):
 
 
 def run_trl(method, data, args):
-    """Runs TRL's trainer; a callback tells where a step ends."""
+    """Runs TRL's trainer; a callback reports the end of each step."""
     import datasets
     import peft
     import transformers
@@ -204,7 +204,7 @@ def run_trl(method, data, args):
 
 
 def run_limit(method, data, args):
-    """The matrix products alone: the time of each shape times how often the step needs it."""
+    """The matrix products alone: the time of each shape times its number of uses in a step."""
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(args.model)
     width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
@@ -259,7 +259,7 @@ def measure(program, method, folder, args):
     data = f"{folder}/{method}.json"
     command = [sys.executable, __file__, "--model", args.model, "--steps", str(args.steps),
                "--child", program, method, data]
-    # One thread. Freed blocks go back to the system at once, or holes in the heap would count.
+    # One thread. Freed memory goes back to the system at once, or holes in the heap would count.
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000",
                         "HF_HUB_OFFLINE": "1"}
     child = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Reward functions as you might write them, for --reward of every script that has this flag.
+"""Example reward functions, for the flag --reward of every script that has it.
 
     python grpo.py --reward correct_answer examples/rewards.py:shortness --reward-weights 1 0.1
     python ppo.py --reward examples/rewards.py:classifier
@@ -8,7 +8,7 @@
 
 A reward function gets `prompts` (strings or lists of messages), `completions` (strings) and every
 other column of the dataset under its own name, each as a list with one item per completion. It
-returns a list with a number for each completion, or None for those to which it does not apply.
+returns a list with one number per completion, or None for a completion to which it does not apply.
 """
 import functools
 import itertools
@@ -20,7 +20,7 @@ import torch
 import common
 
 load_tokenizer = functools.lru_cache(common.load_tokenizer)
-BATCH_SIZE = 16  # texts that a model reads at a time
+BATCH_SIZE = 16  # number of texts that a model reads at a time
 # The criteria for rows without a column `rubric`, with the weights of Gunjal et al. (2025).
 RUBRIC = [{"criterion": "The answer is correct.", "weight": 1.0},
           {"criterion": "The answer responds to what was asked.", "weight": 0.7},
@@ -35,9 +35,9 @@ def shortness(prompts, completions, **columns):
 def overlong(prompts, completions, **columns):
     """The soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, eq. 13).
 
-    0 up to LENGTH_MAX - LENGTH_CACHE tokens, then falling linearly to -1 at LENGTH_MAX, which
-    should be the run's --max-new-tokens. LENGTH_TOKENIZER names the model whose tokens are counted;
-    the end-of-turn token, which completions do not show, is not.
+    The penalty is 0 up to LENGTH_MAX - LENGTH_CACHE tokens and then falls linearly to -1 at
+    LENGTH_MAX, which should equal the run's --max-new-tokens. LENGTH_TOKENIZER names the model
+    whose tokenizer counts. The end-of-turn token, which no completion contains, is not counted.
     """
     tokenizer = load_tokenizer(os.environ["LENGTH_TOKENIZER"])
     longest = int(os.environ["LENGTH_MAX"])
@@ -76,12 +76,13 @@ def load_judge(name):
 
 
 def rubric(prompts, completions, rubric=None, **columns):
-    """The share of a rubric that an answer fulfills (Gunjal et al. 2025, arXiv:2507.17746, eq. 1).
+    """The share of a rubric that an answer meets (Gunjal et al. 2025, arXiv:2507.17746, eq. 1).
 
-    r = Σ w_j c_j / Σ w_j. A local model, RUBRIC_JUDGE, reads the prompt, the answer and one
-    criterion at a time. c_j is its p(Yes) / (p(Yes) + p(No)), where the paper has 0 or 1. A row may
-    have criteria of its own in a column `rubric`, in the form of RUBRIC. With an empty list the
-    reward does not apply to the row: None.
+    The score is Σ w_j c_j / Σ w_j, where w_j is the weight of criterion j. A local model,
+    RUBRIC_JUDGE, reads the prompt, the answer and one criterion at a time. c_j is its probability
+    p(Yes) / (p(Yes) + p(No)); in the paper it is 0 or 1. A row may have its own criteria in a
+    column `rubric`, in the form of RUBRIC. If that list is empty, the reward does not apply to the
+    row, and the score is None.
     """
     name = os.environ["RUBRIC_JUDGE"]
     tokenizer = load_tokenizer(name)
@@ -90,7 +91,7 @@ def rubric(prompts, completions, rubric=None, **columns):
     questions = []
     for prompt, text, criteria in zip(prompts, completions, rubrics, strict=True):
         if any(not 0 < item["weight"] < math.inf for item in criteria):
-            raise ValueError(f"a weight in {criteria} is not above 0")
+            raise ValueError(f"each weight must be a number above 0: {criteria}")
         for item in criteria:
             questions.append(encode_criterion(tokenizer, prompt, text, item["criterion"]))
     fulfilled = iter(chances_of_yes(load_judge(name), tokenizer, questions))
@@ -103,7 +104,7 @@ def rubric(prompts, completions, rubric=None, **columns):
 
 
 def encode_criterion(tokenizer, prompt, text, criterion):
-    """The ids of the question of whether an answer fulfills a criterion."""
+    """The ids of a prompt that asks whether an answer meets a criterion."""
     if not isinstance(prompt, str):
         turns = [f"[{message['role']}] {message.get('content', '')}" for message in prompt]
         prompt = "\n".join(turns)

@@ -1,8 +1,8 @@
-"""One task, eleven methods: all of them from one start in the tiny world, and their failure modes.
+"""Compares eleven methods on one task, from the same tiny model, and reproduces failure modes.
 
     python experiments/compare.py               # under an hour on two cores
     python experiments/compare.py --seeds 0     # the first seed only: about 25 minutes
-    python experiments/compare.py --draw        # draws compare.json again, without any run
+    python experiments/compare.py --draw        # only draws the plots again, from compare.json
 
 Every run is a command that you can type yourself; it is written to the log beside its folder. The
 same command resumes after an interruption, and finished runs are skipped. evaluate.py measures the
@@ -72,11 +72,11 @@ METHODS = {
 }
 SAMPLING = ("pairs.py tiny/chat --format best --size 1000 --samples 4 --seed {seed}"
             " --output {runs}/best_{seed}.jsonl")  # RAFT's data, before its training
-# A reward model that has seen 400 pairs instead of 9000. 8 of 10 held-out pairs are
-# in the correct order.
+# A reward model that is trained on 400 pairs instead of three epochs of 3000. It orders 8 of 10
+# held-out pairs correctly.
 BLIND = "reward_model.py --max-steps 25 --output-dir {runs}/blind"
-# With the first seed only: the failure modes, and normal runs to compare them with that are not
-# among the methods above.
+# These runs use the first seed only: the failure modes, and normal runs to compare them with where
+# no method above serves.
 EXTRA = {
     "sft_all": "sft.py --epochs 5 --eval-every 10 --save-every 94",
     "sft_long": "sft.py --dataset {runs}/few.jsonl --eval-dataset tiny/data/sft_heldout.jsonl"
@@ -106,8 +106,8 @@ FORMS = (("o", "-"), ("s", "--"), ("^", ":"))  # the first, second and third met
 ACCURACY = "correct sampled answers, held out"
 GREEDY = "correct greedy answers, held out"
 KL = "KL from tiny/chat, held out\n(nats per answer)"
-# Plot: its title, the normal run and the failing one with their labels, and the panels as (source,
-# metric, label of the axis).
+# For each plot: its title, the normal and the failing run with their labels, and its panels as
+# (source, metric, label of the axis).
 FAILURES = {
     "failure_dpo_beta": ("DPO with too small a β", ("dpo", "β = 2"), ("dpo_beta", "β = 0.1"), [
         ("held out", "length", "length, held out (tokens)"),
@@ -156,7 +156,7 @@ def plan(args):
 
 
 def prepare(runs):
-    """Makes what several runs share: preferred answers, few demonstrations, a weak reward model."""
+    """Makes the data and the weak reward model that several runs share."""
     if not (runs / "chosen.jsonl").exists():
         rows = common.load_rows("tiny/data/preference_train.jsonl", "train", 10**9, 0)
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
@@ -180,7 +180,7 @@ def call(command, folder, watch=None):
             [sys.executable, ROOT / command[0], *command[1:]], stdout=file, stderr=file,
             env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None:
-        with contextlib.suppress(psutil.Error):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             cpu = sum(psutil.Process(process.pid).cpu_times()[:2])  # user and system
         if watch:
             watch(cpu)
@@ -211,7 +211,7 @@ def keep_state(folder, spent, cpu):
 
 
 def read_states(folder):
-    """The checkpoints that were kept of a run, {step: state}."""
+    """The checkpoints of a run that were kept, {step: state}."""
     files = {int(file.stem): file for file in (folder / "states").glob("*.pt")}
     return {step: torch.load(files[step], weights_only=True) for step in sorted(files)}
 
@@ -239,14 +239,14 @@ def write_checkpoints(folder, states):
 
 
 def load_weights(model, saved):
-    """Copies the policy's weights of a checkpoint, {name: tensor}; those of a critic are left."""
+    """Copies the policy's weights from a checkpoint, {name: tensor}, and ignores a critic's."""
     for name, p in model.named_parameters():
         if ".default." in name:
             p.data.copy_(saved[name])
 
 
 def finish(run):
-    """Samples, trains and measures unless that was done; {run}.table.json marks a finished run."""
+    """Completes a run: samples, trains and measures. {run}.table.json marks it as finished."""
     folder = run["folder"]
     sampling, table = Path(f"{folder}.sampling.json"), Path(f"{folder}.table.json")
     if run["sampling"] and not sampling.exists():
@@ -274,7 +274,7 @@ def finish(run):
 # ---- results -------------------------------------------------------------------------------------
 
 def read_run(run):
-    """The held-out figures of a run at its checkpoints, from the start on, and its log."""
+    """The held-out figures of a run before training and at its checkpoints, and its log."""
     folder = run["folder"]
     with common.phase(f"reading {folder}"):
         summary = json.loads((folder / "summary.json").read_text())
@@ -300,7 +300,7 @@ def read_run(run):
 
 
 def answers_per_step(summary):
-    """Answers per step, read or sampled: two per pair, a group per prompt of GRPO."""
+    """Answers per step, given or sampled: two per pair, and a group per prompt of GRPO."""
     each = {"dpo": 2, "online_dpo": 2, "grpo": summary.get("group_size")}
     return summary["batch_size"] * each.get(summary["method"], 1)
 
@@ -311,7 +311,7 @@ def point(line, answers, seconds):
 
 
 def write_results(results, file):
-    """Writes all figures of the plots with the date, the versions and the commands."""
+    """Writes the figures of all plots with the date, the versions and the commands."""
     versions = {name: importlib.metadata.version(name)
                 for name in ("torch", "transformers", "peft", "bitsandbytes")}
     runs = [{"command": f"python {(METHODS | EXTRA)[result['name']]} --seed {result['seed']}"}
@@ -371,7 +371,7 @@ def mean_points(results, name):
 
 
 def least_kl(right, start):
-    """The KL between two coins: no policy with this accuracy can be closer to the start.
+    """The KL between two biased coins: no policy with this accuracy can be closer to the start.
 
     Whether an answer is correct is a function of the answer, and a function cannot increase the KL.
     Because KL is convex, the mean over the prompts is not below the KL of the means.
@@ -380,7 +380,7 @@ def least_kl(right, start):
 
 
 def draw_accuracy(results, file):
-    """Bars: the share of correct answers before training, and what each method adds to it."""
+    """Draws bars: the share of correct answers before training, and what each method adds to it."""
     figure, axes = new_figure(1, 1, 10, 6.4)
     axis = axes[0, 0]
     start = next(result["points"][0]["sampled"] for result in results if result["name"] in METHODS)
@@ -432,7 +432,7 @@ def draw_frontier(results, file):
 
 
 def draw_curves(results, x, label, file):
-    """Accuracy against cost: one panel per family, with all other methods in grey behind it."""
+    """Accuracy against cost: one panel per family, with all other methods in gray behind it."""
     figure, axes = new_figure(2, 2, 10, 7.8)
     everyone = [name for _, names in FAMILIES.values() for name in names]
     for axis, (family, (color, names)) in zip(axes.flat, FAMILIES.items(), strict=True):
@@ -484,7 +484,7 @@ def save_figure(figure, file):
 
 
 def draw(results, images):
-    """Draws all plots; those of the failure modes need the logs of their runs."""
+    """Draws all plots, except for failure modes that were not run."""
     draw_accuracy(results, images / "accuracy.png")
     draw_frontier(results, images / "frontier.png")
     draw_curves(results, "answers", "answers seen", images / "answers.png")

@@ -31,11 +31,11 @@ METHODS = ["sft", "reward_model", "dpo", "kto", "online_dpo", "ppo", "grpo", "pr
 ORDER = [*METHODS, "common", "pairs", "evaluate", "plot", "chat", "exercise"]
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ORDER
            if (ROOT / f"{name}.py").exists()}
-# Scripts that are shown side by side, and functions with the same part under different names.
-NEIGHBOURS = {
+# Scripts that are shown side by side, and functions that play the same role under different names.
+NEIGHBORS = {
     ("ppo", "grpo"): {"token_rewards": "token_kl", "gae": "group_advantages",
                       "policy_loss": "token_losses", "minibatch_gradients": "group_gradients"},
-    ("dpo", "kto"): {"encode_pair": "encode_labelled", "preference_loss": "kto_loss",
+    ("dpo", "kto"): {"encode_pair": "encode_labeled", "preference_loss": "kto_loss",
                      "pair_losses": "answer_losses"},
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
@@ -66,7 +66,7 @@ def functions(source):
 
 
 def pieces(source):
-    """The file in its order as [comment, docstring, function, numbers of its lines of code].
+    """The pieces of a file in order, each as [comment, docstring, function, numbers of code lines].
 
     A piece begins at a comment on lines of its own, at a function and after a heading.
     """
@@ -128,14 +128,14 @@ def copies(script, function):
 
 
 LEGEND = """<p class="legend">Left: docstrings and comments. Right: the code that they belong to,
-with the line numbers of the file. Below the name of a function stand the scripts that have an
-identical copy of it, or a different function of that name. Imports, flags and housekeeping are
+with the line numbers of the file. Links below the name of a function lead to the scripts with an
+identical copy of it, or with a different function of that name. Imports, flags and housekeeping are
 folded; click to open them.</p>"""
 
 
 def script_page(script):
-    """Its HTML, and the links of its side index."""
-    beside = [link(f"{a}-{b}", f"{a} | {b}") for a, b in NEIGHBOURS if script in (a, b)]
+    """The HTML of a script's page, and the links of its side index."""
+    beside = [link(f"{a}-{b}", f"{a} | {b}") for a, b in NEIGHBORS if script in (a, b)]
     html = f"<h1>{script}.py</h1>" + f"<p>Side by side: {', '.join(beside)}</p>" * bool(beside)
     html += LEGEND
     index = folded = ""
@@ -158,7 +158,7 @@ def script_page(script):
         if function:
             index += f'<a href="#{function}">{function}</a>'
             said = f'<h3 id="{function}">{function}</h3>{said}{copies(script, function)}'
-        elif docstring:  # that of the whole script
+        elif docstring:  # the docstring of the script itself
             html += f'<div class="top">{said}</div>'
             said = ""
         row = f'<div class="row"><div class="prose">{said}</div><div>{shown}</div></div>'
@@ -169,10 +169,10 @@ def script_page(script):
     return html + "</details>" * (html.count("<details>") - html.count("</details>")), index
 
 
-# ---- neighbours ----------------------------------------------------------------------------------
+# ---- scripts side by side ------------------------------------------------------------------------
 
 def units(source):
-    """{name: its lines as (number, text)} of each function, and of what stands between them."""
+    """{name: lines as (number, text)} of each function, and of the code between functions."""
     found, rest, (docstring, *body) = {}, "imports and flags", ast.parse(source).body
     end = docstring.end_lineno
     for node in body:
@@ -185,7 +185,7 @@ def units(source):
 
 
 def in_pairs(left, right, counterparts):
-    """(name, the same or its counterpart or None), and (None, name), in the order of both lists."""
+    """Yields (left name, right name) in the order of both lists; None if one is missing."""
     partners, lone = [counterparts.get(name, name) for name in left], list(right)
     for name, partner in zip(left, partners, strict=True):
         before = right.index(partner) if partner in right else 0
@@ -198,9 +198,9 @@ def in_pairs(left, right, counterparts):
 
 
 def compare_page(left, right):
-    """What two scripts share, once and folded, and what differs, line beside line."""
+    """The HTML of two scripts side by side, and its index; identical functions are folded."""
     a, b = units(SOURCES[left]), units(SOURCES[right])
-    head = f'<h1 class="neighbours">{link(left)} | {link(right)}</h1>'
+    head = f'<h1 class="neighbors">{link(left)} | {link(right)}</h1>'
     head += f"""<p class="legend">Lines that both scripts have are pale. Lines that only
         {left}.py has are marked at the left, lines that only {right}.py has at the right, in the
         colors of the title. Functions that are identical in both are folded.</p>"""
@@ -208,7 +208,7 @@ def compare_page(left, right):
     for script in left, right:
         docstrings += f"<div>{prose(ast.get_docstring(ast.parse(SOURCES[script])))}</div>"
     html, index = f'{head}<div class="hunk top">{docstrings}</div>', ""
-    for name, other in in_pairs(list(a), list(b), NEIGHBOURS[left, right]):
+    for name, other in in_pairs(list(a), list(b), NEIGHBORS[left, right]):
         lines, others = a.get(name, []), b.get(other, [])
         texts = [text for _, text in lines], [text for _, text in others]
         if texts[0] == texts[1]:
@@ -231,7 +231,7 @@ def compare_page(left, right):
 # ---- all pages -----------------------------------------------------------------------------------
 
 def markdown_page(file, output):
-    """Its HTML; links to scripts and other markdown lead to their pages, other files are copied."""
+    """The HTML and index of a Markdown page. Linked files that have no page are copied."""
     parser = MarkdownIt().enable("table")
     tokens = parser.parse(file.read_text())
     index = ""
@@ -258,7 +258,7 @@ def markdown_page(file, output):
 
 
 def set_equations(tokens):
-    """Turns the symbols in the text of parsed Markdown, and its columns of formulas, into TeX."""
+    """Turns symbols and columns of formulas in parsed Markdown into TeX."""
     heads, column = [], 0
     for token, content in zip(tokens, tokens[1:], strict=False):
         if token.type == "thead_open":
@@ -281,17 +281,17 @@ def set_equations(tokens):
 
 
 def titles():
-    """{page: title} of all pages but the index, by kind."""
+    """Yields (kind, {page: title}) for all pages except the index."""
     methods = [name for name in SOURCES if name in METHODS]
     yield "Methods, in the order to read them", {name: f"{name}.py" for name in methods}
     yield "Tools", {name: f"{name}.py" for name in SOURCES if name not in METHODS}
-    yield "Side by side", {f"{a}-{b}": f"{a} | {b}" for a, b in NEIGHBOURS}
+    yield "Side by side", {f"{a}-{b}": f"{a} | {b}" for a, b in NEIGHBORS}
     first_lines = {name: file.read_text().splitlines()[0] for name, file in MARKDOWN.items()}
     yield "More", {name: line.strip("# ") for name, line in first_lines.items()}
 
 
 def index_page():
-    """What this is, where to start, and a line about every page."""
+    """The HTML of the start page: a summary, where to start, and a line about every page."""
     title, paragraph = MARKDOWN["readme"].read_text().split("\n\n")[:2]
     html = f"<h1>{title.strip('# ')}</h1>{prose(paragraph)}"
     html += (SITE / "templates/start.html").read_text()
@@ -306,7 +306,7 @@ def index_page():
 
 
 def build(output):
-    """Writes the pages and what they need into a folder."""
+    """Writes the pages and their assets to a folder."""
     shutil.copytree(SITE / "assets", output / "assets", dirs_exist_ok=True)
     dark = HtmlFormatter(style="github-dark").get_style_defs(".code")
     colors = HtmlFormatter(style="friendly").get_style_defs(".code")
@@ -314,7 +314,7 @@ def build(output):
     (output / "assets/colors.css").write_text(style)
     pages = {name: markdown_page(file, output) for name, file in MARKDOWN.items()}
     pages |= {name: script_page(name) for name in SOURCES} | {"index": index_page()}
-    pages |= {f"{a}-{b}": compare_page(a, b) for a, b in NEIGHBOURS}
+    pages |= {f"{a}-{b}": compare_page(a, b) for a, b in NEIGHBORS}
     template = Template((SITE / "templates/page.html").read_text())
     for page, (html, index) in pages.items():
         html = re.sub(r"<code>(\w+)\.py</code>(?!</a>)", lambda found: link(found[1], found[0])

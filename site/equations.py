@@ -1,7 +1,7 @@
 """Docstrings and comments as HTML: prose, commands, lists, tables, and typeset equations.
 
 The scripts write equations as Unicode text, `loss = −log σ(h)`. Here this text becomes TeX, which
-KaTeX typesets in the browser. Text that cannot be translated is shown as it is.
+KaTeX typesets in the browser. Text that cannot be translated is shown unchanged.
 """
 import re
 from html import escape
@@ -18,7 +18,7 @@ NAMES = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "varep
          "~": "sim", "{": "{", "}": "}", "|": "mid"}
 TEX = {text: rf"\{name} " for text, name in NAMES.items()} | {mark: mark for mark in "=+<',()[]"}
 TEX |= {"−": "-", "²": "^2", "E": r"\mathbb{E}\,", "‖": r"\,\Vert\,"}
-BRACKET = r"\((?:[^()]|\([^()]*\))*\)"  # with brackets in it, but none in those
+BRACKET = r"\((?:[^()]|\([^()]*\))*\)"  # may contain brackets, but one level only
 OPERAND = rf"(?:{BRACKET}|\|\w+\||\w+'?(?:{BRACKET})?)"
 TOKEN = re.compile(
     rf"(?P<over>{OPERAND}) ?/ ?(?P<under>{OPERAND})"
@@ -29,13 +29,13 @@ TOKEN = re.compile(
 def runs(text, inside=False):
     """An equation as [text, [TeX, ...]] pairs, where words between equations have no TeX.
 
-    Words inside of brackets are set upright. ValueError if anything is unknown or left open.
+    Words inside brackets are set upright. Raises ValueError for an unknown symbol or open bracket.
     """
     found, opened = [["", []]], []
     for match in TOKEN.finditer(text):
         token, following = match.group(), text[match.end():][:1]
         word = token == "a" or re.fullmatch(r"[A-Za-z']{2,}", token) and token not in TEX
-        word = word and following not in ("(", "[", "_")  # or it is the name of something
+        word = word and following not in ("(", "[", "_")  # otherwise it is a function or a variable
         if not (inside or opened) and (word or token in ",:;."):
             tex = []
         elif match["over"]:
@@ -66,7 +66,7 @@ def runs(text, inside=False):
             bracket, parts, start = opened.pop() if opened else ("", [], 0)
             if bracket + token not in ("()", "[]", "{}"):
                 raise ValueError(f"the brackets of the equation {text!r}")
-            if re.search(r"\\(frac|sum)", "".join(parts[start:])):  # tall ones around what is tall
+            if re.search(r"\\(frac|sum)", "".join(parts[start:])):  # tall brackets
                 parts[start], parts[-1] = r"\Bigl" + parts[start], r"\Bigr" + parts[-1]
     if opened:
         raise ValueError(f"the brackets of the equation {text!r}")
@@ -74,7 +74,7 @@ def runs(text, inside=False):
 
 
 def bare(text):
-    """TeX of what a fraction bar or an index holds together, so that it needs no brackets."""
+    """TeX without the outer brackets, which are redundant in a fraction and in an index."""
     if text.startswith("|"):
         return f"|{bare(text[1:-1])}|"
     text = text[1:-1] if re.fullmatch(rf"{BRACKET}|{{.*}}", text) else text
@@ -83,8 +83,8 @@ def bare(text):
 
 # ---- prose: docstrings and comments --------------------------------------------------------------
 
-# What looks like a flag, a file, a shape, a paper, or symbols such as π_ref, y' or π(y|x). Names in
-# code, such as max_length, are not symbols: after min, max and small letters an index is a letter.
+# Matches flags, files, shapes, papers, and symbols such as π_ref, y' or π(y|x). Names in code, such
+# as max_length, are not symbols: the index of min, max or a small letter is a single letter.
 INLINE = re.compile(
     r"(?P<code>`[^`]+`|(?<![\w-])--[a-z][a-z0-9-]*|\b[a-z_]+\.py\b"
     r"|\[\d*[A-Z][A-Z\d, +.-]*\])"
@@ -98,13 +98,13 @@ TERM = re.compile(r"(\[\d+\]|[a-z/][a-z_@/]*(?: [A-Z]+)?(?=  ))\s+(?![\s=])(.*(?
 
 
 def math(text, style=""):
-    """Words, and symbols that KaTeX typesets in the browser; without it the text stands there."""
+    """Words, and symbols that KaTeX typesets in the browser; without KaTeX their text is shown."""
     html = ""
     for said, tex in runs(text):
         tex = "".join(tex).strip()
-        tex = re.sub(r"(?<=[^,]) (?=\\text)", r"\\ ", tex)  # the spaces around words count
+        tex = re.sub(r"(?<=[^,]) (?=\\text)", r"\\ ", tex)  # TeX drops other spaces beside words
         tex = re.sub(r"(\\text{\w+}) ", r"\1\\ ", tex)
-        tex += "{}" * tex.endswith(("+", "-", "="))  # spaced as before a term, which is a word
+        tex += "{}" * tex.endswith(("+", "-", "="))  # the term after the operator is a word
         end = said[len(said.rstrip()):]
         html += escape(said) if not tex else (
             f'<span data-tex="{escape(style + tex)}">{escape(said.rstrip())}</span>{end}')
@@ -129,7 +129,7 @@ def inline(text):
 
 
 def symbols(text):
-    """The text of a Markdown page as HTML; lone Latin letters may be units and stay text."""
+    """The text of a Markdown page as HTML. Single Latin letters stay text, as they may be units."""
     html, end = "", 0
     for match in INLINE.finditer(text):
         is_symbol = match["math"] and not (len(match.group()) == 1 and match.group().isascii())
@@ -148,8 +148,8 @@ def typeset(text, style=""):
 
 
 def spans(line, style):
-    """The parts of a set-apart line, which stand two or more spaces apart."""
-    line = re.sub(r"\s{2,}([=+−])\s+", r" \1 ", line.strip())  # lined up by hand
+    """A line of a set-apart block as HTML. Its parts are two or more spaces apart."""
+    line = re.sub(r"\s{2,}([=+−])\s+", r" \1 ", line.strip())  # aligned by hand
     html, parts = "", re.split(r"\s{2,}", line)
     for number, part in enumerate(parts):
         margin = number and number + 1 == len(parts) and not parts[number - 1].endswith(",")
@@ -172,7 +172,7 @@ def is_preformatted(text):
 
 
 def apart(text):
-    """A set-apart block: preformatted text, terms with their meaning, or equations by line."""
+    """A set-apart block as HTML: preformatted text, terms with their meanings, or equations."""
     if is_preformatted(text):
         return f"<pre>{escape(text)}</pre>"
     if TERM.sub("", text).strip():
@@ -183,7 +183,7 @@ def apart(text):
 
 
 def blocks(docstring):
-    """Its paragraphs and set-apart blocks as (is it set apart, text)."""
+    """Yields the paragraphs and set-apart blocks of a docstring as (is it set apart, text)."""
     lines = docstring.splitlines()
     for indented, group in groupby(lines, lambda line: line.startswith("    ") if line else None):
         if indented is not None:

@@ -1,21 +1,21 @@
 """Rebuilds the embedded default: the tiny tokenizer, the tiny models and their data.
 
-    python tiny/make.py            # everything, written beside this file
-    python tiny/make.py chat       # only some of: data, steps, base, chat, reward, teacher
+    python tiny/make.py            # all stages; the results are written beside this file
+    python tiny/make.py chat       # some stages: data, steps, base, chat, reward, teacher
 
-The scripts need a model that a CPU can train within minutes, and that has something to gain from
-training: it has a skill but uses it unreliably. So this program pretrains one. A model of one
-million parameters in the Qwen2 architecture reads text about addition and subtraction until it can
-do sums. That is `tiny/base`: it continues text and has never seen a chat.
+The scripts need a model that a CPU can train within minutes and that has something to gain from
+training, because it has a skill but uses it unreliably. This program pretrains one from scratch. A
+model with one million parameters and the Qwen2 architecture reads text about addition and
+subtraction until it can do sums. The result, `tiny/base`, continues text and has never seen a chat.
 
-`tiny/chat` is the same model after it has imitated chats in which 43% of the answers are wrong, and
-users sometimes say so. It learned the format of a chat, and the mistakes with it: its sampled
-answers are correct about half of the time, although it can do better. That gap is what the
-post-training methods close. `tiny/reward` is an adapter on it that reward_model.py trained, for
-ppo.py, and `tiny/teacher` one that kto.py trained, for distill.py.
+`tiny/chat` is the same model after further training on chats in which 43% of the answers are wrong,
+and in which users sometimes say so. It has learned the format of a chat and also the mistakes:
+about half of its sampled answers are correct, although it can do better. That gap is what the
+post-training methods close. `tiny/reward` is an adapter on tiny/chat, trained by reward_model.py
+and used by ppo.py; `tiny/teacher` is another, trained by kto.py and used by distill.py.
 
-Everything follows from SEED. Questions that hash into HELD_OUT_SHARE appear in no training text of
-any stage, so that held-out accuracy measures arithmetic and not memory.
+Every random choice follows from SEED. Questions whose hash falls within HELD_OUT_SHARE appear in no
+text that a model is trained on, so held-out accuracy measures arithmetic and not memorization.
 """
 import hashlib
 import itertools
@@ -41,7 +41,7 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
-HELD_OUT_SHARE = 0.1  # share of all questions that are held out
+HELD_OUT_SHARE = 0.1  # share of the questions that are held out
 CORRECT_SHARE = 0.57  # share of correct answers in the chats that the chat model imitates
 TOP = 99  # operands lie in 0..TOP
 WRONG_STEP_SHARE = 0.25  # share of wrong lines in a solution in steps
@@ -76,7 +76,7 @@ def train_sums():
 def is_held_out(a, op, b):
     """Whether a question is held out; the same for a + b and b + a, and on every machine.
 
-    Python's own hash of a string would change from run to run.
+    Python's own hash() of a string changes from run to run.
     """
     key = f"{min(a, b)} {op} {max(a, b)}"
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
@@ -87,7 +87,7 @@ def result(a, op, b):
 
 
 def mistake(rng, a, op, b):
-    """A wrong result of a human kind: off by 1, 2 or 10, a lost carry, the other operation."""
+    """A human mistake: a result off by 1, 2 or 10, a lost carry, or the other operation."""
     correct = result(a, op, b)
     has_carry = op == "+" and a % 10 + b % 10 > 9
     lost_carry = a + b - 10 if has_carry else correct + 10
@@ -107,7 +107,7 @@ def equation(a, op, b, value):
 
 
 def document(rng, a, op, b):
-    """A pretraining text: an equation, a question with its answer, or a claim that is judged."""
+    """A pretraining text: an equation, a question with its answer, or a claim with a verdict."""
     correct = equation(a, op, b, result(a, op, b))
     kind = rng.random()
     if kind < 0.35:
@@ -127,9 +127,9 @@ def demonstration(rng, a, op, b):
 
 
 def with_feedback(rng, messages, a, op, b):
-    """The chat, in half of the cases with a verdict of the user on the answer.
+    """The chat; in half of the cases the user adds a verdict on the answer.
 
-    From the verdicts the model learns to tell correct answers from wrong ones.
+    From these verdicts the model learns to tell correct answers from wrong ones.
     """
     is_correct = messages[1]["content"] == equation(a, op, b, result(a, op, b))
     verdict = {"role": "user", "content": "Right." if is_correct else "Wrong."}
@@ -147,7 +147,7 @@ def write_rows(path, rows):
 
 
 def make_data():
-    """Three files for training and three of held-out questions, in the usual columns."""
+    """Writes three files for training and three with held-out questions."""
     rng = random.Random(SEED)
     sums = all_sums()
     rng.shuffle(sums)
@@ -173,13 +173,13 @@ def make_data():
 # ---- solutions in steps --------------------------------------------------------------------------
 
 def is_held_out_list(numbers):
-    """The same for every order of the numbers; for two numbers, the same as is_held_out."""
+    """Whether a sum is held out, in any order of its numbers; for two, as is_held_out says."""
     key = " + ".join(str(number) for number in sorted(numbers))
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
 
 
 def solution(rng, numbers, wrong_share):
-    """Partial sums, one per line, as (a, b, value), and a label for each: is it correct?
+    """Partial sums, one per line, as (a, b, value), and a label for each: is the line correct?
 
     A line has a wrong result with probability `wrong_share`, and the next line continues from it.
     After a wrong line no line is correct, even if its own sum is: it no longer leads to the answer.
@@ -197,7 +197,10 @@ def solution(rng, numbers, wrong_share):
 
 
 def long_sum(rng, held_out):
-    """Three or four numbers, of a held-out question or not, whose sum stays below TOP."""
+    """Three or four numbers of a question that is held out, or of one that is not.
+
+    Before the last of them is added, the correct sum is at most TOP - 10.
+    """
     while True:
         count = rng.choice([3, 4])
         numbers = [rng.randint(1, (TOP - 10) // (count - 1)) for _ in range(count)]
@@ -206,7 +209,7 @@ def long_sum(rng, held_out):
 
 
 def make_steps():
-    """Solutions in steps of longer sums: with wrong lines for prm.py, correct ones for sft.py."""
+    """Writes solutions of longer sums: with wrong lines for prm.py, without them for sft.py."""
     rng = random.Random(SEED + 3)
     for part, size in (("train", 3000), ("heldout", 300)):
         labeled = []
@@ -245,7 +248,7 @@ def make_tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    # The role names are in the corpus to make chats short; the base model never reads them.
+    # With the role names in the corpus, chats take fewer tokens. The base model never reads them.
     corpus = [document(rng, *s) for s in all_sums()] + ["user\n", "assistant\n"] * 1000
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
@@ -295,7 +298,7 @@ def fit(model, rows, steps, batch_size, learning_rate):
 
 
 def save(model, tokenizer, name):
-    """Saves in fp16, which halves the files; a run on a CPU loads the weights in fp32 again."""
+    """Saves the weights in fp16, which halves the files. On a CPU they are loaded in fp32."""
     model.half().save_pretrained(HERE / name)
     tokenizer.save_pretrained(HERE / name)
     print(f"tiny/{name}: {sum(p.numel() for p in model.parameters()):,} parameters")

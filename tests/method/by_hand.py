@@ -1,8 +1,8 @@
-"""A training run beside the same run by hand: the one harness of all tests in this folder.
+"""A training run and the same run computed by hand: the harness of all tests in this folder.
 
 The last tests of a method train for two or three steps on a handful of rows, and compute the same
-steps plainly: one sequence at a time, without padding, from all logits, with Adam as in its paper.
-What the script logged, and the weights that it ended with, must be these numbers:
+steps in the plainest way: one sequence at a time, without padding, from all logits, with Adam as in
+its paper. The figures that the script logged and its final weights must equal these numbers:
 
     run = by_hand.Run(dpo, tmp_path, ROWS, HELD_OUT, watch=["pair_losses"], beta=0.7)
     hand = by_hand.Training(run)                      # the weights before the first step
@@ -12,9 +12,9 @@ What the script logged, and the weights that it ended with, must be these number
     hand.check(run)                                   # each logged figure, each trained weight
     by_hand.close(run.summary["after"], figures_of_held_out, "held out")
 
-The script computes in float64 too, so that both ways to a number agree to a millionth and no
-mistake can hide behind rounding. (Other number formats: tests/system/test_loop.py.) Nothing of a
-script may be used in the computation by hand.
+The script computes in float64, too, so that both results agree to a millionth and no mistake can
+hide behind rounding. (tests/system/test_loop.py tests the other dtypes.) The computation by hand
+must not use any function of a script.
 """
 import contextlib
 import copy
@@ -48,22 +48,22 @@ def say(text):
 
 @functools.cache
 def tokenizer():
-    """The tiny model's. Its chat template is ChatML: <|im_start|>role\\n ... <|im_end|>\\n."""
+    """The tiny model's tokenizer, with ChatML: <|im_start|>role\\n ... <|im_end|>\\n."""
     return common.load_tokenizer("tiny/chat")
 
 
 def prompt_ids(messages):
-    """What the chat template makes of a prompt, up to the header of the answer."""
+    """The ids of a prompt in the chat template, up to and with the header of the answer."""
     return tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def answer_ids(text):
-    """An answer and the token that ends it."""
+    """The ids of an answer, with the token that ends it."""
     return tokenizer()(text + "<|im_end|>").input_ids
 
 
 def answer_to(prompt, number=0):
-    """A made-up sample that follows from the prompt and its number; 2, 5, 8, ... do not stop."""
+    """A made-up answer, a function of its prompt and its number. 2, 5, 8, ... do not stop."""
     draw = random.Random(f"{prompt} {number}")
     text = f"{draw.randrange(100)} + {draw.randrange(10)} = {draw.randrange(1000)}"
     ids = tokenizer()(text[draw.randrange(6):]).input_ids
@@ -71,25 +71,25 @@ def answer_to(prompt, number=0):
 
 
 def fixed_sample(model, _, prompts, copies, *rest):
-    """What `replace={"sample": by_hand.fixed_sample}` puts in place of `sample`."""
+    """A stand-in for `sample`, used as `replace={"sample": by_hand.fixed_sample}`."""
     return [answer_to(prompt, number) for prompt in prompts for number in range(copies)]
 
 
 # ---- models --------------------------------------------------------------------------------------
 
 def logps(model, prompt, answer, temperature=1.0):
-    """[N]: log π of each token of an answer, from all logits of one sequence without padding."""
+    """[N]: log π of each token of an answer, from all logits of one unpadded sequence."""
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
     return (logits / temperature).log_softmax(-1)[range(len(answer)), answer]
 
 
 def hidden_states(model, ids):
-    """[T, D]: what the head of a reward model or of a critic reads."""
+    """[T, D]: the input to the head of a reward model or critic."""
     return common.causal_lm(model).base_model(input_ids=torch.tensor([ids]))[0][0]
 
 
 def move(model, seed=0, std=0.02):
-    """Moves the policy away from its reference. (The B matrices of a new adapter are 0.)"""
+    """Moves the policy away from its reference. (A new LoRA adapter changes nothing.)"""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_B.default" in name:
@@ -97,7 +97,7 @@ def move(model, seed=0, std=0.02):
 
 
 def save_adapter(folder, **moved):
-    """An adapter on tiny/chat that is far from doing nothing: the --model of a run."""
+    """Saves an adapter on tiny/chat that has a clear effect, for use as the --model of a run."""
     model = common.load_model("tiny/chat", lora_rank=4)
     move(model, **moved)
     common.save_model(model, tokenizer(), folder)
@@ -107,13 +107,13 @@ def save_adapter(folder, **moved):
 # ---- the run -------------------------------------------------------------------------------------
 
 def exact_norm(self, x):
-    """transformers' own computes in fp32, whatever the dtype of x."""
+    """RMSNorm in float64. (The one in transformers computes in fp32, whatever the dtype of x.)"""
     normed = F.rms_norm(x.double(), self.weight.shape, eps=self.variance_epsilon)
     return (self.weight * normed).to(x.dtype)
 
 
 def exact_rotary(self, x, position_ids):
-    """As above."""
+    """Rotary embeddings in float64, for the same reason."""
     angles = position_ids[..., None].double() * self.inv_freq.double()  # [B, L, D/2]
     angles = torch.cat([angles, angles], dim=-1)
     return tuple(part.to(x.dtype) for part in (angles.cos(), angles.sin()))
@@ -124,7 +124,7 @@ Qwen2RMSNorm.forward, Qwen2RotaryEmbedding.forward = exact_norm, exact_rotary
 
 @contextlib.contextmanager
 def doubles():
-    """The scripts compute in float64."""
+    """Makes the scripts compute in float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         patch.setattr(common, "choose_dtype", lambda device: torch.float64)
@@ -136,14 +136,14 @@ def doubles():
 
 
 class Run:
-    """A call of a script's `train`, and what was seen of it.
+    """A call of a script's `train`, with a record of what it did.
 
-    It left `metrics` (a dict per step), `summary` and `saved` (weights by name) in `folder`.
-    `updates` has the `gradients` of each optimizer step before clipping, the `weights` after it and
-    `is_training`, the mode of the model. `calls[name]` has the calls of a function that `watch`
-    names: `args`, `result`, `is_training` (with gradients) and `update` (how many optimizer steps
-    there had been). `replace` puts functions in place of others of the script or, by names such as
-    "common.autocast", of common.
+    `metrics` (a dict per step), `summary` and `saved` (weights by name) are the files it left in
+    `folder`. `updates` holds, per optimizer step, the `gradients` before clipping, the `weights`
+    after the step, and `is_training`, the mode of the model. `calls[name]` holds the calls of each
+    function named in `watch`: `args`, `result`, `is_training` (whether gradients were on) and
+    `update` (the number of optimizer steps before the call). `replace` replaces functions of the
+    script or, under names such as "common.autocast", of common.
     """
 
     def __init__(self, script, folder, rows=None, held_out=None, watch=(), replace=None,
@@ -180,7 +180,7 @@ class Run:
 
         def update_and_keep(optimizer, *rest):
             weights = optimizer.param_groups[0]["params"]
-            if not self.updates:  # one copy of both: the weights stay those of the model
+            if not self.updates:  # one deepcopy, so that the copied weights belong to the copy
                 self.start = copy.deepcopy((self.model, weights))
             gradients = [None if w.grad is None else w.grad.clone() for w in weights]
             logged = update(optimizer, *rest)
@@ -200,7 +200,7 @@ class Run:
         return call.result
 
     def batches(self, name, position=1):
-        """The examples of each optimizer step: an argument of a watched function."""
+        """The examples of each optimizer step, read from an argument of a watched function."""
         batches = [[] for _ in self.updates]
         for call in self.calls[name]:
             if call.is_training:
@@ -208,16 +208,16 @@ class Run:
         return batches
 
     def fork(self, script, count):
-        """Trains in several processes. Of what they saw, only `updates` comes back."""
+        """Trains in several processes. Of their records, only `updates` of rank 0 comes back."""
         def work(rank):
             common.RANK, common.WORLD = rank, count
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{self.folder}.store", rank=rank, world_size=count)
-            torch.manual_seed(rank)  # nothing may follow from the random state of a process
+            torch.manual_seed(rank)  # processes start in different random states
             script.train(self.args)
             if rank == 0:
                 torch.save([vars(x) for x in self.updates], f"{self.folder}.updates")
-            os._exit(0)  # without the end of pytest
+            os._exit(0)  # skips pytest's shutdown
 
         torch.multiprocessing.start_processes(work, nprocs=count, start_method="fork")
         self.updates = [SimpleNamespace(**x) for x in torch.load(f"{self.folder}.updates")]
@@ -228,7 +228,8 @@ class Run:
 class Training:
     """The weights before the first step of a run, and optimizer steps from there.
 
-    `model` is the policy, `reference` a frozen copy. A critic's head is `weights[-1]`.
+    `model` is the policy, `reference` is a frozen copy of it, and `weights[-1]` is the head, if the
+    script trains a critic.
     """
 
     def __init__(self, run):
@@ -240,10 +241,10 @@ class Training:
         self.logged, self.count = [], 0
 
     def update(self, loss):
-        """A gradient, clipped to norm 1, and a step of Adam (Kingma and Ba 2015, algorithm 1)."""
+        """One step of Adam (Kingma and Ba 2015, algorithm 1), the gradient clipped to norm 1."""
         gradients = torch.autograd.grad(loss, self.weights)
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
-        assert self.steps < 6  # or there is a warm-up; without one, a cosine from the peak to 0
+        assert self.steps < 6  # fewer than 6 steps have no warm-up, only the cosine decay
         rate = self.peak * math.cos(math.pi * len(self.logged) / (2 * self.steps)) ** 2
         self.count += 1
         for weight, g, m, v in zip(self.weights, gradients, self.first, self.second, strict=True):
@@ -255,11 +256,11 @@ class Training:
         return {"loss": loss.item(), "grad_norm": norm, "learning_rate": rate}
 
     def log(self, figures):
-        """Ends a logged step, which may have had several updates."""
+        """Records the figures of a logged step, which may have had several updates."""
         self.logged.append(figures)
 
     def check(self, run, rel=1e-6):
-        """Figures and weights of the run are those by hand."""
+        """Asserts that figures and weights of the run equal those computed by hand."""
         for line, figures in zip(run.metrics, self.logged, strict=True):
             close(line, figures, f"step {line['step']}", rel)
         ends = zip(self.weights, self.start, run.updates[-1].weights, strict=True)
@@ -271,7 +272,7 @@ class Training:
 
 
 def close(ours, expected, where, rel=1e-6, absolute=1e-9):
-    """Numbers are equal, or those that a dict `expected` names."""
+    """Asserts that two numbers agree, or two dicts, in the names that `expected` has."""
     if isinstance(expected, dict):
         for name, value in expected.items():
             assert name in ours, f"{where}: there is no {name} in {sorted(ours)}"
@@ -283,16 +284,24 @@ def close(ours, expected, where, rel=1e-6, absolute=1e-9):
 
 
 def guess(ours, expected):
-    """The mistake that most often turns one number into the other."""
+    """A likely mistake that would turn one number into the other."""
     ratio = ours / expected if ours and expected else 0
     if math.isclose(ratio, -1, rel_tol=1e-3):
         return ": is a sign flipped?"
     for n in range(2, 33):
         if math.isclose(ratio, n, rel_tol=1e-3) or math.isclose(ratio, 1 / n, rel_tol=1e-3):
-            return f" (a factor of {n}): a sum in place of a mean, or a mean over other things?"
+            return f" (a factor of {n}): a sum in place of a mean, or a mean over the wrong thing?"
     return ""
 
 
+def documented(script, *places):
+    """Each pair of a text with {} in it and a number is in the docstring of the script."""
+    prose = " ".join(script.__doc__.split())
+    for text, number in places:
+        text = text.format(float(number)).replace("-", "−")
+        assert text in prose, f"the docstring of {script.__name__}.py does not say {text!r}"
+
+
 def same(ours, expected, words, atol=1e-12):
-    """Tensors are equal; `words` name the quantity and the likely mistake."""
+    """Asserts that tensors are equal. `words` names the quantity and the likely mistake."""
     torch.testing.assert_close(ours, expected, atol=atol, rtol=0, msg=lambda x: f"{words}\n{x}")

@@ -1,7 +1,4 @@
-"""GRPO and its variants: losses, advantages, a run by hand, the worked example.
-
-Sampling is in test_sampling.py; seeds, prompts and samples are in tests/system/test_rollouts.py.
-"""
+"""GRPO and its variants: losses, advantages, a run by hand. Sampling is in test_sampling.py."""
 import math
 import re
 import statistics
@@ -18,7 +15,7 @@ LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 # ---- the loss ------------------------------------------------------------------------------------
 
 def plain_loss(loss, logps, old, ref, advantages, kept, beta, low, high, longest):
-    """The equations, of one [N_i] tensor per completion; and the share of clipped tokens."""
+    """The equations, on one [N_i] tensor per completion, and the share of clipped tokens."""
     total = clipped = 0
     tokens = sum(len(x) for x, keep in zip(logps, kept, strict=True) if keep)
     for x, o, r, a, keep in zip(logps, old, ref, advantages, kept, strict=True):
@@ -41,7 +38,7 @@ def plain_loss(loss, logps, old, ref, advantages, kept, beta, low, high, longest
 
 
 def our_loss(logps, old, ref, advantages, mask, loss, beta=0.3):
-    """The loss of a batch, as the script puts its functions together."""
+    """The loss of a batch, put together from the functions of the script as `train` does."""
     losses, is_clipped = grpo.token_losses(logps, old, advantages, mask, loss, 0.2, 0.28)
     weights = grpo.token_weights(mask, loss, len(mask), mask.sum(), 9)
     return ((losses + beta * grpo.token_kl(logps, ref)) * weights).sum(), is_clipped
@@ -55,7 +52,7 @@ def random_batch(seed, rows=6, width=7):
     mask = (torch.arange(width) >= start) & (torch.arange(width) < end)
     logps = -2 * torch.rand(rows, width, generator=g, dtype=torch.float64) - 0.1
     noise = torch.randn(2, rows, width, generator=g, dtype=torch.float64)
-    # What stands outside the mask may not be read.
+    # Nothing outside the mask may be read. A constant there shows if it is.
     logps, old, ref = (x.where(mask, 0.7) for x in (logps, *(logps + 0.5 * noise)))
     advantages = torch.randn(rows, generator=g, dtype=torch.float64)
     return logps.requires_grad_(), old, ref, advantages, mask.long()
@@ -67,28 +64,27 @@ def gradient(value, tensor):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_and_its_gradient_are_those_of_its_equation(loss):
-    """Value, gradient and clip; nothing is read outside the mask."""
+    """Losses, gradients and clip fractions agree, and nothing outside the mask is read."""
     for seed in range(5):
         logps, old, ref, advantages, mask = random_batch(seed)
         lists = [[row[m.bool()] for row, m in zip(x, mask, strict=True)] for x in (logps, old, ref)]
-        expected, share = plain_loss(
-            loss, *lists, advantages, [True] * 6, 0.3, 0.2, 0.28, longest=9)
+        expected, share = plain_loss(loss, *lists, advantages, [True] * 6, 0.3, 0.2, 0.28, 9)
         value, is_clipped = our_loss(logps, old, ref, advantages, mask, loss)
         by_hand.close(value.item(), expected.item(), f"loss of {loss}")
         by_hand.same(gradient(value, logps), gradient(expected, logps), f"gradient of {loss}", 1e-7)
         by_hand.close(((is_clipped * mask).sum() / mask.sum()).item(), share, "clipped", 1e-5)
-    # As when DAPO drops every group: no division by 0 tokens.
+    # DAPO may drop every group, and 0 tokens must not become a division by 0.
     assert (grpo.token_weights(torch.zeros(2, 3), loss, 2, torch.tensor(0), 9) == 0).all()
 
 
 def test_at_ratio_1_grpo_is_reinforce_with_a_group_baseline():
-    """The loss is 0 except for the KL, but its gradient is that of −A mean_t log π."""
+    """Apart from the KL, the loss is 0, but its gradient is the gradient of −A mean_t log π."""
     logps, _, ref, _, mask = random_batch(3)
     advantages = grpo.group_advantages(torch.rand(2, 3, dtype=torch.float64)).flatten()
     loss, _ = our_loss(logps, logps.detach(), ref, advantages, mask, "grpo", beta=0.0)
     reinforce = -(advantages * (logps * mask).sum(1) / mask.sum(1)).mean()
-    assert abs(loss.item()) < 1e-7, "the advantages of a group add up to 0, and so does the loss"
-    by_hand.same(gradient(loss, logps), gradient(reinforce, logps), "gradient: REINFORCE's?", 1e-7)
+    assert abs(loss.item()) < 1e-7, "the advantages of a group add up to 0, so the loss must be 0"
+    by_hand.same(gradient(loss, logps), gradient(reinforce, logps), "REINFORCE gradient", 1e-7)
 
 
 @pytest.mark.parametrize("loss", LOSSES[:4])
@@ -96,30 +92,30 @@ def test_at_ratio_1_grpo_is_reinforce_with_a_group_baseline():
     (1.0, 0.7, True), (1.0, 1.25, True), (1.0, 1.3, False),
     (-1.0, 0.7, False), (-1.0, 0.85, True), (-1.0, 1.3, True)])
 def test_the_clip_stops_going_further_and_never_the_way_back(loss, advantage, ratio, moves):
-    """Up with A > 0 it binds beyond 1 + ε_high, down with A < 0 below 1 − ε."""
+    """With A > 0, the clip binds above 1 + ε_high; with A < 0, it binds below 1 − ε."""
     logps = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
     losses, is_clipped = grpo.token_losses(
         logps, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), loss, 0.2, 0.28)
     bound = 1.28 if ratio > 1 else 0.8
     slope = gradient(losses.sum(), logps).item()
     by_hand.close(losses.item(), -advantage * (ratio if moves else bound), "loss: min, not max?")
-    by_hand.close(slope, -advantage * ratio if moves else 0, "gradient: is the way back clipped?")
+    by_hand.close(slope, -advantage * ratio if moves else 0, "gradient: one that leads back?")
     assert is_clipped.item() is not moves
 
 
 def test_gspo_has_one_ratio_per_sequence_the_geometric_mean():
-    """Token ratios 4 and 1/4 are far outside the clip, their mean is not; all tokens move alike."""
+    """Ratios 4 and 1/4 are outside the clip, but their mean, 1, is not. All tokens move alike."""
     logps = torch.tensor([[math.log(4), -math.log(4), 0.7], [0.6, 0.6, 0.7]], requires_grad=True)
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     losses, is_clipped = grpo.token_losses(
         logps, torch.zeros(2, 3), torch.ones(2), mask, "gspo", 0.2, 0.28)
     by_hand.same(gradient((losses * mask).sum(), logps),
-                 torch.tensor([[-1.0, -1, 0], [0, 0, 0]]), "gradient: one per sequence?", 1e-6)
+                 torch.tensor([[-1.0, -1, 0], [0, 0, 0]]), "gradient: a ratio per token?", 1e-6)
     assert is_clipped[:, :2].tolist() == [[False, False], [True, True]]
 
 
 def test_cispo_bounds_a_weight_without_gradient_at_epsilon_high_itself():
-    """Every token keeps a gradient, −min(ρ, ε_high) A; there is no bound from below."""
+    """Every token keeps its gradient, −min(ρ, ε_high) A. There is no bound from below."""
     logps = torch.tensor([[0.01, 0.5, 4.9, 5.1, 50.0]]).log().requires_grad_()
     losses, is_clipped = grpo.token_losses(logps, torch.zeros(1, 5), torch.tensor([-2.0]),
                                            torch.ones(1, 5), "cispo", 0.2, 5.0)
@@ -129,22 +125,22 @@ def test_cispo_bounds_a_weight_without_gradient_at_epsilon_high_itself():
 
 
 def test_k3_by_enumeration():
-    """E_π k3 is KL(π ‖ π_ref); on policy its expected gradient is that of KL(π_ref ‖ π)."""
+    """E_π[k3] is KL(π ‖ π_ref), and E_π[∇k3] is the gradient of KL(π_ref ‖ π)."""
     torch.manual_seed(0)
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
     logps = logits.log_softmax(0)
     expected = (logps.exp().detach() * grpo.token_kl(logps, ref)).sum()
-    forward, reverse = (logps.exp() * (logps - ref)).sum(), (ref.exp() * (ref - logps)).sum()
-    by_hand.close(expected.item(), forward.item(), "E k3, KL(π ‖ π_ref)")
-    by_hand.same(gradient(expected, logits), gradient(reverse, logits), "E ∇k3, ∇KL(π_ref ‖ π)")
+    reverse, forward = (logps.exp() * (logps - ref)).sum(), (ref.exp() * (ref - logps)).sum()
+    by_hand.close(expected.item(), reverse.item(), "E[k3], KL(π ‖ π_ref)")
+    by_hand.same(gradient(expected, logits), gradient(forward, logits), "E[∇k3], ∇KL(π_ref ‖ π)")
     assert (grpo.token_kl(logps, ref) > 0).all() and (grpo.token_kl(ref, ref) == 0).all()
 
 
 # ---- advantages ----------------------------------------------------------------------------------
 
 def plain_advantages(group, loss="grpo", baseline="group"):
-    """By the statistics module, whose standard deviation is over G − 1."""
+    """Advantages by the statistics module, whose standard deviation divides by G − 1."""
     mean, std = statistics.fmean(group), statistics.stdev(group) + 1e-4
     others = [statistics.fmean(group[:i] + group[i + 1:]) for i in range(len(group))]
     of_group = [(r - mean) / (1 if loss == "dr_grpo" else std) for r in group]
@@ -153,7 +149,7 @@ def plain_advantages(group, loss="grpo", baseline="group"):
 
 
 def test_advantages_against_the_statistics_module():
-    """Standardized over G − 1 with 1e-4; without the std; leave-one-out; the bare reward."""
+    """With and without division by the std, with a leave-one-out baseline and with none."""
     rewards = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for loss, baseline in (("grpo", "group"), ("dr_grpo", "group"), ("grpo", "rloo"), ("", "none")):
         ours = grpo.group_advantages(rewards, baseline, scale=loss == "grpo")
@@ -163,13 +159,13 @@ def test_advantages_against_the_statistics_module():
 
 @pytest.mark.parametrize("size", [2, 3, 5, 7, 11, 13])
 def test_equal_rewards_give_exactly_no_advantage(size):
-    """Also where the rounded mean of equal numbers is another, which 1e-4 would blow up."""
+    """Even if rounding makes the mean of equal numbers differ from them, and 1e-4 divides it."""
     rewards = torch.tensor([0.1, 1 / 3, 0.7, -1e-3, 1e6 + 0.1])[:, None].expand(-1, size)
     for baseline, scale in (("group", True), ("group", False), ("rloo", True)):
-        assert (grpo.group_advantages(rewards, baseline, scale) == 0).all(), "rounding / 1e-4"
+        assert (grpo.group_advantages(rewards, baseline, scale) == 0).all(), "rounding error / 1e-4"
 
 
-# ---- a run, and the same by hand -----------------------------------------------------------------
+# ---- a run, recomputed by hand -------------------------------------------------------------------
 
 CASES = {  # loss: baseline, epsilon, epsilon-high
     "grpo": ("group", 0.1, 0.15), "dr_grpo": ("group", 0.15, 0.1), "dapo": ("rloo", 0.1, 0.15),
@@ -178,7 +174,7 @@ ROWS = [{"prompt": by_hand.ask(text), "answer": answer} for text, answer in (
     ("What is 5 - 2?", "3"), ("Tom has 14 figs and gets 83 more. How many figs now?", "97"),
     ("What is 9 - 8 and 12 + 9?", "21"), ("What is 6 - 4?", "2"))]
 REWARD = """
-def varied(prompts, completions, answer, **columns):  # all completions for 3 get the same
+def varied(prompts, completions, answer, **columns):  # the prompt with answer 3: all equal
     return [1 if x == "3" else sum(map(ord, y)) % 8 for x, y in zip(answer, completions)]
 """
 
@@ -194,7 +190,7 @@ def run_grpo(folder, loss, **flags):
 
 
 def run_by_hand(run, loss):
-    """Two rollouts with two updates each."""
+    """The same two rollouts with two updates each, computed from the equations."""
     hand, limits = by_hand.Training(run), CASES[loss][1:]
     for call in run.calls["rollout"][1:3]:
         batch, answers = call.result
@@ -227,7 +223,7 @@ def run_by_hand(run, loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_rollouts_are_those_by_hand(loss, tmp_path):
-    """Each logged number and weight; also in parts and by two processes."""
+    """Each logged number and weight, also with micro-batches and (dapo) with two processes."""
     run = run_grpo(tmp_path / "whole", loss, micro_batch_size=9)
     with by_hand.doubles():
         hand = run_by_hand(run, loss)
@@ -239,7 +235,7 @@ def test_two_rollouts_are_those_by_hand(loss, tmp_path):
 # ---- the worked example --------------------------------------------------------------------------
 
 def test_the_worked_example_of_the_docstring():
-    """Each line of numbers is what the functions of the script give."""
+    """The functions of the script give each number of the table and of the KL example."""
     for group in ([1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]):
         rewards = torch.tensor([group]).double()
         numbers = [f"{rewards.mean():.2f}", f"{rewards.std():.3f}"]

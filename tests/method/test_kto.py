@@ -1,6 +1,6 @@
 """KTO: the loss, the mask, the reference point z, and a run by hand, in the order of kto.py.
 
-How labels are read and how steps are planned is in tests/system/test_preference_rows.py.
+Labels and the plan of the steps are tested in tests/system/test_preference_rows.py.
 """
 import copy
 import statistics
@@ -19,7 +19,7 @@ def row(prompt, answer, label):
     return {"prompt": ask(prompt), "completion": say(answer), "label": label}
 
 
-# Prompts and answers of different lengths, some prompts several times; four answers are desirable.
+# Prompts and answers differ in length, and some prompts repeat. Four answers are desirable.
 ROWS = [row("Add 1 and 2.", "1 + 2 = 3", True), row("Add 1 and 2.", "No.", False),
         row("Add 1 and 2.", "1 + 2 = 12 = 3 = 4", False), row("Add 30 and 3.", "30 + 3 = 33", True),
         row("What is 9 - 4?", "9 - 4 = 5", True), row("What is 9 - 4?", "5 or 6", False),
@@ -32,7 +32,7 @@ PAIR = {"prompt": ask("Add 1 and 2."), "chosen": say("1 + 2 = 3"), "rejected": s
 
 
 def encoded(rows, max_length=64):
-    return common.encode_rows("rows", rows, kto.encode_labelled, tokenizer(), max_length)
+    return common.encode_rows("rows", rows, kto.encode_labeled, tokenizer(), max_length)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -42,34 +42,29 @@ LABELS = torch.tensor([True, False, True, False, True, False])
 
 
 def test_the_worked_example_of_the_docstring():
-    """Log-ratio 3, z 1, β 0.1: each number that the docstring gives."""
+    """Every number that the docstring gives for the log-ratio 3, z = 1 and β = 0.1."""
     ratios = torch.tensor([3.0, 3.0], requires_grad=True)
     losses = kto.kto_loss(ratios, torch.tensor([True, False]), 1.0, 0.1, 1.0, 1.0)
-    gradients = torch.autograd.grad(losses.sum(), ratios)[0].tolist()
-    prose = " ".join(kto.__doc__.split())
-    for what, value, number, text in [
-            ("desirable loss", losses[0].item(), 0.450, "loss is 1 − 0.550 = 0.450"),
-            ("undesirable loss", losses[1].item(), 0.550, "1 − σ(−0.2) = 0.550"),
-            ("gradient, desirable", gradients[0], -0.0248, "−0.0248 on log π(y|x)"),
-            ("gradient, undesirable", gradients[1], 0.0248, "+0.0248 if not")]:
-        close(round(value, 4 if "gradient" in what else 3), number, what, absolute=1e-6)
-        assert text in prose, f"the docstring does not say {text!r}"
+    slopes = torch.autograd.grad(losses.sum(), ratios)[0]
+    by_hand.documented(
+        kto, ("loss is 1 − 0.550 = {:.3f}", losses[0]), ("1 − σ(−0.2) = {:.3f}", losses[1]),
+        ("= {:.4f} if y is desirable", slopes[0]), ("{:+.4f} if not", slopes[1]))
 
 
-def value_by_hand(ratio, label, z, beta, desirable_weight, undesirable_weight):
-    """λ_D (1 − σ(β(ρ − z))) or λ_U (1 − σ(β(z − ρ))), of tensors."""
+def loss_by_hand(ratio, label, z, beta, desirable_weight, undesirable_weight):
+    """λ_D (1 − σ(β(ρ − z))) or λ_U (1 − σ(β(z − ρ))), where ρ is the log-ratio."""
     if label:
         return desirable_weight * (1 - 1 / (1 + torch.exp(-beta * (ratio - z))))
     return undesirable_weight * (1 - 1 / (1 + torch.exp(-beta * (z - ratio))))
 
 
 def test_the_loss_is_its_equation_and_its_gradient_is_largest_at_z():
-    """The gradient is −λ_D β σ(1 − σ), or +λ_U β σ(1 − σ): far from z, an answer has none."""
+    """The gradient is −λ_D β σ(1 − σ) or +λ_U β σ(1 − σ), which vanishes far from z."""
     ratios = RATIOS.clone().requires_grad_()
     settings = 0.4, 0.7, 1.3, 0.6  # z, β, λ_D, λ_U
     losses = kto.kto_loss(ratios, LABELS, *settings)
     for i, label in enumerate(LABELS.tolist()):
-        close(losses[i].item(), value_by_hand(RATIOS[i], label, *settings), f"loss, label {label}")
+        close(losses[i].item(), loss_by_hand(RATIOS[i], label, *settings), f"loss, label {label}")
     assert torch.autograd.gradcheck(lambda x: kto.kto_loss(x, LABELS, *settings), ratios)
     gradient, = torch.autograd.grad(losses.sum(), ratios)
     sigma = torch.sigmoid(0.7 * (RATIOS - 0.4))
@@ -88,32 +83,23 @@ def text_of(example):
     return tokenizer().decode(example["prompt"]), tokenizer().decode(trained), example["label"]
 
 
-def test_a_pair_taken_apart_is_two_labelled_rows():
-    """The same examples, of messages with and without an explicit prompt, and of strings."""
+def test_a_pair_taken_apart_is_two_labeled_rows():
+    """Its prompt is a column, the start of both sides, or both; or all are strings."""
     single = encoded(ROWS[:2])
     whole = {side: PAIR["prompt"] + PAIR[side] for side in ("chosen", "rejected")}
-    assert encoded([PAIR]) == encoded([whole]) == single
+    for pair in PAIR, whole, PAIR | whole:
+        assert encoded([pair]) == single
     header = "<|im_start|>user\nAdd 1 and 2.<|im_end|>\n<|im_start|>assistant\n"
     assert text_of(single[0]) == (header, "1 + 2 = 3<|im_end|>", True), "chosen: desirable"
     assert text_of(single[1]) == (header, "No.<|im_end|>", False), "rejected: undesirable"
-    texts = [{"prompt": "1 + 1", "completion": " = 2", "label": True},
-             {"prompt": "1 + 1", "completion": " = 3", "label": False}]
-    assert encoded([{"prompt": "1 + 1", "chosen": " = 2", "rejected": " = 3"}]) == encoded(texts)
-    assert text_of(encoded(texts)[0]) == ("1 + 1", " = 2" + tokenizer().eos_token, True)
-
-
-def test_every_turn_of_a_completion_is_trained_and_nothing_of_the_prompt():
-    """Earlier answers belong to the prompt, and a user's turn in between is not trained."""
-    example, = encoded([{"prompt": ask("Add 1 and 2.") + say("3") + ask("And 4?"), "label": False,
-                         "completion": say("7") + ask("And 1?") + say("8")}])
-    prompt, *rest = text_of(example)
-    assert rest == ["7<|im_end|>8<|im_end|>", False] and prompt.count("assistant\n") == 2
+    chosen, _ = encoded([{"prompt": "1 + 1", "chosen": " = 2", "rejected": " = 3"}])
+    assert text_of(chosen) == ("1 + 1", " = 2" + tokenizer().eos_token, True)
 
 
 # ---- the reference point -------------------------------------------------------------------------
 
 def partners(prompts):
-    """For each answer the number of its prompt for z: the next around the circle that differs."""
+    """For each answer, the index of its prompt for z: the next one, cyclically, that differs."""
     circle = [[(i + step) % len(prompts) for step in range(1, len(prompts))]
               for i in range(len(prompts))]
     return [next(j for j in others if prompts[j] != prompts[i]) for i, others in enumerate(circle)]
@@ -129,7 +115,7 @@ def tokens_of(row):
 
 
 def z_by_hand(model, reference, rows):
-    """The mean over mismatched answers, which may be below 0 here."""
+    """The mean log-ratio of mismatched answers, not yet clamped at 0."""
     prompts, answers, _ = zip(*map(tokens_of, rows), strict=True)
     with torch.no_grad():
         return sum(log_ratio(model, reference, prompts[j], answer).item()
@@ -138,7 +124,7 @@ def z_by_hand(model, reference, rows):
 
 @pytest.mark.parametrize("std, sign", [(0.02, 1), (-0.01, -1)])
 def test_z_is_the_mean_over_mismatched_answers_but_not_below_0(std, sign):
-    """By brute force, one answer at a time, for any micro-batch."""
+    """By brute force, one answer at a time, for several micro-batch sizes."""
     torch.manual_seed(0)
     with by_hand.doubles():
         model = common.load_model("tiny/chat")
@@ -150,11 +136,11 @@ def test_z_is_the_mean_over_mismatched_answers_but_not_below_0(std, sign):
             z = kto.reference_point(model, encoded(ROWS), args, tokenizer())
             close(z, max(0.0, mean), f"z with micro-batches of {size}; the mean is {mean:.3f}")
         assert mean * sign > 0.03, f"this test needs a mean above 0 and one below, not {mean}"
-        assert kto.reference_point(model, encoded(ROWS[:3]), args, tokenizer()) == 0, "no mismatch"
+        assert kto.reference_point(model, encoded(ROWS[:3]), args, tokenizer()) == 0, "one prompt"
 
 
 def test_a_prompt_is_not_another_one_because_a_token_spans_its_end():
-    """"1 + 1" and "1 + " before "12": one is a prefix of the other, so neither is mismatched."""
+    """A token "12" can span prompt "1 + 1" and answer "2", so a prefix is the same prompt."""
     prompts = [[5, 6, 7], [5, 6], [5, 6, 7], [8, 9], [5, 6, 7, 8]]
     examples = [{"prompt": ids, "head": i, "answer": i} for i, ids in enumerate(prompts)]
     pairs = kto.mismatched(examples)
@@ -166,12 +152,12 @@ def test_a_prompt_is_not_another_one_because_a_token_spans_its_end():
 # ---- a run by hand -------------------------------------------------------------------------------
 
 def figures_by_hand(model, reference, rows, args):
-    """The mean loss over answers, with its gradient, and all that is logged."""
+    """The mean loss over answers, with its gradient, and every figure that is logged."""
     z = max(0.0, z_by_hand(model, reference, rows))
     losses, of_label = [], {True: [], False: []}
     for prompt, answer, label in map(tokens_of, rows):
         ratio = log_ratio(model, reference, prompt, answer)
-        losses.append(value_by_hand(
+        losses.append(loss_by_hand(
             ratio, label, z, args.beta, args.desirable_weight, args.undesirable_weight))
         logp = by_hand.logps(model, prompt, answer).sum().item()
         of_label[label].append((args.beta * ratio.item(), logp))
@@ -187,7 +173,7 @@ def figures_by_hand(model, reference, rows, args):
     {"micro_batch_size": 3}, {"micro_batch_size": 100, "model": "adapter", "learning_rate": 5e-3},
     ], ids=str)
 def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
-    """Every figure and weight of three steps, and what is held out; z is above 0."""
+    """Every figure and weight of three steps, and all held-out figures, with a z above 0."""
     if "model" in flags:
         flags = flags | {"model": by_hand.save_adapter(tmp_path / "adapter")}
     run = by_hand.Run(
@@ -207,20 +193,16 @@ def test_a_run_equals_the_same_steps_by_hand(flags, tmp_path):
 
 
 def test_a_run_starts_at_half_the_weights_and_at_z_0_and_reads_no_reference_gradient(
-        tmp_path, capsys, monkeypatch):
-    """In 4 bits as well: at the start, the policy is its own reference."""
+        tmp_path, monkeypatch):
+    """At the start the policy equals its reference, in 4 bits as well."""
     modes, reference = [], common.reference
     monkeypatch.setattr(common, "reference", lambda model: modes.append(
         torch.is_grad_enabled()) or reference(model))
     run = by_hand.Run(kto, tmp_path, ROWS[3:8], HELD_OUT, desirable_weight=1.5, eval_every=1,
                       undesirable_weight=0.8, load_in_4bit="on", double=False)
-    assert all(update.is_training for update in run.updates), "evaluate() leaves the model in eval"
+    assert all(update.is_training for update in run.updates), "evaluate() left eval mode on"
     for figures, count, desirable in (run.metrics[0], 4, 2), (run.summary["before"], 3, 1):
         expected = (1.5 * desirable + 0.8 * (count - desirable)) / count / 2
         close(figures["loss"], expected, "first loss: (n_D λ_D + n_U λ_U) / 2n", 1e-6)
         assert figures["margin"] == figures["z"] == figures["chosen_reward"] == 0
-    assert modes and not any(modes), "the reference is read with a gradient"
-    parts = capsys.readouterr().out.split("\033[32m")[1:3]
-    green = {part.split("\033[0m")[0] for part in parts}
-    assert green & {"30 + 3 = 33<|im_end|>", "9 - 4 = 5<|im_end|>", "42<|im_end|>"}, "desirable"
-    assert green & {"5 or 6<|im_end|>", "40 + 2 = 402<|im_end|>"}, "undesirable, shown in green"
+    assert modes and not any(modes), "the reference is run with a gradient"

@@ -1,19 +1,18 @@
 """The process reward model in the order of prm.py: rows, steps, loss, figures, training by hand.
 
 tests/system/test_loop.py tests what all scripts share: the optimizer step, dtypes, processes.
-tests/system/test_steps.py tests which rows are refused, and `step_ends` with many tokenizers.
+test_reward_model.py tests the token at which a step is read, and tests/system/test_steps.py which
+rows are refused, and `step_ends` with many tokenizers.
 """
 import functools
 import math
 import random
-from types import SimpleNamespace
 
 import by_hand
 import pytest
 import torch
-from by_hand import ask, close
+from by_hand import ask, close, same
 
-import common
 import prm
 
 PROCESS = functools.partial(prm.encode_solution, outcome=False)
@@ -38,53 +37,6 @@ def test_an_example_is_prompt_answer_ends_labels_and_masks():
         "solution": solution | {"loss_mask": [0, 1]}}
 
 
-def test_tools_reach_the_template():
-    tokenizer = common.load_tokenizer("tiny/chat")
-    tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
-    example = PROCESS(ROW | {"tools": [{"name": "add"}]}, tokenizer, 512)
-    assert tokenizer.decode(example["prompt"]).startswith('[{"name": "add"}]')
-
-
-# ---- the token at which a step is read -----------------------------------------------------------
-
-@pytest.mark.parametrize("pad", [0, 7, 40])
-def test_padding_changes_no_logit(pad):
-    """Rows have padded tokens and padded steps. Each logit depends only on the tokens up to it."""
-    model = common.load_model("tiny/chat", lora_rank=1, task="SEQ_CLS").eval()
-    head = common.causal_lm(model).score
-    rows = ([3, 9, 12, pad], [1, 3]), ([pad, 3, pad, pad, 8, 1], [0, 2, 3]), ([5], [0])
-    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids), "step_ends": ends}
-                for ids, ends in rows]
-    logits = prm.step_logits(model, prm.collate(examples, pad, "cpu"), head)  # [B, S]
-    assert logits.shape == (3, 3)
-    for ours, (ids, ends) in zip(logits, rows, strict=True):
-        for k, end in enumerate(ends):
-            alone = by_hand.hidden_states(model, ids[:end + 1])[-1] @ head.weight[0]
-            close(ours[k], alone, f"logit of step {k}", rel=1e-4, absolute=1e-5)
-
-
-@pytest.mark.parametrize("outcome", [False, True])
-def test_only_the_last_tokens_of_trained_steps_get_a_gradient(outcome):
-    """Their gradient is (p − l) times the head's weight. --outcome trains only the last steps."""
-    torch.manual_seed(0)
-    hidden, head = torch.randn(3, 6, 4, requires_grad=True), torch.nn.Linear(4, 1, bias=False)
-    model = SimpleNamespace(base_model=lambda **_: (hidden,), score=head, device=hidden.device)
-    ends, examples, expected = [[1, 2, 4], [5], [0, 3]], [], torch.zeros(3, 6, 4)
-    for row, places in enumerate(ends):
-        labels = [(row + k) % 2 for k in range(len(places))]
-        mask = [int(place == places[-1] or not outcome) for place in places]
-        examples.append({"solution": {
-            "input_ids": [1] * 6, "attention_mask": [1] * 6, "step_ends": places,
-            "labels": labels, "step_mask": [1] * len(places), "loss_mask": mask}})
-        for place, label, trained in zip(places, labels, mask, strict=True):
-            p = torch.sigmoid(hidden[row, place] @ head.weight[0])
-            expected[row, place] = trained * (p - label) * head.weight[0]
-    losses, _ = prm.solution_losses(model, examples, 0)
-    losses.sum().backward()
-    assert torch.allclose(hidden.grad, expected, atol=1e-6)
-    assert torch.equal(hidden.grad != 0, expected != 0), "a wrong token is trained"
-
-
 # ---- the loss ------------------------------------------------------------------------------------
 
 def test_the_worked_example():
@@ -94,33 +46,29 @@ def test_the_worked_example():
     losses = prm.step_losses(logits, labels, ones)
     losses.mean().backward()
     p = logits.detach().sigmoid()[0]
-    for values in p, losses[0], [losses.mean()], logits.grad[0], [p.min()], [p.prod()]:
-        for value in values:
-            text = f"{value.item():.3f}".replace("-", "−")
-            assert text in prm.__doc__, f"the docstring does not contain {text}"
-    counts = prm.count_steps(losses, logits, {"labels": labels, "step_mask": ones,
-                                              "loss_mask": ones})
+    by_hand.documented(
+        prm, ("p = {:.3f},", p[0]), (" {:.3f},", p[1]), (" {:.3f};", p[2]),
+        *(("{:.3f}", x) for x in [*losses[0], *logits.grad[0]]), ("/ 3 = {:.3f}", losses.mean()),
+        ("min p = {:.3f}", p.min()), ("Π p = {:.3f}", p.prod()))
+    counts = prm.count_steps(
+        losses, logits, {"labels": labels, "step_mask": ones, "loss_mask": ones})
     assert counts["found"].all() and counts["min_correct"].all() and counts["product_correct"].all()
 
 
 def test_the_loss_is_the_log_likelihood_of_the_labels():
-    """It is −log p for a correct step and −log(1 − p) for a wrong one. Its gradient is p − l."""
-    logits = torch.tensor([0.3, -2.0, 5.0, 0.0], dtype=torch.float64, requires_grad=True)
-    labels, mask = torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1, 1, 0])
+    """It is −log p for a correct step and −log(1 − p) for a wrong one. Its gradient is p − l.
+
+    It stays finite where p is 0 or 1 in floating point.
+    """
+    logits = torch.tensor([0.3, -2.0, 5.0, 0.0, 1e4, -1e4]).double().requires_grad_()
+    labels, mask = torch.tensor([1, 0, 0, 1, 0, 1]), torch.tensor([1, 1, 1, 0, 1, 1])
     losses = prm.step_losses(logits, labels, mask)
-    p = 1 / (1 + torch.exp(-logits.detach()))
-    expected = -torch.stack([p[0], 1 - p[1], 1 - p[2], p[3]]).log() * mask
-    assert torch.allclose(losses, expected, atol=1e-12), "are the labels exchanged?"
-    losses.sum().backward()
-    assert torch.allclose(logits.grad, (p - labels) * mask, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda r: prm.step_losses(r, labels, mask), (logits,))
-
-
-def test_the_loss_stays_finite_far_away():
-    logits = torch.tensor([1e4, -1e4], requires_grad=True)
-    losses = prm.step_losses(logits, torch.tensor([0, 1]), torch.ones(2))
-    losses.sum().backward()
-    assert losses.tolist() == pytest.approx([1e4, 1e4]) and logits.grad.tolist() == [1, -1]
+    gradient, = torch.autograd.grad(losses.sum(), logits)
+    x = logits.detach()
+    # −log p = log(1 + exp(−r)) and −log(1 − p) = log(1 + exp(r))
+    expected = torch.logaddexp(torch.where(labels == 1, -x, x), torch.zeros(6).double())
+    same(losses.detach(), expected * mask, "losses: are the labels exchanged?")
+    same(gradient, (x.sigmoid() - labels) * mask, "gradient: expected p − l where the mask is 1")
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -168,40 +116,22 @@ def figures_by_hand(solutions):
 
 
 def test_figures_are_those_of_their_definitions():
-    """Random solutions have one to five steps, several of them wrong, in batches of any size."""
+    """Random solutions have one to five steps, several of them wrong, in batches of any size.
+
+    A mistake is found where the first step with p < 1/2 is the first that is labeled wrong.
+    """
     draw = random.Random(0)
     for size in [1, 2, 3] * 20 + [200]:
         solutions = []
         for _ in range(size):
             labels = [int(draw.random() < 0.7) for _ in range(draw.randint(1, 5))]
-            solutions.append(([draw.gauss(2 * label - 0.6, 1) for label in labels], labels))
+            logits = [draw.choice([0.0, *[draw.gauss(2 * label - 0.6, 1)] * 9]) for label in labels]
+            solutions.append((logits, labels))
         expected = figures_by_hand(solutions)
         close(figures_of(solutions), expected, f"{size} solutions", rel=1e-5)
         parts = [solutions[i:i + 3] for i in range(0, size, 3)]
         close(figures_of(*parts), expected, f"{size} solutions in batches of 3", rel=1e-5)
     assert 0.1 < expected["f1"] < 0.9 and expected["precision"] != expected["recall"]
-
-
-def test_only_the_first_wrong_step_counts_as_found():
-    """The mistake is found, flagged too early, too late or not at all, or there is none."""
-    good, bad = 2.0, -2.0
-    found, early, late = ([good, bad, bad], [1, 0, 0]), ([bad, bad], [1, 0]), ([good, bad], [0, 0])
-    missed, flagged = ([good, good], [1, 0]), ([good, bad], [1, 1])
-    for solutions, precision, recall, f1 in [
-            ([found, early, late, missed, flagged], 1 / 4, 1 / 4, 1 / 4),
-            ([found, missed], 1, 1 / 2, 2 / 3), ([found, flagged], 1 / 2, 1, 2 / 3),
-            ([([good, good], [1, 1])], 0, 0, 0)]:
-        expected = {"precision": precision, "recall": recall, "f1": f1}
-        close(figures_of(solutions), expected, f"{len(solutions)} solutions")
-
-
-def test_many_small_doubts_make_a_solution_wrong_by_the_product_alone():
-    """0.9^7 = 0.478 is below 1/2. A step with p = 1/2 still counts as correct."""
-    short, long = ([math.log(9)] * 6, [1] * 6), ([math.log(9)] * 7, [1] * 7)
-    figures = figures_of([short, long, ([-math.log(9)], [0])])
-    close(figures, {"accuracy_product": 2 / 3, "accuracy_min": 1}, "two correct solutions")
-    figures = figures_of([([0.0], [1]), ([-1e-6], [0])])
-    assert {value for name, value in figures.items() if "accuracy" in name} == {1}
 
 
 # ---- a few steps of training by hand -------------------------------------------------------------

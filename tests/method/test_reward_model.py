@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import by_hand
 import pytest
 import torch
-from by_hand import ask, close, say
+from by_hand import ask, close, same, say
 from conftest import ROOT
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import prm
 import reward_model
 
 PAIR = {"prompt": ask("What is 1 + 1?"), "chosen": say("1 + 1 = 2"), "rejected": say("1 + 1 = 30")}
@@ -41,47 +42,29 @@ def test_the_worked_example():
     preference, slope, _ = loss_of(1.2, 0.2)
     loss, of_chosen, of_rejected = loss_of(1.2, 0.2, centering=0.01)
     shifted = loss_of(11.2, 10.2, centering=0.01)[0] - loss_of(11.2, 10.2)[0]
-    for value, text in [
-            (math.exp(-preference), "σ(1.0) = {}"), (preference, "= {} + 0.020"),
-            (loss, "+ 0.020 = {}"), (slope, "gradient: {} + 0.028"),
-            (of_chosen, "+ 0.028 = {} in r(x, y_w)"), (of_rejected, "+ 0.028 = {} in r(x, y_l)"),
-            (loss_of(1.2, 0.2, margin=0.5)[0], "−log σ(0.5) = {}"),
-            (loss_of(0.2, 1.2)[0], "−log σ(−1.0) = {}"), (shifted, "the second grows to {}")]:
-        text = text.format(f"{value:.3f}".replace("-", "−"))
-        assert text in reward_model.__doc__.replace("\n", " "), f"not in the docstring: {text}"
+    by_hand.documented(
+        reward_model, ("σ(1.0) = {:.3f}", math.exp(-preference)), ("= {:.3f} + 0.020", preference),
+        ("+ 0.020 = {:.3f}", loss), ("gradient: {:.3f} + 0.028", slope),
+        ("+ 0.028 = {:.3f} in r(x, y_w)", of_chosen),
+        ("+ 0.028 = {:.3f} in r(x, y_l)", of_rejected),
+        ("−log σ(0.5) = {:.3f}", loss_of(1.2, 0.2, margin=0.5)[0]),
+        ("−log σ(−1.0) = {:.3f}", loss_of(0.2, 1.2)[0]), ("the second grows to {:.3f}", shifted))
 
 
 def test_the_gradient_is_the_probability_of_the_wrong_order():
-    """d loss / d r_w = −σ(r_l − r_w + m), and d loss / d r_l is its negative."""
-    chosen, rejected = rewards(0.3, -2.0, 5.0), rewards(0.1, 1.0, -40.0)
-    margin = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    """d loss / d r_w = −σ(r_l − r_w + m), and d loss / d r_l is its negative.
+
+    Where σ underflows to 0, the loss is the difference of the rewards.
+    """
+    chosen, rejected = rewards(0.3, -2.0, 5.0, -1e4), rewards(0.1, 1.0, -40.0, 1e4)
+    margin = torch.tensor([0.0, 0.5, 1.0, 0.0], dtype=torch.float64)
     losses = reward_model.reward_loss(chosen, rejected, margin, 0.0)
-    expected = torch.log(1 + torch.exp(rejected - chosen + margin))
-    assert torch.allclose(losses, expected, atol=1e-12), f"{losses}, not {expected}"
-    losses.sum().backward()
-    wrong = 1 / (1 + torch.exp(chosen - rejected - margin))
-    assert torch.allclose(chosen.grad, -wrong, atol=1e-12), "is the sign of r_w or of m flipped?"
-    assert torch.equal(rejected.grad, -chosen.grad)
-
-
-def test_the_loss_is_finite_for_rewards_far_apart():
-    """Where σ underflows to 0, the loss is the difference of the rewards, and its gradient −1."""
-    chosen = rewards(-1e4)
-    loss = reward_model.reward_loss(chosen, rewards(1e4), torch.zeros(1), 0.0)
-    loss.backward()
-    close(loss, 2e4, "loss: is it log(sigmoid(x)) instead of logsigmoid(x)?")
-    close(chosen.grad, -1, "gradient")
-
-
-def test_a_shift_of_all_rewards_changes_only_the_centering_term():
-    """The centering term pulls the sum of the two rewards to 0, whatever their difference."""
-    chosen, rejected, none = rewards(0.5, -1.0), rewards(1.5, 0.2), torch.zeros(2)
-    plain = reward_model.reward_loss(chosen, rejected, none, 0.0)
-    shifted = reward_model.reward_loss(chosen + 7, rejected + 7, none, 0.0)
-    assert torch.allclose(shifted, plain)
-    centered = reward_model.reward_loss(chosen + 7, rejected + 7, none, 0.5) - plain
-    for ours, total in zip(centered, (16.0, 13.2), strict=True):
-        close(ours, 0.5 * total**2, "centering term: is it the square of the difference?")
+    of_chosen, of_rejected = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    lead = (rejected - chosen + margin).detach()
+    expected = torch.logaddexp(lead, torch.zeros(4).double())  # log(1 + exp(lead)) = −log σ(−lead)
+    same(losses.detach(), expected, "losses: is it log(sigmoid(x)) instead of logsigmoid(x)?")
+    same(of_chosen, -torch.sigmoid(lead), "gradient: is the sign of r_w or of m flipped?")
+    same(of_rejected, torch.sigmoid(lead), "gradient w.r.t. r_l")
 
 
 def test_a_tie_is_half_correct_and_the_spread_is_that_of_all_rewards(monkeypatch):
@@ -99,44 +82,40 @@ def test_a_tie_is_half_correct_and_the_spread_is_that_of_all_rewards(monkeypatch
 
 # ---- the token at which a reward is read ---------------------------------------------------------
 
-def test_only_the_last_real_token_of_each_sequence_gets_a_gradient():
-    """At that token the gradient is the weight of the head; everywhere else it is exactly 0."""
-    hidden, head = torch.randn(3, 5, 4, requires_grad=True), nn.Linear(4, 1, bias=False)
-    model = SimpleNamespace(base_model=lambda **inputs: (hidden,))
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
-    batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
-    reward_model.sequence_rewards(model, batch, head).sum().backward()
-    expected = torch.zeros(3, 5, 4)
-    for row, last in (0, 2), (1, 4), (2, 0):
-        expected[row, last] = head.weight[0].detach()
-    assert torch.equal(hidden.grad, expected), "is the reward read at another token?"
-
-
 @pytest.mark.parametrize("pad", [0, 7, 40])
-def test_padding_changes_no_reward(pad):
-    """Some of these sequences contain the pad token themselves, even at the end."""
+def test_padding_changes_no_reward_and_no_step(pad):
+    """Some of these sequences contain the pad token themselves, even at the end.
+
+    A reward is read at the last token, and the logits of prm.py at the last tokens of steps, of
+    which rows have one to three.
+    """
     model = common.load_model("tiny/chat", lora_rank=1, task="SEQ_CLS").eval()
     head = common.causal_lm(model).score
-    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids)}
-                for ids in ([3, 9, 12, pad], [pad, 3, pad, pad, 8, 1], [5])]
-    together = reward_model.sequence_rewards(
-        model, reward_model.collate(examples, pad, "cpu"), head)
-    for ours, example in zip(together, examples, strict=True):
-        alone = by_hand.hidden_states(model, example["input_ids"])[-1] @ head.weight[0]
-        close(ours, alone, "reward in a padded batch", rel=1e-4, absolute=1e-5)
+    rows = ([3, 9, 12, pad], [1, 3]), ([pad, 3, pad, pad, 8, 1], [0, 2, 5]), ([5], [0])
+    examples = [{"input_ids": ids, "attention_mask": [1] * len(ids), "step_ends": ends}
+                for ids, ends in rows]
+    batch = prm.collate(examples, pad, "cpu")
+    rewards = reward_model.sequence_rewards(model, batch, head)  # [B]
+    logits = prm.step_logits(model, batch, head)  # [B, S]
+    for reward, of_steps, (ids, ends) in zip(rewards, logits, rows, strict=True):
+        for k, end in enumerate(ends):
+            alone = by_hand.hidden_states(model, ids[:end + 1])[-1] @ head.weight[0]
+            close(of_steps[k], alone, f"logit of step {k}", rel=1e-4, absolute=1e-5)
+        close(reward, alone, "reward in a padded batch", rel=1e-4, absolute=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_the_head_is_not_rounded(dtype):
-    """A 16-bit matrix product would give two answers of similar quality the same reward."""
+@pytest.mark.parametrize("read", [reward_model.sequence_rewards, prm.step_logits])
+def test_under_autocast_the_head_is_not_rounded(read, dtype):
+    """A 16-bit matrix product would give two similar answers, or steps, the same number."""
     head = nn.Linear(64, 1, bias=False)
     nn.init.constant_(head.weight, 1.0)
     hidden = torch.full((2, 1, 64), 1.0) + torch.tensor([0.0, 1e-4])[:, None, None]
     model = SimpleNamespace(base_model=lambda **inputs: (hidden,))
     ones = torch.ones(2, 1, dtype=torch.long)
+    batch = {"input_ids": ones, "attention_mask": ones, "step_ends": 0 * ones}
     with torch.autocast("cpu", dtype):
-        low, high = reward_model.sequence_rewards(
-            model, {"input_ids": ones, "attention_mask": ones}, head)
+        low, high = read(model, batch, head).flatten()
     close(high - low, 64e-4, "difference of two rewards", rel=0.01)
 
 

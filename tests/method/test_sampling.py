@@ -1,7 +1,4 @@
-"""What `sample` gives is drawn from exactly the distribution that `token_logps` scores.
-
-Both functions are the same in every script that has them; here they are those of grpo.py.
-"""
+"""`sample` draws from exactly the distribution that `token_logps` scores (both in grpo.py)."""
 import math
 from argparse import Namespace
 from collections import Counter
@@ -30,7 +27,7 @@ CONFIGS = {
 
 
 def make_tokenizer(eos=11, end_of_turn=None):
-    """A token for each number below 12; an end of turn makes a chat template that ends in it."""
+    """One token per number below 12. With `end_of_turn`, the chat template ends turns with it."""
     model = tokenizers.models.WordLevel({str(i): i for i in range(12)}, unk_token="0")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(model), eos_token=str(eos), pad_token="0")
@@ -42,7 +39,7 @@ def make_tokenizer(eos=11, end_of_turn=None):
 
 
 def make_model(shape="qwen2", seed=0, **changes):
-    """A random model with uneven next-token probabilities, in evaluation mode."""
+    """A random model in evaluation mode, with clearly unequal next-token probabilities."""
     torch.manual_seed(seed)
     config = type(CONFIGS[shape])(**CONFIGS[shape].to_dict() | changes)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -55,7 +52,7 @@ def sample(model, prompts=PROMPTS, copies=1, longest=6, temperature=1.0, seed=0,
 
 @torch.no_grad()
 def next_logps(model, rows, temperature=1.0):
-    """log softmax(logits / T) after rows of one length: no cache, no mask, no padding."""
+    """log softmax(logits / T) after rows of equal length, without cache, mask or padding."""
     return (model(torch.tensor(rows)).logits[:, -1].double() / temperature).log_softmax(-1)
 
 
@@ -63,13 +60,10 @@ def next_logps(model, rows, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_samples_follow_the_distribution_that_is_scored(temperature):
-    """Answers of up to three tokens come as often as their enumeration says (chi-squared).
-
-    The two prompts differ in length, and answers leave the batch at every step.
-    """
+    """All answers of up to three tokens occur as often as their probabilities say (chi-squared)."""
     model, count, tokenizer = make_model(vocab_size=6), 10000, make_tokenizer(eos=5)
     model.generation_config.eos_token_id = [4]
-    prompts = [[1, 2, 3, 0, 2], [3, 1]]
+    prompts = [[1, 2, 3, 0, 2], [3, 1]]  # of different lengths, so that one is padded
     drawn = sample(model, prompts, count, 3, temperature, tokenizer=tokenizer)
     for number, prompt in enumerate(prompts):
         logps = {(): 0.0}
@@ -81,17 +75,17 @@ def test_samples_follow_the_distribution_that_is_scored(temperature):
                 logps |= {answer + (token,): before + logp for token, logp in enumerate(row)}
         expected = {answer: count * math.exp(logp) for answer, logp in logps.items()}
         seen = Counter(map(tuple, drawn[number * count:(number + 1) * count]))
-        assert seen.keys() <= expected.keys(), "answers that cannot be"
+        assert seen.keys() <= expected.keys(), "impossible answers"
         cells = [(seen[answer], mean) for answer, mean in expected.items() if mean >= 5]
         cells.append((count - sum(x for x, _ in cells), count - sum(x for _, x in cells)))
         chi2 = sum((x - mean) ** 2 / mean for x, mean in cells)
         degrees = len(cells) - 1
         assert degrees > 20 and chi2 < degrees + 4 * math.sqrt(2 * degrees), (
-            f"chi-squared {chi2:.0f} at {degrees}: another temperature, or neighbors exchanged?")
+            f"chi-squared {chi2:.0f} at {degrees}: wrong temperature, or rows mixed up?")
 
 
 def with_adapter(name):
-    """As training loads a model, with LoRA matrices that matter, which at the start they do not."""
+    """A model as training loads it, except that its B matrices are random instead of 0."""
     torch.manual_seed(0)
     model = common.load_model(str(name), lora_rank=4)
     for key, parameter in model.named_parameters():
@@ -103,10 +97,9 @@ def with_adapter(name):
 @pytest.mark.parametrize("temperature", [0.8, 1.5])
 @pytest.mark.parametrize("shape", CONFIGS)
 def test_what_is_scored_is_what_was_sampled(shape, temperature, monkeypatch, tmp_path):
-    """The sampler's probability of each token, its score, and a plain forward pass are one.
+    """The sampler's log-prob of each token equals its score, and that of a plain forward pass.
 
-    The same ids, temperature, adapter and positions, beside prompts of other lengths, beyond the
-    sliding window, and after other answers left the batch.
+    Prompts differ in length, answers leave the batch, and some exceed the sliding window.
     """
     make_model(shape).save_pretrained(tmp_path)
     model, tokenizer, chosen = with_adapter(tmp_path), make_tokenizer(), []
@@ -125,30 +118,23 @@ def test_what_is_scored_is_what_was_sampled(shape, temperature, monkeypatch, tmp
     with torch.no_grad():
         scored = grpo.token_logps(model, batch, temperature)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            # answers that ended earlier have left the batch
+            # Answers that ended earlier have left the batch.
             sampled = [chosen[t][sum(len(x) > t for x in answers[:row])]
                        for t in range(len(answer))]
             ours = scored[row, len(prompt) - 1:len(prompt) - 1 + len(answer)].double()
             plain = by_hand.logps(model, prompt, answer, temperature).double()
             by_hand.same(ours, torch.stack(sampled), f"{shape}, answer {row}: score, sample", 2e-5)
             by_hand.same(plain, torch.stack(sampled), f"{shape}, answer {row}: plain, sample", 2e-5)
-        assert torch.equal(scored != 0, batch["loss_mask"][:, 1:].bool()), "scores beside answers"
-        with common.reference(model):  # the adapter took part
+        assert torch.equal(scored != 0, batch["loss_mask"][:, 1:].bool()), "outside the answers"
+        with common.reference(model):  # the adapter has an effect
             assert (grpo.token_logps(model, batch, temperature) - scored).abs().max() > 0.1
 
 
-def test_answers_are_grouped_by_prompt_and_differ_by_seed():
-    model = make_model()
-    answers = sample(model, [[1, 2, 3]] * 2, 8)
-    assert len(set(map(tuple, answers))) > 8 and answers[:8] != answers[8:]
-    assert answers == sample(model, [[1, 2, 3]] * 2, 8)
-    assert answers != sample(model, [[1, 2, 3]] * 2, 8, seed=1)
-
-
-def test_the_models_own_generation_config_changes_nothing():
-    """Top-k, top-p, penalties, temperature and lengths of its own are not the sampler's."""
+def test_the_seed_changes_the_samples_and_the_models_own_generation_config_does_not():
+    """The sampler ignores the model's own top-k, top-p, temperature, penalties and lengths."""
     model = make_model()
     free = sample(model, copies=4)
+    assert sample(model, copies=4, seed=1) != free, "the seed has no effect"
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=1, top_p=0.1, min_p=0.5, temperature=0.1, repetition_penalty=3.0,
         no_repeat_ngram_size=1, max_new_tokens=1, min_new_tokens=9, suppress_tokens=[1, 2, 3])
@@ -156,9 +142,9 @@ def test_the_models_own_generation_config_changes_nothing():
 
 
 def test_probabilities_are_computed_in_32_bits(monkeypatch):
-    """The logits of a model in 16 bits are divided by the temperature and normalized in fp32."""
-    model, tables, read = make_model().to(torch.bfloat16), [], common.read
-    multinomial = torch.multinomial
+    """16-bit logits are divided by the temperature and normalized in fp32."""
+    model, tables = make_model().to(torch.bfloat16), []
+    read, multinomial = common.read, torch.multinomial
 
     def keep(*args, **kwargs):
         tables.append(read(*args, **kwargs))
@@ -177,7 +163,7 @@ def test_probabilities_are_computed_in_32_bits(monkeypatch):
 # ---- how answers end -----------------------------------------------------------------------------
 
 def test_each_stop_token_ends_an_answer_and_belongs_to_it():
-    """Eos, the template's end of turn and both that the generation config names; no other."""
+    """Stop tokens are EOS, the template's end of turn, and those of the generation config."""
     model, tokenizer = make_model(), make_tokenizer(eos=11, end_of_turn=10)
     model.generation_config.eos_token_id = [8, 9]
     answers = sample(model, copies=64, longest=5, tokenizer=tokenizer)
@@ -186,11 +172,10 @@ def test_each_stop_token_ends_an_answer_and_belongs_to_it():
         assert 1 <= len(answer) <= 5 and not stops & set(answer[:-1])
         assert answer[-1] in stops or len(answer) == 5
     assert {answer[-1] for answer in answers if len(answer) < 5} == stops
-    assert {len(answer) for answer in answers} == {1, 2, 3, 4, 5}
 
 
 def test_an_answer_of_the_longest_length_that_ends_in_a_stop_token_counts_as_stopped():
-    """What tells is its last token, not its length; the mask covers that token and no padding."""
+    """Its last token decides, not its length. The mask covers that token, but no padding."""
     model, tokenizer = make_model(), make_tokenizer(eos=11, end_of_turn=10)
     model.generation_config.eos_token_id = 9
     for last, stopped in (11, True), (10, True), (9, True), (5, False):
@@ -202,7 +187,7 @@ def test_an_answer_of_the_longest_length_that_ends_in_a_stop_token_counts_as_sto
 
 
 def test_prompts_are_read_once_and_answers_that_ended_leave_the_batch():
-    """Each pass reads one token of each answer that goes on; nothing is read after the last."""
+    """After the prompts, a pass reads one token of each unfinished answer. No pass is wasted."""
     model, shapes = make_model(), []
     hook = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
@@ -210,5 +195,4 @@ def test_prompts_are_read_once_and_answers_that_ended_leave_the_batch():
     lengths = [len(answer) for answer in sample(model, PROMPTS, 4, 9)]
     hook.remove()
     going = [sum(length > t for length in lengths) for t in range(1, 9)]
-    assert len(set(going)) > 2
-    assert shapes == [(4, 7)] + [(number, 1) for number in going if number]
+    assert len(set(going)) > 2 and shapes == [(4, 7)] + [(number, 1) for number in going if number]

@@ -2,14 +2,15 @@
 
 tests/system/test_loop.py tests what all scripts share: the optimizer step, dtypes, processes.
 """
-import argparse
 import functools
+import itertools
 import math
 
 import by_hand
 import pytest
 import torch
 from by_hand import ask, close, say
+from conftest import run_args
 
 import common
 import sft
@@ -24,11 +25,6 @@ def tokenizer():
     return common.load_tokenizer("tiny/chat")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return common.load_model("tiny/chat", trainable=False)
-
-
 # ---- the equation --------------------------------------------------------------------------------
 
 def test_the_worked_example():
@@ -37,8 +33,10 @@ def test_the_worked_example():
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
     sums = [sft.sft_loss(logps[i:i + 1], mask[i:i + 1], 1).item() for i in range(2)]
     loss = sft.sft_loss(logps, mask, 6).item()
-    for number in (*sums, loss, math.exp(loss), (sums[0] / 2 + sums[1] / 4) / 2):
-        assert f"{number:.3f}" in sft.__doc__, f"the docstring does not contain {number:.3f}"
+    by_hand.documented(
+        sft, ("= {:.3f} for the first", sums[0]), ("0.223 = {:.3f} loss", sums[1]),
+        ("/ 6 = {:.3f}", loss), ("e^0.652 = {:.3f}", math.exp(loss)),
+        ("would be {:.3f}", (sums[0] / 2 + sums[1] / 4) / 2))
     parts = [sft.sft_loss(logps[i:i + 1], mask[i:i + 1], 6) for i in range(2)]
     close(sum(parts), loss, "sum of two micro-batches: is N counted over the step?")
 
@@ -52,22 +50,7 @@ def test_the_gradient_is_minus_one_over_n_where_the_mask_is_one():
     assert torch.equal(logps.grad, expected), f"{logps.grad}: is the mask shifted by one?"
 
 
-# ---- log-probs and the mask ----------------------------------------------------------------------
-
-def test_column_t_is_the_log_prob_of_token_t_plus_1(model, tokenizer):
-    """The log-probs and the loss agree with those that transformers computes from all logits."""
-    rows = [{"messages": LONG}, {"messages": CHAT}]
-    tokens = [sft.encode_conversation(row, tokenizer, 512)[0]["tokens"] for row in rows]
-    batch = sft.collate(tokens, tokenizer.pad_token_id, "cpu")
-    ids, mask = batch["input_ids"], batch["loss_mask"]
-    logps = sft.token_logps(model, batch)  # [B, T-1]
-    labels = ids.masked_fill(mask == 0, -100)
-    with torch.no_grad():
-        out = model(ids, attention_mask=batch["attention_mask"], labels=labels)
-    plain = out.logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0] * mask[:, 1:]
-    assert torch.allclose(logps, plain, atol=1e-5), "is column t the log-prob of token t?"
-    close(sft.sft_loss(logps, mask, mask.sum()), out.loss, "loss of transformers", rel=1e-5)
-
+# ---- the mask ------------------------------------------------------------------------------------
 
 def trained_text(tokenizer, tokens):
     mask = torch.tensor(tokens["loss_mask"]) == 1
@@ -115,12 +98,6 @@ def test_a_template_that_drops_old_thoughts_gives_one_example_per_answer(tokeniz
     assert "hm" not in tokenizer.decode(second["prompt"])
 
 
-def test_tools_reach_the_template(tokenizer):
-    tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
-    [example] = sft.encode_conversation({"messages": CHAT, "tools": [{"name": "a"}]}, tokenizer, 99)
-    assert tokenizer.decode(example["prompt"]).startswith('[{"name": "a"}]')
-
-
 @pytest.mark.parametrize("row", [{"messages": LONG}, {"text": "1 + 1 = 2 and 2 + 2 = 4"},
                                  {"prompt": "1 + 1 = 2 and 2 + 2", "completion": " = 4"}])
 def test_truncation_keeps_the_head_the_end_of_the_prompt_and_something_to_train(tokenizer, row):
@@ -164,30 +141,28 @@ def test_neftune_noise_is_uniform_within_its_bound_and_off_in_evaluation(tokeniz
         assert len(share.unique()) > 0.9 * share.numel()  # each element is drawn on its own
 
 
-def test_noise_depends_on_step_and_process_and_not_on_evaluations(tmp_path, monkeypatch):
+def test_noise_depends_on_step_and_process_and_not_on_evaluations(
+        tmp_path, write_jsonl, monkeypatch):
     """If two processes drew the same noise, training would see only half as many draws."""
     rows = [{"messages": ask(f"Add {i} and 3.") + say(f"{i + 3}")} for i in range(8)]
-    runs = [by_hand.Run(sft, tmp_path / str(i), rows[:4], rows[4:], neftune_alpha=alpha,
-                        eval_every=every, max_steps=2, max_new_tokens=1)
-            for i, (alpha, every) in enumerate([(0, 0), (5, 0), (5, 1)])]
-    silent, noisy, evaluated = [[line["loss"] for line in run.metrics] for run in runs]
-    assert noisy == evaluated and noisy != silent
-    assert runs[0].summary["before"] == runs[1].summary["before"], "is there noise in evaluation?"
-
     seeds, add_noise = [], sft.add_noise
 
     def seen(alpha, base, inputs, kwargs):
         if base.training:
             seeds.append(torch.initial_seed())
+        assert alpha == 5
         return add_noise(alpha, base, inputs, kwargs)
 
     monkeypatch.setattr(sft, "add_noise", seen)
     monkeypatch.setattr(common, "WORLD", 2)
-    for rank in 0, 1:
+    for every, rank in itertools.product((0, 1), (0, 1)):
         monkeypatch.setattr(common, "RANK", rank)
-        flags = vars(runs[1].args) | {"output_dir": f"{tmp_path}/rank{rank}"}
-        sft.train(argparse.Namespace(**flags))
-    assert len(seeds) == len(set(seeds)) == 4, f"two steps in two processes have seeds {seeds}"
+        sft.train(run_args(
+            sft, dataset=write_jsonl(rows[:4]), eval_dataset=write_jsonl(rows[4:], "held.jsonl"),
+            eval_every=every, neftune_alpha=5, batch_size=4, max_steps=2, max_new_tokens=1,
+            output_dir=tmp_path / f"{every}{rank}"))
+    assert len(set(seeds)) == 4, f"two steps in two processes have seeds {seeds}"
+    assert seeds[:4] == seeds[4:], "an evaluation changes the noise, or leaves eval mode on"
 
 
 # ---- a few steps of training by hand -------------------------------------------------------------

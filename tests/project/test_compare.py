@@ -1,4 +1,4 @@
-"""experiments/compare.py: the scripts take its commands, its plots show what was measured."""
+"""experiments/compare.py: the scripts accept its commands, and its plots show what was measured."""
 import importlib
 import importlib.util
 import json
@@ -21,14 +21,14 @@ RUNS = compare.plan(compare.make_flags().parse_args(["--runs", "r"]))
 
 @pytest.mark.parametrize("run", RUNS[:len(EVERY)], ids=lambda run: run["name"])
 def test_the_scripts_take_their_commands(run):
-    """Their own parsers read every flag, and the run writes where it is looked for."""
+    """The parsers of the scripts accept every flag, and a run writes to the folder of its plan."""
     for words in filter(None, (run["training"], run["sampling"])):
         module = importlib.import_module(words[0].removesuffix(".py"))
         args = module.make_flags().parse_args(words[1:])
         assert args.seed == run["seed"] and "{" not in " ".join(words)
     assert run["training"][-1] == str(run["folder"]) == f"r/{run['name']}_{run['seed']}"
     if run["sampling"]:
-        assert args.output in run["training"]  # what is sampled is what is trained on
+        assert args.output in run["training"]  # RAFT trains on the file that was sampled
 
 
 def test_every_run_is_planned_once_and_drawn():
@@ -85,7 +85,7 @@ def test_answers_are_counted_as_the_page_says(summary, answers):
 
 
 def test_the_bars_show_the_means_of_the_results(tmp_path, monkeypatch):
-    """compare.json as it is in the repository: heights and labels of all eleven bars."""
+    """The lengths and labels of all eleven bars, for the compare.json of the repository."""
     results = json.loads((ROOT / "experiments/results/compare.json").read_text())["runs"]
     figures = []
     monkeypatch.setattr(compare, "save_figure", lambda figure, file: figures.append(figure))

@@ -1,4 +1,4 @@
-"""The pages in docs/: their metrics, quoted lines, commands and links are those of the code."""
+"""The pages in docs/: their metrics, quoted lines, commands and links agree with the code."""
 import ast
 import importlib
 import json
@@ -24,7 +24,7 @@ TROUBLES = (ROOT / "docs/troubleshooting.md").read_text()
 # ---- metrics.md: a row for everything that is logged, and nothing else ---------------------------
 
 def metric_rows():
-    """The rows of all tables: lists of cells, of which the first is the name of a metric."""
+    """The rows of all tables as lists of cells; the first cell is the name of a metric."""
     lines = [line for line in METRICS.splitlines() if line.startswith("| `")]
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return [[row[0].strip("`"), *row[1:]] for row in rows]
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_logged_metric_has_a_row_and_no_row_is_made_up(name, data, tmp_path):
-    """All numbers of a real run."""
+    """Checks all numbers that a real run logs."""
     flags = {"max_steps": 1}
     if hasattr(flags_of(SCRIPTS[name]).parse_args([]), "eval_every"):
         flags["eval_every"] = 1
@@ -87,7 +87,7 @@ def test_rows_are_whole_and_their_units_are_those_of_the_plots():
     assert {name: units[name] for name in UNITS} == {name: {unit} for name, unit in UNITS.items()}
 
 
-# ---- troubleshooting.md: quoted lines stand where it says ----------------------------------------
+# ---- troubleshooting.md: quoted lines are in the code --------------------------------------------
 
 QUOTE = re.compile(r"^\[`(\S+)`: `(\S+)`\]\(\.\./(\S+)\)\n\n```python\n(.*?\n)```$", re.M | re.S)
 
@@ -136,7 +136,7 @@ def test_links_lead_somewhere(page):
 
 @each_page
 def test_lines_are_short_and_none_becomes_a_bullet(page):
-    """Rows of tables may be wider: they cannot be broken."""
+    """Rows of tables may be longer, because they cannot be broken."""
     for line in page.read_text().splitlines():
         assert len(line) <= 100 or line.startswith(("|", "[")), line
         assert not line.startswith("+"), line

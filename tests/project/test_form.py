@@ -1,4 +1,4 @@
-"""What must hold for the scripts as files: their size, their order, and the copies of functions."""
+"""The form of the scripts: their size, their structure, and the copies of functions."""
 import ast
 import functools
 import io
@@ -13,14 +13,14 @@ import common
 
 ROOT = Path(__file__).resolve().parents[2]
 # The most lines of code that a script may have: room, not a target. Prose does not count.
-ROOM = {"common": 910, "sft": 380, "reward_model": 310, "dpo": 385, "kto": 420, "online_dpo": 460,
+ROOM = {"common": 914, "sft": 380, "reward_model": 310, "dpo": 385, "kto": 420, "online_dpo": 460,
         "ppo": 500, "grpo": 505, "prm": 360, "distill": 460, "agent": 530, "pairs": 390,
         "evaluate": 360, "chat": 215, "plot": 160, "exercise": 220}
 ROOM = {name: lines for name, lines in ROOM.items() if (ROOT / f"{name}.py").exists()}
 METHODS = [name for name in ROOM
            if name not in ("common", "pairs", "evaluate", "chat", "plot", "exercise")]
 TRAIN = {"ppo": 110, "grpo": 110, "agent": 110}  # lines of code of train(); 85 elsewhere
-# Functions that have a form of their own in each script: the loop, and what scores a batch.
+# Functions of these names may differ from script to script.
 OWN = {"main", "train", "evaluate", "describe", "rollout", "make_flags"}
 PROSE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
          tokenize.ENDMARKER}
@@ -97,7 +97,7 @@ def test_a_function_of_one_name_is_the_same_everywhere():
 
 
 def test_housekeeping_is_the_same_everywhere():
-    """From its heading to the end of the file."""
+    """Compares everything from its heading to the end of the file."""
     parts = {source_of(name).partition("# ---- housekeeping")[2].partition("\nif __name__")[0]
              for name in METHODS}
     assert len(parts) == 1 and parts.pop()
@@ -131,7 +131,7 @@ def flags_of(name):
 
 @pytest.mark.parametrize("name", [name for name in ROOM if name != "common"])
 def test_every_flag_has_a_help(name):
-    """Its own, or that of an option which common.py has for all scripts."""
+    """A help text of its own, or one that common.py defines for all scripts."""
     assert flags_of(name)
     for flag, call in flags_of(name).items():
         shared = [getattr(common, keyword.value.attr) for keyword in call.keywords
@@ -142,7 +142,7 @@ def test_every_flag_has_a_help(name):
 
 @each_method
 def test_every_flag_is_read(name):
-    """A flag that no line reads would be a promise that nothing keeps."""
+    """A flag that no line reads would have no effect."""
     source, names = source_of(name) + source_of("common"), flags_of(name)
     for flag in names:
         assert re.search(rf"args\.{flag.strip('-').replace('-', '_')}\b", source), flag

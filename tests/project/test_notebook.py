@@ -24,12 +24,12 @@ def sources(notebook):
 
 
 def command(line):
-    """What `!line` does. Python starts as a fork of this process, which has the libraries."""
+    """Runs a line as `!line` does. Python is a fork of this process, which has the libraries."""
     words = shlex.split(line)
     if words[0] != "python":
         return subprocess.run(line, shell=True).returncode
     for name in ("bitsandbytes", "datasets", "peft", "torch"):  # in the order of common.py
-        importlib.import_module(name)  # once, because eight imports would take longest of all
+        importlib.import_module(name)  # once: eight imports would take most of the time
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -49,7 +49,7 @@ def command(line):
 
 
 def execute(notebook):
-    """Runs cell after cell, until one of them raises."""
+    """Runs cell after cell until one of them raises an error."""
     from IPython.core.interactiveshell import InteractiveShell
     shell = InteractiveShell.instance(colors="NoColor")
 
@@ -63,7 +63,7 @@ def execute(notebook):
 
 
 def run_notebook(folder, *replacements):
-    """The finished process that executes the notebook in a folder, with some text replaced."""
+    """Executes the notebook in a folder, with some text replaced; returns the finished process."""
     text = NOTEBOOK.read_text()
     for old, new in replacements:
         assert text.count(old) == 1, old
@@ -99,7 +99,7 @@ def test_the_notebook_runs_from_the_clone_to_the_chat(tmp_path):
 
 
 def test_a_command_that_fails_stops_the_notebook_with_one_line(tmp_path):
-    """Here the first one, because the address is not filled in."""
+    """Here `git clone` fails, because the address is not filled in."""
     done = run_notebook(tmp_path)
     assert done.returncode != 0 and "Stopped: this command failed" in done.stdout
     assert "pip install" not in done.stdout

@@ -20,7 +20,7 @@ VOID = ("meta", "link", "img", "br", "hr", "input")
 
 
 class Page(HTMLParser):
-    """What a page holds: ids, references, loaded files, TeX, and code as (number, text)."""
+    """The contents of a page: ids, references, loaded files, TeX, and code as (number, text)."""
 
     def __init__(self, text):
         super().__init__()
@@ -62,7 +62,7 @@ def pages(site):
 
 
 def test_every_script_and_markdown_page_is_built_and_in_the_index(pages):
-    wanted = {*ROOM, "index", "readme", *("-".join(pair) for pair in build.NEIGHBOURS)}
+    wanted = {*ROOM, "index", "readme", *("-".join(pair) for pair in build.NEIGHBORS)}
     wanted |= {path.stem for path in (ROOT / "docs").glob("*.md")}
     assert {f"{name}.html" for name in wanted} <= pages.keys()
     assert all(name in pages["index.html"].references for name in pages if name != "index.html")
@@ -102,20 +102,20 @@ def test_imports_flags_and_housekeeping_are_folded(site):
     assert '<h3 id="finish">' in last and '<h3 id="train">' not in first + last
 
 
-@pytest.mark.parametrize("pair", build.NEIGHBOURS, ids="-".join)
+@pytest.mark.parametrize("pair", build.NEIGHBORS, ids="-".join)
 def test_counterparts_exist_and_stand_beside_each_other(pair, site):
     text = (site / f"{'-'.join(pair)}.html").read_text()
     assert "token_logps</b> is identical in both" in text or "reward_model" in pair
-    for left, right in build.NEIGHBOURS[pair].items():
+    for left, right in build.NEIGHBORS[pair].items():
         assert f">{left} | {right}</h2>" in text, (left, right)
 
 
 # ---- equations -----------------------------------------------------------------------------------
 
 def test_katex_takes_all_of_it(pages):
-    """Every piece of TeX on every page, by KaTeX itself, with its warnings as errors."""
+    """KaTeX renders every piece of TeX on every page, with warnings as errors."""
     if not shutil.which("node"):
-        pytest.skip("needs node to run KaTeX outside of a browser")
+        pytest.skip("needs node to run KaTeX outside a browser")
     tex = sorted({tex for page in pages.values() for tex in page.tex})
     assert len(tex) > 100
     program = ("const katex = require(process.argv[1]); JSON.parse(process.argv[2]).forEach("
@@ -132,7 +132,7 @@ def test_katex_takes_all_of_it(pages):
     ("exp(r(x, y) / β)", r"\exp\Bigl(\frac{r(x,y)}{\beta}\Bigr)"),
     ("KL(π ‖ π_ref) / β", r"\frac{\operatorname{KL}(\pi\,\Vert\,\pi_{\text{ref}})}{\beta}")])
 def test_translations(text, tex):
-    """Except for spaces that TeX does not show."""
+    """Compared without the spaces that TeX ignores."""
     found = re.search('data-tex="(.*)"', equations.math(text))[1]
     assert re.sub(r"(?<!\\) ", "", html.unescape(found)) == re.sub(r"(?<!\\) ", "", tex)
 

@@ -1,4 +1,4 @@
-"""What the README says about the files, and that its commands are commands."""
+"""The README: its tables list every file, its files exist, and its commands parse."""
 import importlib
 import json
 import re
@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands(text):
-    """The words of every command, in an indented block or between backticks."""
+    """The words of every command that is in an indented block or between backticks."""
     blocks = re.findall(r"^ +(?:[A-Z_]+=\S+ )*python (\w+\.py.*)$", text.replace("\\\n", " "), re.M)
     inline = re.findall(r"`(?:[A-Z_]+=\S+ )*python\s(\w+\.py[^`]*)`", text)
     return [shlex.split(line, comments=True) for line in blocks + inline if "..." not in line]
@@ -22,7 +22,7 @@ def test_readme_keeps_to_its_room():
     lines = README.splitlines()
     assert len(lines) <= 250
     assert all(len(line) <= 100 or line.startswith("|") for line in lines)
-    assert not [line for line in lines if line.startswith("+")]  # Markdown makes a bullet of it
+    assert not [line for line in lines if line.startswith("+")]  # Markdown makes it a bullet
 
 
 def test_methods_and_tools_each_stand_in_their_table():

@@ -1,4 +1,4 @@
-"""The embedded default: its answers are as its name says, and nothing held out was trained on."""
+"""The tiny data: labels agree with the answers, and no held-out question is trained on."""
 import json
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def question(row):
 
 
 def asked(row):
-    """The question of a row: its two numbers in order of size, and whether they are added."""
+    """What a row asks: its two numbers in ascending order, and whether they are added."""
     numbers = sorted(int(number) for number in re.findall(r"\d+", question(row)))
     return *numbers, any(word in question(row) for word in ("+", "Add", "gets"))
 
@@ -76,7 +76,7 @@ def test_solutions_for_sft_are_correct_and_prompts_have_their_sums():
 
 
 def test_held_out_long_sums_are_in_no_training_file_in_any_order():
-    """Nor are the sums of two numbers that the other files hold out, as a step of a solution."""
+    """No held-out sum of two numbers occurs as a step of a solution in a training file either."""
     asked_in = {name: {tuple(sorted(addends(row))) for row in rows(name)} for name in STEPS}
     trained = asked_in["steps_train"] | asked_in["steps_sft_train"]
     for name in STEPS:

@@ -1,6 +1,6 @@
-"""What the copied functions around an answer do: its number, its reward, the row it belongs to.
+"""The shared functions around an answer: its number, its reward, and the row of its prompt.
 
-Functions of one name are the same in all scripts; here they are those of grpo.py.
+Functions of the same name are identical in all scripts; those of grpo.py are tested here.
 """
 import functools
 from decimal import Decimal
@@ -32,15 +32,15 @@ def test_correct_answer_compares_the_last_numbers(text, answer, score):
        st.booleans(), st.text(st.characters(exclude_categories=["N"], exclude_characters=".,")))
 @settings(deadline=None, derandomize=True)
 def test_the_last_number_is_found_in_any_text(before, number, commas, after):
-    """Whatever precedes it and whatever follows it without a digit, with commas or not."""
+    """With any text before it and any text without digits after it, with commas or without."""
     text = f"{number:,}" if commas else f"{number}"
     assert grpo.last_number(f"{before} {text}{after}") == Decimal(str(number))
 
 
 @given(st.text(max_size=9) | st.text("0123456789.,-()[]{}\\$%/ xe−", max_size=12))
 @settings(deadline=None, derandomize=True, max_examples=200)
-def test_a_correct_answer_is_correct_in_whatever_it_is_wrapped(answer):
-    """Any text is scored without an error, and a box around the row's answer changes nothing."""
+def test_a_correct_answer_is_correct_in_any_wrapping(answer):
+    """Any text gets a score, and a box around the correct answer changes nothing."""
     has_number = float(grpo.plain_number(answer) is not None)
     for said in (answer, rf"\boxed{{{answer}}}", f"It is: {answer}, I think."):
         assert grpo.correct_answer(None, [said], [answer]) == [has_number], said
@@ -49,7 +49,7 @@ def test_a_correct_answer_is_correct_in_whatever_it_is_wrapped(answer):
 # ---- rows ----------------------------------------------------------------------------------------
 
 def test_rows_that_cannot_be_used_are_dropped_and_counted(capsys):
-    """Those without a number only where correct_answer scores; `question` is GSM8K's prompt."""
+    """Rows without a number are dropped only for correct_answer. GSM8K's prompt is `question`."""
     tokenizer = common.load_tokenizer("tiny/chat")
     rows = [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "x", "answer": None}, {"prompt": "x"},
             {"prompt": "y", "answer": "many"}, {"prompt": "", "answer": "2"}, {"prompt": 5},

@@ -1,6 +1,6 @@
-"""Whatever a user gets wrong ends in one line on stderr that names it, and exit code 2.
+"""Every mistake of a user ends in one line on stderr that names it, and in exit code 2.
 
-Mistakes that all scripts find in the same function of common.py are tried on one script.
+A mistake that all scripts detect in the same function of common.py is tried on one script.
 """
 import contextlib
 import json
@@ -26,7 +26,7 @@ OF_SCRIPTS = pytest.mark.parametrize("name", SCRIPTS)
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     runs_helper.write_data(folder)
-    # a language model's adapter, which a run of sft.py would leave
+    # A language model's adapter, such as sft.py saves.
     shutil.copytree(folder / "reward", folder / "adapter")
     change_json("adapter_config", task_type="CAUSAL_LM", modules_to_save=None)(folder / "adapter")
     change_weights(lambda key, x: None if "score" in key else x)(folder / "adapter")
@@ -35,12 +35,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def ends(data, tmp_path, refused, monkeypatch):
-    """Runs a script that has to end in one line before it has made a folder; returns the line."""
+    """Runs a script that must end in one line before it creates a folder; returns the line."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(name, **flags):
         if "model" in flags and name in ONLINE:
-            flags["reward"] = "correct_answer"  # a reward model sits on its own base
+            flags["reward"] = "correct_answer"  # a reward model needs the policy's base
         flags = {"max_steps": 1} | flags  # a run that is not refused ends soon
         line = refused(lambda: command(name, small_args(name, data, tmp_path / "run", **flags)))
         assert not (tmp_path / "run").exists()
@@ -58,7 +58,7 @@ def change_json(file, **changes):
 
 
 def change_weights(make):
-    """Each weight becomes make(key, weight), or is left out where that is None."""
+    """Replaces each weight by make(key, weight), or removes it if that is None."""
     def change(folder):
         file, = folder.glob("*model.safetensors")
         weights = {key: make(key, x) for key, x in load_file(file).items()}
@@ -100,7 +100,7 @@ def add_tokens(folder):
 
 ADAPTER_OF_NOTHING = ('{"peft_type": "LORA", "task_type": "CAUSAL_LM", '
                       '"base_model_name_or_path": "gone/away"}')
-BROKEN = {  # folder of `data`: what is wrong with a copy of it
+BROKEN = {  # {folder of `data`: {name: a function that breaks a copy of it}}
     "chat": {
         "empty": lambda x: [file.unlink() for file in x.iterdir()],
         "no json": write("config.json", "{not json"),
@@ -133,7 +133,7 @@ CASES += [(start, "nan everywhere" if start == "chat" else "nan", name)
 
 @pytest.mark.parametrize("start, breakage, name", CASES)
 def test_a_broken_model_is_named(start, breakage, name, data, tmp_path, ends):
-    """Before anything is trained, or a folder made."""
+    """Before anything is trained or a folder is created."""
     folder = tmp_path / "broken"
     shutil.copytree(data / start, folder)
     BROKEN[start][breakage](folder)
@@ -143,7 +143,7 @@ def test_a_broken_model_is_named(start, breakage, name, data, tmp_path, ends):
 
 
 @pytest.mark.parametrize("name", sorted({*SCRIPTS} - {"reward_model", "prm"}))
-def test_a_model_that_is_no_policy_is_named(name, data, ends):
+def test_a_model_that_is_not_a_policy_is_named(name, data, ends):
     line = ends(name, model=data / "reward")
     assert str(data / "reward") in line and "SEQ_CLS" in line
     assert "no-such-org/no-such-model" in ends(name, model="no-such-org/no-such-model")
@@ -190,7 +190,7 @@ BAD_ROWS = {
 
 @OF_SCRIPTS
 def test_rows_of_every_wrong_form_are_named(name, data, write_jsonl, ends):
-    """File, row and columns, and a reason that is not one of Python's."""
+    """With file, row, columns, and a reason that is not an internal error of Python."""
     for bad in BAD_ROWS[KIND[name]]:
         file = write_jsonl([bad])
         line = ends(name, dataset=file)
@@ -204,12 +204,12 @@ PAIR = {"prompt": USER, "chosen": say("y"), "rejected": say("z")}
 
 @pytest.mark.parametrize("name, row, flags, words", [
     *(("grpo", {"prompt": "x"} | answer, {"reward": "correct_answer"},
-       "no plain number as its answer: ")
+       "its answer is not a plain number")
       for answer in ({}, {"answer": None}, {"answer": "none"}, {"answer": "(3, 5)"})),
     *(("reward_model", PAIR | {"margin": margin}, {}, "") for margin in ("big", torch.nan, 1e400)),
     *((name, None, {"max_length": 4}, "") for name in ("reward_model", "prm", *ONLINE))])
-def test_rows_that_are_of_no_use_leave_nothing(name, row, flags, words, write_jsonl, ends):
-    """Answers without a number, margins that are not finite, rows too long where nothing is cut."""
+def test_rows_that_cannot_be_used_leave_no_examples(name, row, flags, words, write_jsonl, ends):
+    """Answers that are not numbers, margins that are not finite, rows that are too long."""
     if row:
         flags = flags | {"dataset": write_jsonl([row])}
     assert "row 1: " + words in ends(name, **flags)
@@ -222,8 +222,8 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
-def test_data_that_cannot_be_read_are_named_with_the_cause(flag, data, tmp_path, ends):
-    """`datasets` says only that "an error occurred": the reason is what the user needs."""
+def test_data_that_cannot_be_read_is_named_with_the_cause(flag, data, tmp_path, ends):
+    """`datasets` only says that "an error occurred", but the user needs the reason."""
     for content in BAD_FILES.values():
         file = tmp_path / "bad.jsonl"
         file.write_bytes(content)
@@ -256,7 +256,7 @@ number = 5
     ("nan", "nan"), ("words", "good"), ("none", "NoneType"), ("no_columns", "no_columns"),
     ("number", "plain function"), ("escapes", r"\x1b[2J\x07"), ("absent", "absent")])
 def test_a_reward_that_fails_is_named_with_its_cause(reward, cause, data, tmp_path, refused):
-    """Exit code 2, also if it calls sys.exit(0)."""
+    """With exit code 2, even if the reward calls sys.exit(0)."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     args = small_args("grpo", data, tmp_path / "run", reward=f"{tmp_path}/rewards.py:{reward}")
     line = refused(command, "grpo", args)
@@ -264,16 +264,16 @@ def test_a_reward_that_fails_is_named_with_its_cause(reward, cause, data, tmp_pa
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_a_reward_that_is_none_is_named_before_a_model_is_loaded(
+def test_a_reward_that_cannot_be_loaded_is_named_before_a_model_is_loaded(
         name, data, tmp_path, ends, monkeypatch):
-    """A file that ends the program or cannot be parsed, no file, no function, no reward model."""
+    """A file that exits or cannot be parsed; a missing file, function or reward model."""
     monkeypatch.setattr(common, "load_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "rewards.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "broken.py").write_text("def (")
     rewards = [tmp_path / x for x in ("rewards.py:f", "broken.py:f", "nowhere.py:f", "nowhere.py")]
     for reward in [*rewards, "correct", "nobody/nothing", data / "chat", data / "adapter"]:
         assert str(reward).split("/")[-1] in ends(name, reward=reward)
-    assert "one base" in ends(name, reward="tiny/reward")
+    assert "must share one base" in ends(name, reward="tiny/reward")
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ epsilon_high target_kl""".split()
 
 @OF_SCRIPTS
 def test_every_number_on_the_command_line_is_checked(name, refused, monkeypatch):
-    """Negative, not finite, zero where that makes no sense, or no number at all."""
+    """Negative, not finite, zero where zero makes no sense, or not a number at all."""
     module = SCRIPTS[name]
 
     def line(*words):
@@ -312,8 +312,8 @@ def test_every_number_on_the_command_line_is_checked(name, refused, monkeypatch)
 # ---- the terminal --------------------------------------------------------------------------------
 
 @OF_SCRIPTS
-def test_control_characters_of_the_data_do_not_reach_the_terminal(name, data, tmp_path, capsys):
-    """Neither from rows, which are shown as examples and answers, nor from rows that fail."""
+def test_control_characters_in_data_do_not_reach_the_terminal(name, data, tmp_path, capsys):
+    """Neither from rows that are shown as examples or answers, nor from rows that are refused."""
     evil = r"\u001b[2J\u001b]0;title\u0007\r\u009b"
     files = {}
     for flag, part in ("dataset", "train"), ("eval_dataset", "heldout"):
@@ -336,8 +336,8 @@ def test_control_characters_of_the_data_do_not_reach_the_terminal(name, data, tm
     (OSError(28, "No space left on device"), "disk is full"),
     (OSError(122, "Disk quota exceeded"), "disk is full"),
     (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64"), "disk is full")])
-def test_what_hits_the_whole_run_says_what_to_do(error, words, refused):
-    """Wherever in the run it happens; what cannot be resumed does not say that it can."""
+def test_an_error_that_can_occur_anywhere_says_what_to_do(error, words, refused):
+    """Wherever it occurs. A program that cannot be resumed does not claim that it can."""
     def run(within, **options):
         with common.running("--these-flags", **options), within:
             raise error

@@ -1,17 +1,14 @@
-"""A conversation: what is read, sampled and colored, by plain forward passes; what one sees."""
+"""chat.py: what the models read and sample, by plain forward passes, and what the user sees."""
 import io
 import json
-import os
-import pty
 import random
 import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from unittest import mock
 
+import by_hand
 import pytest
 import torch
 from conftest import ROOT
@@ -27,20 +24,13 @@ WORDS = [" two  spaces \n\tand a tab", "naïve café", "它不是 12", "\U0001d5
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A run on tiny/chat: an adapter with some noise."""
-    folder = str(tmp_path_factory.mktemp("run"))
-    torch.manual_seed(0)
-    model = common.load_model("tiny/chat")
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    common.save_model(model, common.load_tokenizer("tiny/chat"), folder)
-    return folder
+    """A run on tiny/chat that has changed it a lot."""
+    return by_hand.save_adapter(tmp_path_factory.mktemp("run"), std=0.2)
 
 
 @pytest.fixture(scope="module")
 def models(adapter):
-    """That run and tiny/chat."""
+    """The model of that run, and tiny/chat."""
     return [common.load_model(x, "off", 0, "off", trainable=False) for x in (adapter, "tiny/chat")]
 
 
@@ -61,7 +51,7 @@ def talk(monkeypatch, capsys):
 
 @pytest.fixture
 def scripted(monkeypatch, tokenizer):
-    """Replaces `sample_tokens` by texts, one per call; "^C" in one is a Ctrl-C there."""
+    """Replaces `sample_tokens` by texts, one per call; "^C" in a text stands for Ctrl-C."""
     def script(*texts):
         calls, texts = [], list(texts)
 
@@ -82,7 +72,7 @@ def scripted(monkeypatch, tokenizer):
 
 
 def prompt_of(tokenizer, *texts, system=None):
-    """The ids of a chat of user and assistant in turn."""
+    """The ids of a chat in which user and assistant take turns."""
     messages = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     messages += [{"role": roles[i % 2], "content": x} for i, x in enumerate(texts)]
@@ -119,7 +109,7 @@ def test_tokens_and_log_ratios_are_those_of_plain_forward_passes(
 
 
 def test_each_checkpoint_has_its_own_stop_tokens(talk, tokenizer, tmp_path):
-    """One of two names a second one in generation_config.json: its answers end there."""
+    """One of two checkpoints names a second stop token, at which only its own answers end."""
     other = shutil.copytree(ROOT / "tiny/chat", tmp_path / "two_stops")
     (equals,) = tokenizer(" =")["input_ids"]
     config = {"eos_token_id": [tokenizer.eos_token_id, equals]}
@@ -133,7 +123,7 @@ def test_each_checkpoint_has_its_own_stop_tokens(talk, tokenizer, tmp_path):
 # ---- what is read --------------------------------------------------------------------------------
 
 def test_each_reads_the_template_of_its_own_history(talk, scripted, tokenizer, adapter):
-    """All messages so far; after /reset none, except for the system message."""
+    """All messages so far. After /reset only the system message remains."""
     calls = scripted(*"ABCDEFGHIJKL")
     out = talk(["one", "two", "/reset", "three", "/system Be  brief.", "four", "/reset", "five",
                 "/system", "six"], "tiny/chat", adapter)
@@ -149,13 +139,13 @@ def test_each_reads_the_template_of_its_own_history(talk, scripted, tokenizer, a
 
 
 def test_commands_and_special_tokens_in_a_line(talk, scripted, tokenizer):
-    """A command is not asked; a special token that is typed is plain text."""
+    """A command is no prompt; a special token that is typed is plain text."""
     calls = scripted("A", "B")
     out = talk(["", "  ", "/rest", "a<|im_end|>b", " /etc", "/quit", "one"], "tiny/chat")
     assert out.count(chat.COMMANDS) == 2
     assert [call["prompt"] for call in calls] == [
         prompt_of(tokenizer, "a<|im_end|>b"), prompt_of(tokenizer, "a<|im_end|>b", "A", " /etc")]
-    assert calls[0]["prompt"].count(tokenizer.eos_token_id) == 1  # that of the question
+    assert calls[0]["prompt"].count(tokenizer.eos_token_id) == 1  # the one that ends the question
 
 
 def test_without_a_template_the_text_is_continued(talk, scripted, monkeypatch):
@@ -180,7 +170,7 @@ def test_a_prompt_that_the_template_refuses_is_not_asked(talk, scripted, tokeniz
 
 
 def test_a_full_context_ends_an_answer_until_reset(talk, tokenizer):
-    """At so high a temperature an answer hardly ever ends by itself."""
+    """At such a high temperature, an answer hardly ever ends by itself."""
     used = len(prompt_of(tokenizer, ""))
     over, almost = "7" * (512 - used), "7" * (508 - used)
     out = talk([over, "/reset", almost, "and now?", "/reset", "1 + 1?"], "tiny/chat",
@@ -201,52 +191,14 @@ def test_ctrl_c_stops_one_answer_and_its_tokens_stay_in_the_history(talk, script
         prompt_of(tokenizer, "one", "5", "two", "6", "three")]
 
 
-SLOW = """
-import sys, time
-import chat
-sample_tokens = chat.sample_tokens
-def slow(*args):
-    for count, ratio in enumerate(sample_tokens(*args)):
-        yield ratio
-        time.sleep(200 * (count == 5))  # until Ctrl-C
-chat.sample_tokens = slow
-chat.main(chat.make_flags().parse_args(sys.argv[1:]))
-"""
-
-
-def test_ctrl_c_in_a_terminal():
-    """A real one: Ctrl-C while an answer is sampled and at the prompt, an answer, Ctrl-D."""
-    pid, screen = pty.fork()
-    if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test in the background ignores it
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        os.chdir(ROOT)
-        argv = [sys.executable, "-c", SLOW, "tiny/chat", "--temperature", "1e6"]
-        os.execve(sys.executable, argv, os.environ | {"TERM": "xterm-256color", "NO_COLOR": ""})
-    seen = b""
-
-    def expect(pattern, then):
-        nonlocal seen
-        while not (found := re.search(pattern, seen)):
-            assert select.select([screen], [], [], 100)[0], f"nothing follows {seen}"
-            seen += os.read(screen, 4096)
-        seen = seen[found.end():]
-        os.write(screen, then)
-
-    expect(rb"> $", b"What is 2 + 3?\n")
-    expect(rb"tiny/chat\x1b\[0m  [^\x00]{3,}", b"\x03")
-    expect(rb"\[stopped\]\r\n> ", b"")
-    time.sleep(0.5)  # readline shows its prompt before it can see a Ctrl-C
-    os.write(screen, b"\x03")
-    expect(rb"Ctrl-D is the same as /quit\r\n> ", b"What is 2 + 3?\n")
-    expect(rb"tiny/chat\x1b\[0m  [^\x00]{3,}", b"\x03")
-    expect(rb"\[stopped\]\r\n> ", b"\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    os.close(screen)
+def test_ctrl_c_at_the_prompt_shows_the_commands_and_ctrl_d_ends(talk, scripted, monkeypatch):
+    calls, events = scripted("A"), [KeyboardInterrupt, "one", EOFError]
+    monkeypatch.setattr(chat, "read_line", mock.Mock(side_effect=events))
+    assert talk([], "tiny/chat").count(chat.COMMANDS) == 2 and len(calls) == 1
 
 
 def test_a_pipe_and_the_seeds_of_turns():
-    """Prompts are printed, without colors; equal checkpoints say the same, each turn differs."""
+    """A pipe sees no colors, but prompts; equal checkpoints answer alike, but turns differ."""
     lines = b"What is 2 + 3?\n/reset\n" * 3 + b"How \xff\n/system Count.\nWhat is 2 + 3?"
     command = [sys.executable, "chat.py", "tiny/chat", "tiny/chat", "--temperature", "2"]
     done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, timeout=200)
@@ -275,7 +227,7 @@ def spelled(tokenizer, prompt, tokens, ratios=None, hidden=()):
 @pytest.mark.parametrize("name", ["tiny/chat", "tokenizers/Qwen2.5-0.5B-Instruct",
                                   "models/stories260K", "tokenizers/SmolLM2-135M-Instruct"])
 def test_streamed_text_is_the_whole_answer(name, shared):
-    """Spaces and all; a character of several tokens comes whole, with the sum of their ratios."""
+    """With all its spaces; a character of several tokens comes once, with the sum of ratios."""
     tokenizer = AutoTokenizer.from_pretrained((ROOT if name == "tiny/chat" else shared) / name)
     before = "" if tokenizer.chat_template else "So:"
     prompt = tokenizer(before)["input_ids"]
@@ -289,7 +241,7 @@ def test_streamed_text_is_the_whole_answer(name, shared):
 
 
 def test_any_tokens_are_streamed_as_they_decode(tokenizer):
-    """Broken characters included, and one that the answer breaks off in."""
+    """Even broken characters, and an answer that ends within a character."""
     draw = random.Random(0)
     for _ in range(20):
         tokens = [draw.randrange(len(tokenizer)) for _ in range(30)]
@@ -309,7 +261,7 @@ def test_colors_show_sign_and_size_and_text_cannot_leave_them():
 
 
 def test_log_ratios_on_the_screen_are_exact(talk, adapter, models, monkeypatch):
-    """--base --tokens: the sum after an answer, and all that is painted; the stop token shows."""
+    """--base --tokens: the printed sum and the painted ratios are right; stop tokens are shown."""
     said, painted = [], []
     sample_tokens, paint = chat.sample_tokens, chat.paint
 
@@ -337,7 +289,7 @@ def test_log_ratios_on_the_screen_are_exact(talk, adapter, models, monkeypatch):
 @pytest.mark.parametrize("terminal, no_color, colored", [
     (True, None, True), (True, "", True), (True, "1", False), (False, None, False)])
 def test_colors_are_for_terminals(terminal, no_color, colored, talk, scripted, monkeypatch):
-    """And the first checkpoint is compared with nobody."""
+    """The first checkpoint is compared with no other."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
@@ -354,7 +306,7 @@ def test_colors_are_for_terminals(terminal, no_color, colored, talk, scripted, m
     (["tiny/chat", "--tokens"], "name a second one, or add --base"),
     (["tiny/chat", "--base"], "tiny/chat has no adapter to leave out"),
     (["nowhere/none", "--base"], "nowhere/none"), (["tiny/chat", "nowhere/none"], "nowhere/none"),
-    (["tiny/chat", "other", "--tokens"], "--tokens: other has other tokens than tiny/chat")])
+    (["tiny/chat", "other", "--tokens"], "other does not have the vocabulary of tiny/chat")])
 def test_refusals_come_before_a_model_is_loaded(argv, reason, refused, monkeypatch):
     load, other = common.load_tokenizer, common.load_tokenizer("tiny/chat")
     other.add_tokens(["another"])

@@ -1,4 +1,4 @@
-"""Loading: what is trained, what is frozen, who plays which role; and how bad input ends."""
+"""Loading: which weights are trained or frozen, and the roles of adapters; errors and flags."""
 import argparse
 import json
 import shutil
@@ -20,7 +20,7 @@ import common
 
 TINY, BASE, REWARD = (str(ROOT / "tiny" / name) for name in ("chat", "base", "reward"))
 IDS = torch.tensor([[5, 9, 17, 33, 80, 12, 7, 101], [3, 44, 21, 8, 60, 61, 62, 63]])
-LAYERS = 5 * 7  # of the tiny model: seven linear ones in each of five blocks
+LAYERS = 5 * 7  # linear layers of the tiny model: seven in each of its five blocks
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def logits(model, ids=IDS):
 
 
 def train(model, steps=2):
-    """A few optimizer steps on whatever the model calls trainable."""
+    """Takes a few optimizer steps on all parameters that require gradients."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(steps):
         out = model.train()(input_ids=IDS).logits
@@ -56,7 +56,7 @@ def base_logits():
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A trained adapter on the tiny model, and the logits it had when it was saved."""
+    """A trained adapter on the tiny model, and its logits when it was saved."""
     torch.manual_seed(1)
     model = train(common.load_model(TINY, lora_rank=4)).eval()
     path = save(model, tmp_path_factory.mktemp("adapter"))
@@ -69,7 +69,7 @@ def adapter(tmp_path_factory):
     ((7, 5), torch.float16), ((7, 0), torch.float16), ((8, 0), torch.bfloat16),
     ((9, 0), torch.bfloat16)])
 def test_dtype_goes_by_compute_capability(monkeypatch, capability, dtype):
-    """A T4 gets fp16 though torch says that it supports bf16; Ampere gets bf16, a CPU fp32."""
+    """A T4 gets fp16, although torch says that it supports bf16; Ampere gets bf16, a CPU fp32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     assert common.choose_dtype(torch.device("cuda", 0)) == dtype
@@ -79,7 +79,7 @@ def test_dtype_goes_by_compute_capability(monkeypatch, capability, dtype):
 @pytest.mark.parametrize("dtype, scales", [
     (torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_gradients_are_scaled_in_fp16_only(monkeypatch, dtype, scales):
-    """And on a CPU, forward passes stay in fp32."""
+    """On a CPU, forward passes stay in fp32."""
     model = SimpleNamespace(device=torch.device("cpu"))
     with common.autocast(model):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
@@ -89,7 +89,7 @@ def test_gradients_are_scaled_in_fp16_only(monkeypatch, dtype, scales):
 
 
 def test_attention_below_ampere_repeats_keys_itself(monkeypatch):
-    """In fp16, transformers is kept from asking SDPA for enable_gqa: its slow kernel there."""
+    """In fp16, transformers must not set enable_gqa, which makes SDPA use its slow kernel there."""
     for dtype, patched in (torch.bfloat16, False), (torch.float32, False), (torch.float16, True):
         monkeypatch.setattr(common, "choose_dtype", lambda device, dtype=dtype: dtype)
         monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args, **kwargs: "its own")
@@ -99,7 +99,7 @@ def test_attention_below_ampere_repeats_keys_itself(monkeypatch):
 
 
 def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
-    """torchrun numbers the processes of a machine by LOCAL_RANK, of all machines by RANK."""
+    """LOCAL_RANK numbers the processes of one machine, and RANK those of all machines."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -115,8 +115,8 @@ def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
 # ---- what is loaded and trained ------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", ["on", "off"])
-def test_lora_is_on_all_linear_layers_but_the_head(bits, base_logits):
-    """It has the rank asked for, nothing else is trained, it is fp32, and changes nothing yet."""
+def test_lora_is_on_all_linear_layers_except_the_head(bits, base_logits):
+    """It has the requested rank, is in fp32, is all that is trained, and changes no logits yet."""
     model = common.load_model(TINY, load_in_4bit=bits, lora_rank=3)
     causal = common.causal_lm(model)
     with_lora = {name for name, m in causal.named_modules() if hasattr(m, "lora_A")}
@@ -136,7 +136,7 @@ def test_lora_is_on_all_linear_layers_but_the_head(bits, base_logits):
 
 
 def test_four_bit_training_on_cpu():
-    """Steps move LoRA and no other bit, train and eval forwards take turns, and it generates."""
+    """Steps change only LoRA; training and evaluation passes alternate; the model can generate."""
     torch.manual_seed(0)
     model = common.load_model(TINY, load_in_4bit="on", lora_rank=4, gradient_checkpointing="on")
     before = {name: value.clone() for name, value in model.state_dict().items()
@@ -154,7 +154,7 @@ def test_four_bit_training_on_cpu():
 
 
 def test_four_bit_is_the_model_with_rounded_weights(base_logits):
-    """It computes what the full model does with NF4's dequantised weights, and nothing else."""
+    """Its logits are those of the full model with NF4's dequantized weights."""
     full = common.load_model(TINY, load_in_4bit="off", trainable=False)
     small = common.load_model(TINY, load_in_4bit="on", trainable=False)
     for name, module in small.named_modules():
@@ -168,7 +168,7 @@ def test_four_bit_is_the_model_with_rounded_weights(base_logits):
 
 
 def test_full_training_is_in_fp32_and_never_in_4_bits(adapter, base_logits, refused):
-    """Rank 0 trains all weights in fp32, from a full model; a model to use has none to train."""
+    """Rank 0 trains all weights of a full model in fp32; trainable=False trains none."""
     used = common.load_model(TINY, trainable=False)
     assert not used.training and not trainable(used) and not isinstance(used, peft.PeftModel)
     full = common.load_model(TINY, load_in_4bit="on", lora_rank=0)
@@ -179,7 +179,7 @@ def test_full_training_is_in_fp32_and_never_in_4_bits(adapter, base_logits, refu
 
 
 def test_no_dropout_is_left(adapter, tmp_path):
-    """An adapter that was trained with dropout: policy, reference, sampler agree on log-probs."""
+    """Even with an adapter that had dropout, training mode gives the logits of evaluation."""
     shutil.copytree(adapter.path, tmp_path / "dropout")
     config = tmp_path / "dropout/adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_dropout": 0.5}))
@@ -191,7 +191,7 @@ def test_no_dropout_is_left(adapter, tmp_path):
 
 
 def test_is_tiny(adapter, tmp_path, monkeypatch):
-    """The embedded models and what was trained from them, from any folder; nothing else is."""
+    """True for the embedded models and those trained from them, from any folder; else false."""
     for name, start in (("full", TINY), ("other", "Qwen/Qwen2.5-0.5B")):
         shutil.copytree(TINY, tmp_path / name)
         (tmp_path / name / "summary.json").write_text(json.dumps({"model": start}))
@@ -207,8 +207,8 @@ def test_is_tiny(adapter, tmp_path, monkeypatch):
 # ---- the reference -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("start", ["base", "adapter"])
-def test_the_reference_is_the_start_and_stays_it(start, adapter, base_logits):
-    """Bit for bit, before training and after it; then the policy is back and what is trained."""
+def test_the_reference_is_the_start_and_never_changes(start, adapter, base_logits):
+    """Bit for bit, before and after training. Afterward, the policy is active and trained again."""
     model = common.load_model(TINY if start == "base" else adapter.path)
     expected = base_logits if start == "base" else adapter.logits
     own = {name for name, _ in model.named_parameters() if "lora_" in name and ".default." in name}
@@ -225,7 +225,7 @@ def test_the_reference_is_the_start_and_stays_it(start, adapter, base_logits):
 
 
 def test_an_exception_inside_another_role_puts_the_policy_back(adapter):
-    """As when a user interrupts a cell of a notebook."""
+    """For example, when a user interrupts a cell of a notebook."""
     model = common.load_model(adapter.path)
     own = trainable(model)
     for role in common.reference(model), common.using(model, None):
@@ -238,7 +238,7 @@ def test_an_exception_inside_another_role_puts_the_policy_back(adapter):
 # ---- what is saved, and other roles --------------------------------------------------------------
 
 def test_a_reward_model_in_4_bits_saves_and_loads(tmp_path):
-    """A scalar head trains beside LoRA, in fp32; loaded again it gives the same scores."""
+    """A scalar head is trained with LoRA, in fp32; loaded again, it gives the same scores."""
     torch.manual_seed(0)
     model = common.load_model(TINY, load_in_4bit="on", lora_rank=4, task="SEQ_CLS")
     name, = (name for name in trainable(model) if "lora_" not in name)
@@ -256,7 +256,7 @@ def test_a_reward_model_in_4_bits_saves_and_loads(tmp_path):
 
 
 def test_a_reward_model_takes_over_a_causal_adapter(adapter):
-    """Started from a language model's adapter, its backbone is that tuned model."""
+    """Started from a language model's adapter, it has the hidden states of that model."""
     model = common.load_model(adapter.path, task="SEQ_CLS").eval()
     causal = common.load_model(adapter.path, trainable=False)
     hidden = [common.causal_lm(m).base_model(input_ids=IDS).last_hidden_state
@@ -265,7 +265,7 @@ def test_a_reward_model_takes_over_a_causal_adapter(adapter):
 
 
 def test_roles_share_a_base_and_leave_each_other_alone(adapter):
-    """The reward gives the reward model's scores, the critic starts as zero; the policy stays."""
+    """The reward has the reward model's scores, the critic starts at 0, the policy is unchanged."""
     scorer = common.load_model(REWARD, trainable=False, task="SEQ_CLS")
     model = common.load_model(adapter.path).eval()
     own = trainable(model)
@@ -298,30 +298,30 @@ def test_roles_share_a_base_and_leave_each_other_alone(adapter):
 
 
 def test_adapters_that_do_not_fit_are_refused(adapter, tmp_path, refused):
-    """A reward model is no language model, nor the reverse; a role needs the policy's base."""
-    assert "SEQ_CLS, needed is one for CAUSAL_LM" in refused(common.load_model, REWARD)
+    """A reward model is not a language model, nor the reverse; a role needs the policy's base."""
+    assert "an adapter for SEQ_CLS, not for CAUSAL_LM" in refused(common.load_model, REWARD)
     line = refused(common.load_model, adapter.path, trainable=False, task="SEQ_CLS")
-    assert adapter.path in line and "CAUSAL_LM, needed is one for SEQ_CLS" in line
+    assert adapter.path in line and "for CAUSAL_LM, not for SEQ_CLS" in line
     assert "not saved by reward_model.py" in refused(common.reward_config, adapter.path, TINY)
     assert "not saved by reward_model.py" in refused(common.reward_config, BASE, TINY)
-    assert "one base has to carry both" in refused(common.reward_config, REWARD, BASE)
+    assert "must share one base" in refused(common.reward_config, REWARD, BASE)
     assert common.reward_config(REWARD, adapter.path).task_type == "CAUSAL_LM"
 
 
 def test_a_role_whose_file_lacks_weights_is_refused(tmp_path, refused):
-    """peft leaves what a file lacks as it was drawn, which scores nothing."""
+    """peft would leave the missing weights random, so the scores would be meaningless."""
     shutil.copytree(REWARD, tmp_path / "reward")
     file = tmp_path / "reward/adapter_model.safetensors"
     weights = safetensors.torch.load_file(file)
     safetensors.torch.save_file({k: x for k, x in weights.items() if "layers.3" not in k}, file)
     line = refused(common.add_role, common.load_model(TINY), str(tmp_path / "reward"), "critic")
-    assert "does not hold the weights" in line and str(tmp_path / "reward") in line
+    assert "its file lacks weights" in line and str(tmp_path / "reward") in line
 
 
 # ---- what is reported ----------------------------------------------------------------------------
 
 def test_settings_are_printed_in_words(capsys):
-    """Sizes are those of the base."""
+    """The total counts the parameters of the base."""
     model = common.load_model(TINY, load_in_4bit="off", lora_rank=16)
     common.print_settings(model)
     parts = [p for name, p in model.named_parameters() if "lora_" not in name]
@@ -336,7 +336,7 @@ def test_settings_are_printed_in_words(capsys):
 
 
 def test_a_model_card_says_how_a_model_was_made(tmp_path, monkeypatch):
-    """In place of PEFT's template; the license is that of the base, if its card names one."""
+    """It replaces PEFT's template; the license is that of the base, if its card names one."""
     shutil.copytree(TINY, tmp_path / "base")
     model = str(tmp_path / "base")
     monkeypatch.setattr(sys, "argv", ["/some/dpo.py", "--model", "my base", "--seed", "1"])
@@ -363,7 +363,7 @@ def test_a_model_card_says_how_a_model_was_made(tmp_path, monkeypatch):
     (ValueError("a\nb\x1b[2J"), "ValueError: a b\\x1b[2J"), (RuntimeError("x" * 999), "xxxx"),
 ])
 def test_a_phase_turns_what_is_raised_into_one_line(error, words, refused):
-    """Of the phase and the cause; also sys.exit(0) of a user's reward ends with exit code 2."""
+    """It names the phase and the cause; even sys.exit(0) in a user's reward gives exit code 2."""
     def work():
         with common.phase("doing this"):
             raise error
@@ -372,8 +372,8 @@ def test_a_phase_turns_what_is_raised_into_one_line(error, words, refused):
     assert line.startswith("error: doing this: ") and words in line and len(line) < 520
 
 
-def test_where_all_processes_fail_the_first_speaks(monkeypatch, refused):
-    """The others wait until torchrun ends them."""
+def test_if_all_processes_fail_the_first_speaks(monkeypatch, refused):
+    """The others wait until torchrun stops them."""
     waited = []
     monkeypatch.setattr(common.time, "sleep", waited.append)
     refused(common.fail, "x")
@@ -384,7 +384,7 @@ def test_where_all_processes_fail_the_first_speaks(monkeypatch, refused):
 
 
 def test_an_error_is_not_glued_to_a_progress_bar(capsys):
-    """The line stands at the start of a line."""
+    """The message starts on a new line."""
     bar = common.tqdm(total=9, file=sys.stderr)
     bar.update(3)
     with pytest.raises(SystemExit):
@@ -399,14 +399,14 @@ def test_a_misspelled_name_in_a_script_is_not_turned_into_a_line():
 
 
 def test_text_from_data_cannot_move_the_cursor():
-    """Control and direction characters are spelled out, letters of all scripts stay."""
+    """Control and direction characters are escaped; letters of all scripts stay."""
     assert common.visible("\xe9\u4f60 a\nb") == "\xe9\u4f60 a\nb"
     assert common.visible("\x1b[2J\r\u202e\x00") == "\\x1b[2J\\r\\u202e\\x00"
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ([], ("tiny/x", "tiny/held", 2.0)),  # the tiny model's own
-    (["--beta", "0.3"], ("tiny/x", "tiny/held", 0.3)),  # what a user says goes first
+    ([], ("tiny/x", "tiny/held", 2.0)),  # the tiny model's own defaults
+    (["--beta", "0.3"], ("tiny/x", "tiny/held", 0.3)),  # a flag takes precedence
     (["--dataset", "mine"], ("mine", None, 2.0)),  # held-out rows go with their own data
     (["--dataset", "mine", "--eval-dataset", "e"], ("mine", "e", 2.0)),
     (["--loss", "b"], ("tiny/x", "tiny/held", 2.0)),
@@ -415,7 +415,7 @@ def test_text_from_data_cannot_move_the_cursor():
     (["--model", "other/model", "--loss", "b", "--beta", "1"], ("some/data", None, 1.0)),
 ])
 def test_defaults_go_by_model_and_loss(argv, expected, monkeypatch):
-    """Flags, then the tiny model's needs, then those of the loss, then the general default."""
+    """In this order: flags, defaults of the tiny model, of the loss, of the parser."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     flags = argparse.ArgumentParser()
     for name, default in (("model", TINY), ("dataset", "some/data"), ("eval-dataset", None),

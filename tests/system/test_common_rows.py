@@ -1,4 +1,4 @@
-"""Rows to token ids: texts, conversations, preferences, files, and what cannot be used."""
+"""Rows to token ids: texts, conversations, preferences, files, and rows that cannot be used."""
 import json
 import random
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def llama():
-    """Like Llama 2's: a text starts with <s> and a space, words with their space, merges of all."""
+    """As in Llama 2, a text starts with <s> and a space, and merges include the space of a word."""
     story = ["Once upon a time there was a little girl named Lily."] * 20
     model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -58,8 +58,8 @@ def llama():
     ("Once upon a ti", "me there was", "time"),  # a token that spans the border is the answer's
     ("", "Once upon", "Once"),
 ])
-def test_text_is_tokenised_as_one_and_divided_by_tokens(llama, prompt, answer, first):
-    """The ids are those of the whole text and eos; prompt ids that the whole does not share go."""
+def test_text_is_tokenized_as_one_and_split_between_tokens(llama, prompt, answer, first):
+    """The ids are those of the whole text and eos; the prompt is the prefix that both share."""
     (asked, _), (said, is_answer) = joined(common.encode_text(llama, prompt, answer))
     assert asked + said == llama(prompt + answer)["input_ids"] + [llama.eos_token_id]
     assert asked == llama(prompt)["input_ids"][:len(asked)] and asked[0] == llama.bos_token_id
@@ -78,13 +78,13 @@ def test_a_text_ends_in_eos_once(llama, ending):
 
 
 def test_an_unknown_character_does_not_end_a_text(llama):
-    """Its token is special, but eos still follows it."""
+    """Its token, <unk>, is special, but eos must still follow."""
     (example,) = encoded(llama, "Once upon", " a time€")
     assert example[1][0][-2:] == [llama.unk_token_id, llama.eos_token_id]
 
 
 def test_pad_that_is_eos_does_not_shorten_an_answer(tmp_path, chat):
-    """A tokenizer without a pad token gets eos as pad, and encodes as before, eos included."""
+    """A tokenizer without a pad token pads with eos, but its examples still end in eos."""
     chat.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((ROOT / "tiny/chat/config.json").read_text())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": None}
@@ -98,7 +98,7 @@ def test_pad_that_is_eos_does_not_shorten_an_answer(tmp_path, chat):
 # ---- conversations -------------------------------------------------------------------------------
 
 def test_only_turns_of_the_answer_are_trained(chat):
-    """Answers before it, in the prompt, are context; the ids are the same wherever it starts."""
+    """Answers in the prompt are context; the ids do not depend on where the answer starts."""
     whole = [*CHAT, says("4"), user("Thanks."), says("Bye.")]
     ids = []
     for start, said in ((0, ["2", "4", "Bye."]), (4, ["4", "Bye."]), (6, ["Bye."])):
@@ -107,13 +107,13 @@ def test_only_turns_of_the_answer_are_trained(chat):
         assert [is_answer for _, is_answer in example] == [False, True] * len(said)
         ids.append(sum((ids for ids, _ in example), []))
     assert ids[0] == ids[1] == ids[2]
-    # the newline that the template writes after an end of turn belongs to what is asked next
+    # The newline that the template writes after an end of turn belongs to the next prompt.
     assert split(chat, example)[0].startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>")
     assert example[0][0] == common.encode_prompt(chat, whole[:6])
 
 
 def test_messages_need_a_template(llama):
-    """Messages for a model without a chat template are refused, texts are not."""
+    """A model without a chat template accepts strings but refuses messages."""
     for call in (common.encode_prompt, lambda *args: encoded(*args, [says("2")])):
         with pytest.raises(ValueError, match="no chat template for messages: --chat-template"):
             call(llama, CHAT)
@@ -126,7 +126,7 @@ def test_messages_need_a_template(llama):
 # ---- preferences ---------------------------------------------------------------------------------
 
 def test_texts_share_their_prompt_as_tokens(llama):
-    """Without a prompt column, answers start where their tokens part, not their characters."""
+    """Without a prompt column, answers start at the first token that differs."""
     prompt, cat, dog = "Once upon a ti", "me there was a girl", "le was a little girl"
     explicit = encoded_preference(llama, {"prompt": prompt, "chosen": cat, "rejected": dog})
     implicit = encoded_preference(llama, {"chosen": prompt + cat, "rejected": prompt + dog})
@@ -140,7 +140,7 @@ def test_texts_share_their_prompt_as_tokens(llama):
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 def test_stop_tokens_come_from_all_three_sources():
-    """eos, the template's end of turn, and what generation_config names: one, some or none."""
+    """eos, the template's end of turn, and the tokens in generation_config, of any number."""
     plain = transformers.AutoTokenizer.from_pretrained(BASE)
     eos, end = 0, 2
     for own, expected in ((7, [7]), ([11, 7], [7, 11]), (None, []), (eos, [])):
@@ -151,7 +151,7 @@ def test_stop_tokens_come_from_all_three_sources():
 
 @pytest.mark.parametrize("template", ["chatml", "qwen2.5"])
 def test_a_base_model_ends_answers_with_a_token_it_knows(tmp_path, capsys, template):
-    """Only assistant turns change, it is said, and what is saved and loaded stays the same."""
+    """Only assistant turns change, a line says so, and saving and loading keep the template."""
     plain = transformers.AutoTokenizer.from_pretrained(BASE)
     plain.chat_template = (ROOT / f"tests/system/templates/{template}.jinja").read_text()
     plain.save_pretrained(tmp_path)
@@ -176,7 +176,7 @@ def test_a_base_model_ends_answers_with_a_token_it_knows(tmp_path, capsys, templ
 
 @pytest.mark.parametrize("own", [[2, 0], 2, None])
 def test_a_model_that_knows_its_end_of_turn_keeps_its_template(tmp_path, own):
-    """Where its generation config, which is optional, names the end of turn, nothing changes."""
+    """If the generation config, which is optional, contains the end of turn, nothing changes."""
     plain = transformers.AutoTokenizer.from_pretrained(BASE)
     plain.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((ROOT / "tiny/base/config.json").read_text())
@@ -188,7 +188,7 @@ def test_a_model_that_knows_its_end_of_turn_keeps_its_template(tmp_path, own):
 
 
 def test_tokenizers_that_do_not_fit_their_model_are_refused(tmp_path, refused):
-    """Without eos nothing ends an answer; a token that text can become needs an embedding."""
+    """Without eos, nothing ends an answer; every token that text can become needs an embedding."""
     def load(change):
         tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
         change(tokenizer)
@@ -198,13 +198,13 @@ def test_tokenizers_that_do_not_fit_their_model_are_refused(tmp_path, refused):
 
     assert "369" in refused(load, lambda x: x.add_tokens(["newword"]))
     assert "no eos token" in refused(load, lambda x: setattr(x, "eos_token", None))
-    load(lambda x: x.add_tokens(["newword"], special_tokens=True))  # which no text becomes
+    load(lambda x: x.add_tokens(["newword"], special_tokens=True))  # no text becomes this token
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def test_what_a_row_lacks_is_not_there(write_jsonl):
-    """Keys that other rows have are left out, also in messages: templates ask for tool_calls."""
+def test_keys_that_a_row_lacks_are_absent(write_jsonl):
+    """Even if other rows have them, and in messages too: templates test if tool_calls exists."""
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     rows = [{"messages": [user("Add."), {"role": "assistant", "tool_calls": [call]}], "n": 0},
             {"messages": [user("2?"), says("")], "tools": []}]
@@ -212,7 +212,7 @@ def test_what_a_row_lacks_is_not_there(write_jsonl):
 
 
 def test_hub_rows_are_a_random_choice(monkeypatch):
-    """A name may carry its configuration; split, limit and seed say which rows there are."""
+    """A name may include a configuration; split, limit and seed determine the rows."""
     asked = []
 
     def load_dataset(*args, **kwargs):
@@ -229,7 +229,7 @@ def test_hub_rows_are_a_random_choice(monkeypatch):
     assert len(common.load_rows("trl-lib/x", "train", 99, 0)) == 50
 
 
-def test_a_file_nested_too_deep_is_one_line(tmp_path, refused):
+def test_a_file_nested_too_deeply_ends_in_one_line(tmp_path, refused):
     (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     assert "reading" in refused(common.load_rows, str(tmp_path / "deep.json"), "train", 1, 0)
 
@@ -237,7 +237,7 @@ def test_a_file_nested_too_deep_is_one_line(tmp_path, refused):
 # ---- rows that cannot be used --------------------------------------------------------------------
 
 def encode(source, rows, max_length=100, tokenizer=None):
-    """Rows of messages, as a script encodes them."""
+    """Encodes rows of messages as a script does."""
     tokenizer = tokenizer or common.load_tokenizer(TINY)
     return common.encode_rows(source, rows, lambda row, tokenizer, max_length: {
         "pieces": encoded(tokenizer, [], row["messages"])[0], "max_length": max_length},
@@ -254,7 +254,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_rows_that_cannot_be_used_are_dropped_and_counted(case, chat, capsys, refused):
-    """For whatever reason; the first with its number; if none is left, the run ends."""
+    """For any reason. The first is reported with its number; without examples, the run ends."""
     examples = encode("rows.jsonl", [GOOD, BAD[case], GOOD, {}], tokenizer=chat)
     assert len(examples) == 2 and examples[0] == examples[1]
     out = capsys.readouterr().out
@@ -264,8 +264,8 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(case, chat, capsys, re
     assert "none" in refused(encode, "rows.jsonl", [], tokenizer=chat)
 
 
-def test_a_template_that_raises_loses_the_row_not_the_run(capsys):
-    """Its words are the reason."""
+def test_a_template_that_raises_drops_the_row_and_not_the_run(capsys):
+    """The template's message is reported as the reason."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer.chat_template = refuse + tokenizer.chat_template
@@ -274,21 +274,21 @@ def test_a_template_that_raises_loses_the_row_not_the_run(capsys):
 
 
 def test_examples_are_at_most_as_long_as_the_model_takes(chat):
-    """--max-length is cut to what the tokenizer says of the model; the tiny one takes 512."""
+    """--max-length is limited by the tokenizer's model_max_length: 512 for the tiny model."""
     assert [x["max_length"] for x in encode("x", [GOOD], 100, chat)] == [100]
     assert [x["max_length"] for x in encode("x", [GOOD], 9999, chat)] == [512]
 
 
 def test_a_row_may_become_several_examples(chat, capsys):
-    """Where a template rewrites earlier turns; how many rows that were is said."""
+    """As when a template rewrites earlier turns; the number of such rows is reported."""
     rows = [{"n": n} for n in (1, 3, 2)]
     examples = common.encode_rows("x", rows, lambda row, *_: [row] * row["n"], chat, 9)
     assert [x["n"] for x in examples] == [1, 3, 3, 3, 2, 2]
-    assert "x: 3 rows, 6 examples; 2 rows became one per answer" in capsys.readouterr().out
+    assert "x: 3 rows, 6 examples; 2 rows became one example per answer" in capsys.readouterr().out
 
 
-def test_an_example_is_shown_with_what_is_trained_in_green(chat, capsys):
-    """All of it, once, in order; green exactly where the mask is 1."""
+def test_an_example_is_shown_with_its_trained_tokens_in_green(chat, capsys):
+    """Every token once and in order; green exactly where the mask is 1."""
     (example,) = encoded(chat, [], [*CHAT, says("4 =\n4")])
     ids, mask = [], []
     for piece, is_answer in example:
@@ -306,7 +306,7 @@ def test_an_example_is_shown_with_what_is_trained_in_green(chat, capsys):
 
 @pytest.fixture
 def hold_out(monkeypatch, chat):
-    """What load_examples makes of given examples without an --eval-dataset."""
+    """Splits given examples as load_examples does without an --eval-dataset."""
     def divide(examples, size, seed):
         monkeypatch.setattr(common, "load_rows", lambda *_: examples)
         args = run_args(dpo, dataset="x", eval_size=size, seed=seed)
@@ -316,7 +316,7 @@ def hold_out(monkeypatch, chat):
 
 
 def test_no_prompt_is_both_trained_on_and_held_out(hold_out):
-    """For 30 seeds: parts are disjoint in prompts, at most a fifth, as large as asked, random."""
+    """For 30 seeds: no shared prompt, the requested size, at most a fifth, different rows."""
     examples = [{"prompt": [n // 3], "n": n} for n in range(60)]
     seen = set()
     for seed in range(30):
@@ -331,14 +331,14 @@ def test_no_prompt_is_both_trained_on_and_held_out(hold_out):
 
 
 @pytest.mark.parametrize("prompts", [[1], [1, 2, 3, 4], [1] * 20])
-def test_too_few_prompts_to_hold_some_out(prompts, refused, hold_out):
-    """Both parts need a row."""
+def test_too_few_prompts_to_hold_some_out_are_refused(prompts, refused, hold_out):
+    """Both parts need at least one row."""
     examples = [{"prompt": [prompt]} for prompt in prompts]
     assert "--eval-dataset" in refused(hold_out, examples, 5, 0)
 
 
 def test_training_and_held_out_rows_come_from_where_they_should(write_jsonl, chat, refused):
-    """Of --eval-dataset the first --eval-size rows; without one, some of --dataset."""
+    """The first --eval-size rows of --eval-dataset; without that flag, some rows of --dataset."""
     rows = [{"n": n} for n in random.Random(0).sample(range(100), 30)]
     files = write_jsonl(rows[:20]), write_jsonl(rows[20:], "eval.jsonl")
     def read(row, tokenizer, max_length):
@@ -355,7 +355,7 @@ def test_training_and_held_out_rows_come_from_where_they_should(write_jsonl, cha
     assert "trained on" in refused(common.load_examples, args, read, chat, 5)
 
 
-def test_without_nones_keeps_what_is_false():
-    """Zero, empty and False are values; None is none, at any depth."""
+def test_without_nones_keeps_false_values():
+    """0, "", [] and False stay; None is dropped at any depth."""
     value = {"a": None, "b": [0, "", False, {"c": None, "d": []}], "e": torch.inf}
     assert common.without_nones(value) == {"b": [0, "", False, {"d": []}], "e": torch.inf}

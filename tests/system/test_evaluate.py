@@ -1,10 +1,11 @@
-"""Each figure of evaluate.py's table, by brute force, over models whose answers are known."""
+"""Each figure in the table of evaluate.py, by brute force, for answers that are known."""
 import itertools
 import json
 import random
 import shutil
 from pathlib import Path
 
+import by_hand
 import pytest
 import torch
 from conftest import ROOT
@@ -12,8 +13,8 @@ from conftest import ROOT
 import common
 import evaluate
 
-PROMPTS = [{"prompt": [{"role": "user", "content": f"What is {a} + 1?"}], "answer": str(a + 1),
-            "kind": f"k{a}"} for a in range(1, 7)]
+PROMPTS = [{"prompt": [{"role": "user", "content": f"What is {a} + 1?"}], "answer": str(a + 1)}
+           for a in range(1, 7)]
 
 
 @pytest.fixture
@@ -34,19 +35,12 @@ def table(tmp_path, write_jsonl, capsys):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A run on tiny/chat: an adapter with some noise."""
-    folder = str(tmp_path_factory.mktemp("adapter"))
-    torch.manual_seed(0)
-    model = common.load_model("tiny/chat")
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.01)
-    common.save_model(model, common.load_tokenizer("tiny/chat"), folder)
-    return folder
+    """A run on tiny/chat that has changed it a little."""
+    return by_hand.save_adapter(tmp_path_factory.mktemp("adapter"))
 
 
 def scripted(answers):
-    """Replaces `sample`: (greedy answer, sampled ones) by a part of the prompt; keeps its calls."""
+    """Replaces `sample`: {part of a prompt: (greedy answer, samples)}. It remembers its calls."""
     def sample(model, tokenizer, prompts, copies, args, seed):
         sample.calls.append({"copies": copies, "temperature": args.temperature, "seed": seed})
         ids = []
@@ -64,7 +58,7 @@ def scripted(answers):
 # ---- formulas ------------------------------------------------------------------------------------
 
 def test_pass_at_k_is_the_share_of_draws_with_a_correct_one():
-    """Every way to draw k of n samples, of which some are correct."""
+    """By counting every way to draw k of n samples."""
     for count, correct in itertools.product((1, 4, 6), range(7)):
         for k in range(1, count + 1 if correct <= count else 1):
             samples = [i < correct for i in range(count)]
@@ -80,13 +74,13 @@ def test_wilson_interval(correct, count, low, high):
 
 
 def test_each_way_to_pick_is_what_a_search_finds():
-    """The first; the most frequent number, of equals the first; the first best score; any."""
+    """The first answer; the first of the most frequent numbers; the first best score; any."""
     draw = random.Random(0)
     for _ in range(300):
         texts = [draw.choice(["7", "so 7", "7.0", "8", "9", "none"]) for _ in range(5)]
         correct = [float(evaluate.last_number(text) == 8) for text in texts]
         scores = [draw.choice([0.0, 0.5, 1.0]) for _ in range(5)]
-        first = slice(4)  # of five samples that were drawn
+        first = slice(4)  # of the five samples
         numbers = [None if text == "none" else float(text.split()[-1]) for text in texts[first]]
         votes = [sum(x == y for y in numbers) if x is not None else 0 for x in numbers]
         leader = numbers[votes.index(max(votes))]
@@ -97,7 +91,7 @@ def test_each_way_to_pick_is_what_a_search_finds():
 
 
 def test_the_worked_example_of_the_docstring(monkeypatch):
-    """Its numbers, by the functions of the script."""
+    """The functions of the script give its numbers."""
     assert [evaluate.pass_at_k(1, 4, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
     assert "pass@1 = 1 − 3/4 = 0.25    pass@2 = 1 − 3/6 = 0.5    pass@4 = 1" in evaluate.__doc__
     texts = ["so 8", "so 7", "it is 8", "no number"]
@@ -114,7 +108,7 @@ def test_the_worked_example_of_the_docstring(monkeypatch):
 # ---- the figures of a line -----------------------------------------------------------------------
 
 def test_each_figure_is_what_its_name_says(table, monkeypatch):
-    """Greedy and sampled answers counted by hand; groups never mix prompts."""
+    """Greedy and sampled answers are counted by hand; no group mixes prompts."""
     sample = scripted({"1 + 1": ("2", ["2"] * 4), "2 + 1": ("9", ["9", "9", "9", "3..."]),
                        "3 + 1": ("4", ["9"] * 4)})
     monkeypatch.setattr(evaluate, "sample", sample)
@@ -139,9 +133,9 @@ def test_each_figure_is_what_its_name_says(table, monkeypatch):
     ("tiny/chat", 1.0), ("tiny/chat", 1.5), ("tiny/base", 1.0)])
 def test_kl_is_the_mean_log_ratio_to_the_first_of_three(first, temperature, adapter, table,
                                                         monkeypatch):
-    """By plain forward passes at T; the first is the base of an adapter, or a model of its own.
+    """By plain forward passes at the temperature of the samples.
 
-    It is loaded once, though two others are compared with it.
+    The first checkpoint is the base of an adapter or another model. It is loaded only once.
     """
     seen, loaded = [], []
     sample, load = evaluate.sample, common.load_model
@@ -176,19 +170,8 @@ def test_kl_is_the_mean_log_ratio_to_the_first_of_three(first, temperature, adap
     assert lines[0]["kl"] is None
 
 
-def test_rewards_get_prompts_completions_and_columns(table, tmp_path):
-    """Four completions of one row, its columns with them; all rows count alike."""
-    (tmp_path / "mine.py").write_text(
-        "def check(prompts, completions, kind, answer, **columns):\n"
-        "    assert len(prompts) == len(completions) == len(kind) == 4 and not columns\n"
-        "    assert answer == [{'k1': '2', 'k2': '3'}[kind[0]]] * 4 and prompts[0][0]['role']\n"
-        "    return [3.5] * 4 if kind == ['k1'] * 4 else [1.5] * 4\n")
-    (line,), _ = table("tiny/chat", rows=PROMPTS[:2], reward=f"{tmp_path}/mine.py:check")
-    assert line["reward"] == 2.5
-
-
 def test_best_of_n_reads_the_first_n_samples_of_each_prompt(table, monkeypatch):
-    """The shares by hand, with intervals over prompts; the other figures are of all samples."""
+    """Counted by hand, with intervals over prompts; the other figures use all samples."""
     sample = scripted({"1 + 1": ("2", ["9", "8", "2", "8", "2"]),  # 8 and 9 lead, 9 came first
                        "2 + 1": ("3", ["3", "4", "4", "4", "4"]),
                        "3 + 1": ("4", ["7", "4 ", "4", "7", "9"])})
@@ -210,30 +193,16 @@ def test_best_of_n_reads_the_first_n_samples_of_each_prompt(table, monkeypatch):
     assert not set(evaluate.PICKS) & line.keys() and "oracle" not in printed
 
 
-def test_picking_by_a_trained_head_changes_no_other_figure(table, adapter):
-    names = ["tiny/chat", adapter]
-    plain, _ = table(*names, rows=PROMPTS[:2], reward="tiny/reward")
-    picked, _ = table(*names, rows=PROMPTS[:2], reward="tiny/reward", best_of=4)
-    for before, after in zip(plain, picked, strict=True):
-        added = {f"{name}{end}" for name in evaluate.PICKS for end in ("", "_interval")}
-        assert after.keys() - before.keys() == added
-        assert {name: after[name] for name in before} == before
-
-
-# ---- what is refused, and what is found ----------------------------------------------------------
+# ---- errors, and the runs that are found ---------------------------------------------------------
 
 def test_errors_show_before_anything_is_measured(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", None)
     monkeypatch.setattr(common, "load_model", None)
-    (tmp_path / "there.json").write_text("mine")
     for argv, words in (
-            (["--k", "5"], "--samples-per-prompt"), (["--output", f"{tmp_path}/there.json"], "is"),
-            (["--output", f"{tmp_path}/none/x.json"], "folder"), (["no/such/model"], "no/such"),
-            (["--reward", f"{tmp_path}/mine.py:f"], "mine.py:f"),
+            (["no/such/model"], "no/such"), (["--reward", f"{tmp_path}/mine.py:f"], "mine.py:f"),
             (["--dataset", f"{tmp_path}/none.jsonl"], "none.jsonl")):
         args = evaluate.make_flags().parse_args(["tiny/chat", *argv])
         assert words in refused(evaluate.main, args)
-    assert (tmp_path / "there.json").read_text() == "mine"
 
 
 def test_rows_without_an_answer_are_dropped_and_none_left_is_refused(table, refused):
@@ -243,16 +212,16 @@ def test_rows_without_an_answer_are_dropped_and_none_left_is_refused(table, refu
 
 
 def test_checkpoints_that_can_read_other_rows_are_not_compared(tmp_path, table, refused):
-    """A model with a shorter context drops a prompt that the other one reads."""
+    """A model with a shorter context drops a prompt that the other model reads."""
     short = shutil.copytree(ROOT / "tiny/chat", tmp_path / "short")
     values = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 40}
     (short / "config.json").write_text(json.dumps(values))
     long = {"prompt": [{"role": "user", "content": "1 + 1? " * 6}], "answer": "2"}
-    assert "can use other rows" in refused(table, "tiny/chat", short, rows=[*PROMPTS[:1], long])
+    assert "can use different rows" in refused(table, "tiny/chat", short, rows=[*PROMPTS[:1], long])
 
 
 def test_tiny_runs_are_found_and_others_left_out(tmp_path, monkeypatch, adapter, refused, table):
-    """Finished runs on the tiny model; no reward models; a broken run matters only to these."""
+    """Finished policies on the tiny model. A broken run matters only if runs are looked for."""
     monkeypatch.chdir(tmp_path)
     for name, method in (("b", "dpo"), ("a", "sft"), ("r", "reward_model"), ("p", "prm")):
         shutil.copytree(adapter, Path("runs", name))

@@ -1,7 +1,7 @@
-"""Model families: what is trained and sampled is what the model itself computes.
+"""Model families: training and sampling use the log-probs that the model itself computes.
 
-Each family is a small random model that is loaded as every script loads it, with LoRA matrices that
-matter. The naive computation reads each row alone, in evaluation mode, without a cache.
+Each family is a small random model, loaded as every script loads it, with LoRA matrices that are
+not zero. The naive computation reads each row alone, in evaluation mode, without a cache.
 """
 import json
 import re
@@ -28,7 +28,7 @@ LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_
               linear_value_head_dim=4, layer_types=["linear_attention", "full_attention"])
 CAPPED = SLIDING | {"final_logit_softcapping": 2.0}
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-# every family has some dropout that is not a module, or in a sub-config, where it knows such
+# Dropout that is not an nn.Dropout module, for the families whose config has such a field.
 DROPOUT = {"attention_dropout": 0.3}
 FAMILIES = {
     "qwen3": transformers.Qwen3Config(**SIZES | DROPOUT),
@@ -81,7 +81,7 @@ def folders(tmp_path_factory):
 
 
 def with_adapter(folder, **options):
-    """As training loads a model, with LoRA matrices that matter, which at the start they do not."""
+    """Loads a model as for training, then fills the LoRA matrices B, which are zero at first."""
     torch.manual_seed(0)
     model = common.load_model(folder, load_in_4bit="off", lora_rank=4, **options)
     for key, parameter in model.named_parameters():
@@ -114,7 +114,7 @@ def test_log_probs_and_gradients_are_those_of_a_plain_forward_pass(name, folders
         torch.testing.assert_close(ours[i, 1:len(row) - 1], plain[1:], rtol=1e-4, atol=1e-4)
         assert not ours[i, len(row) - 1:].any() and ours[i, 0] == 0
         total = total + (plain[1:] * factors[i, 1:len(row) - 1]).sum()
-    assert ours.std() > 0.5  # the weights are large enough for a mistake to show
+    assert ours.std() > 0.5  # the weights are large enough to reveal a mistake
     for mine, theirs in zip(our_gradients, torch.autograd.grad(total, weights), strict=True):
         assert mine.any(), "a LoRA matrix without a gradient should not have been created"
         assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6
@@ -122,7 +122,7 @@ def test_log_probs_and_gradients_are_those_of_a_plain_forward_pass(name, folders
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sampled_log_probs_are_those_that_are_scored(name, folders, monkeypatch):
-    """Prompts of two lengths, padded on the left, several copies, rows that leave the batch."""
+    """With prompts of two lengths, left padding, several copies, and rows that leave the batch."""
     model, tokenizer, steps = with_adapter(folders(name)), make_tokenizer(), []
     model.generation_config.eos_token_id = list(range(40, 48))
     multinomial = torch.multinomial
@@ -154,7 +154,7 @@ def test_sampled_log_probs_are_those_that_are_scored(name, folders, monkeypatch)
 
 @pytest.mark.parametrize("name", ["gemma2", "granite"])
 def test_a_judge_reads_the_models_own_logits(name, folders):
-    """The softmax of two verdicts' logits depends on a cap and on a scale."""
+    """The softmax over the logits of two verdicts depends on soft-capping and scaling."""
     model = common.load_model(folders(name), "off", trainable=False)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ROWS[0]])).logits[0, -1, [7, 30]]
@@ -173,14 +173,14 @@ def test_a_judge_reads_the_models_own_logits(name, folders):
         max_position_embeddings=64, pad_token_id=1, bos_token_id=2, eos_token_id=3,
         decoder_start_token_id=3, forced_eos_token_id=None), "does not continue from its cache")])
 def test_a_model_that_would_be_read_wrongly_is_refused(config, words, tmp_path, refused):
-    """HyperCLOVA X multiplies where Granite divides; Bart counts the pads on the left as text."""
+    """HyperCLOVA X multiplies by a scale, Granite divides; Bart counts left padding as text."""
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert words in refused(common.load_model, str(tmp_path))
 
 
 def test_a_cache_that_is_not_read_is_refused(folders, monkeypatch, refused):
-    """As when a later transformers takes the cache under another name, without an error."""
+    """As if a later transformers renamed the argument and silently ignored the old name."""
     forward = transformers.Qwen3ForCausalLM.forward
 
     def forgets(self, *args, **kwargs):
@@ -192,18 +192,18 @@ def test_a_cache_that_is_not_read_is_refused(folders, monkeypatch, refused):
 
 
 def test_dropout_that_is_left_is_refused(folders, monkeypatch, refused):
-    """A log-prob would differ between policy, reference and sampler."""
+    """With dropout, policy, reference and sampler would disagree on log-probs."""
     monkeypatch.setattr(common, "load_config", lambda name: transformers.AutoConfig.from_pretrained(
         common.base_of(name)))
-    assert "reads rows otherwise in training" in refused(
+    assert "reads rows differently in training" in refused(
         common.load_model, folders("opt"))
 
 
 @pytest.mark.parametrize("kind", [
     peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
     peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)])
-def test_other_adapters_than_lora_are_refused(kind, folders, tmp_path, refused):
-    """At once, before any model is loaded."""
+def test_adapters_other_than_lora_are_refused(kind, folders, tmp_path, refused):
+    """Before any model is loaded."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folders("qwen3"))
     peft.get_peft_model(base, kind).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -212,7 +212,7 @@ def test_other_adapters_than_lora_are_refused(kind, folders, tmp_path, refused):
 
 
 def test_code_in_a_model_folder_does_not_run(folders, tmp_path, monkeypatch, refused):
-    """Whatever standard input says."""
+    """Even if standard input answers yes to a prompt."""
     folder, trace = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(folders("qwen3"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -230,7 +230,7 @@ def test_code_in_a_model_folder_does_not_run(folders, tmp_path, monkeypatch, ref
 # ---- what is chosen for a model ------------------------------------------------------------------
 
 def test_every_kind_of_dropout_is_off_in_the_config(tmp_path):
-    """Also in a sub-config; what is no probability stays."""
+    """Also in sub-configs; other numbers stay as they are."""
     transformers.Gemma3Config(text_config=SIZES | DROPOUT | SLIDING,
                               vision_config={"attention_dropout": 0.2}).save_pretrained(tmp_path)
     loaded = common.load_config(str(tmp_path))
@@ -241,7 +241,7 @@ def test_every_kind_of_dropout_is_off_in_the_config(tmp_path):
 
 
 def test_attention_is_chosen_by_the_class_and_never_eager_on_qwen(folders, tmp_path):
-    """Gemma 2 has nothing but eager; in fp16, eager attention overflows on Qwen."""
+    """Gemma 2 supports only eager attention; on Qwen, eager attention overflows in fp16."""
     chosen = {}
     for name in "gemma2", "qwen3":
         folder = tmp_path / name
@@ -254,8 +254,8 @@ def test_attention_is_chosen_by_the_class_and_never_eager_on_qwen(folders, tmp_p
 
 
 @pytest.mark.parametrize("name, warned", [("gemma3", True), ("gemma4", True), ("gemma2", False)])
-def test_gemma_3_and_4_are_warned_of_in_fp16(name, warned, folders, monkeypatch, capsys):
-    """As on a T4, whose GPU has no bf16."""
+def test_a_warning_names_gemma_3_and_4_in_fp16(name, warned, folders, monkeypatch, capsys):
+    """As on a T4, which has no bf16."""
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args, **kwargs: False)
     monkeypatch.setattr(common, "choose_dtype", lambda device: torch.float16)
     common.load_model(folders(name), "off", trainable=False)
@@ -263,7 +263,7 @@ def test_gemma_3_and_4_are_warned_of_in_fp16(name, warned, folders, monkeypatch,
 
 
 def test_settings_say_how_much_is_in_4_bits(folders):
-    """The experts of a mixture are no linear layers, and stay in 16 bits."""
+    """The experts of a mixture-of-experts model are not nn.Linear layers, and stay in 16 bits."""
     shares = {name: common.settings(common.load_model(folders(name), bits, lora_rank=4))
               ["share_in_4bit"] for name, bits in (
                   ("qwen3", "on"), ("mixtral", "on"), ("llama3", "off"))}
@@ -274,8 +274,8 @@ def lora_names(model, role="default"):
     return [key for key, _ in model.named_parameters() if f"lora_A.{role}" in key]
 
 
-def test_lora_is_on_the_linear_layers_that_text_goes_through(folders, tmp_path):
-    """Not on vision towers, routers, heads or Mamba's out_proj, nor where layers share keys."""
+def test_lora_is_on_the_linear_layers_that_text_passes_through(folders, tmp_path):
+    """Not on vision towers, routers, heads, Mamba's out_proj, or layers that reuse others' keys."""
     vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, image_size=8,
                   num_attention_heads=2, patch_size=4)
     config = transformers.Gemma3Config(
@@ -283,7 +283,7 @@ def test_lora_is_on_the_linear_layers_that_text_goes_through(folders, tmp_path):
         image_token_index=47, boi_token_index=45, eoi_token_index=46)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
     model = common.load_model(str(tmp_path / "gemma3"), lora_rank=2)
-    # a policy with such a tower carries a critic
+    # A policy that has a vision tower can have a critic.
     assert common.add_role(model, None, "critic", trainable=True).weight.shape == (1, 16)
     for role in "default", "critic":
         named = lora_names(model, role)
@@ -296,7 +296,7 @@ def test_lora_is_on_the_linear_layers_that_text_goes_through(folders, tmp_path):
     named = lora_names(common.load_model(str(tmp_path / "bamba"), lora_rank=2))
     assert any("mamba.in_proj" in key for key in named)
     assert not any("out_proj" in key for key in named)
-    # the last two layers of this one share keys and values with the first two
+    # In this model, the last two layers reuse the keys and values of the first two.
     model = common.load_model(folders("gemma4"), lora_rank=2)
     assert not any(re.search(r"layers\.[23]\.self_attn\.[kv]_proj", x) for x in lora_names(model))
     common.save_model(model, make_tokenizer(), tmp_path / "adapter")
@@ -309,7 +309,7 @@ def test_lora_is_on_the_linear_layers_that_text_goes_through(folders, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4", "lfm2"])
 def test_a_reward_model_of_any_family_is_saved_and_read_again(name, folders, tmp_path):
-    """Alone, to train further, and as a role; two have no class for sequence classification."""
+    """Alone, to be trained further, and as a role; two lack a sequence-classification class."""
     tokenizer = make_tokenizer()
     model = common.load_model(folders(name), "off", lora_rank=4, task="SEQ_CLS")
     torch.manual_seed(1)

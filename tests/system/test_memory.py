@@ -1,4 +1,4 @@
-"""The estimate of benchmarks/memory.py against the memory that small models really take here."""
+"""The estimate of benchmarks/memory.py against the memory that small models really take."""
 import argparse
 import runpy
 import weakref
@@ -23,7 +23,7 @@ RANK = 16
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still alive, and the most of them."""
+    """Counts the bytes of the tensors that operations made and that are alive, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -87,14 +87,14 @@ def loss_of(script, model, count, length):
 @pytest.mark.parametrize("script", ["sft", "dpo", "reward_model"])
 @pytest.mark.parametrize("count, length, vocabulary", [(2, 384, 4096), (4, 160, 64)])
 def test_a_pass_takes_what_was_estimated(script, count, length, vocabulary, folder):
-    """Within 15%, of all but weights and gradients, whether layers or logits are the widest."""
+    """Within 15%, without weights and gradients, whether layers or logits are the widest."""
     task = "SEQ_CLS" if script == "reward_model" else "CAUSAL_LM"
     model = common.load_model(folder(vocabulary), "off", RANK, "on", task=task)
     loss_of(script, model, count, length).backward()
-    with Peak() as peak:  # of a second micro-batch: the gradients are there
+    with Peak() as peak:  # of a second micro-batch, when the gradients exist already
         loss_of(script, model, count, length).backward()
     shape, rows = MEMORY.shape(*SHAPE[:5], vocabulary, True), MEMORY.ROWS[script] * count
-    # On a CPU, SDPA does not repeat keys and values; so few positions are one chunk of logits.
+    # On a CPU, SDPA does not repeat keys and values. Here all positions are one chunk of logits.
     widest = MEMORY.layer(shape, rows, length, 4, four_bit=False, repeated=False)
     if script != "reward_model":
         widest = max(widest, MEMORY.logits(shape, rows * (length - length // 4)))
@@ -116,7 +116,7 @@ def test_adapter_and_optimizer_take_16_bytes_for_each_weight(folder):
 
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_weights_are_those_of_the_model(four_bit, folder):
-    """Norms and biases, which the estimate leaves out, are below 1%."""
+    """Norms and biases, which the estimate leaves out, take less than 1%."""
     model = common.load_model(folder(), "on" if four_bit else "off", 0, "off", trainable=False)
     taken = sum(p.nbytes for p in model.parameters())
     if four_bit:  # the scales are not parameters

@@ -1,6 +1,6 @@
-"""Messages, columns and files as people bring them: what is trained is right, or named and refused.
+"""Messages, columns and files as users have them: trained correctly, or refused with the reason.
 
-The inputs are small versions of reports from the field.
+The inputs are small versions of those in reports by users of training libraries.
 """
 import argparse
 import functools
@@ -41,12 +41,12 @@ def tiny_tokenizer(template=None):
 
 
 def texts(tokenizer, pieces):
-    """What is read and what is trained, in turn."""
+    """The texts of the pieces, which alternate between context and answers."""
     return [tokenizer.decode(ids) for ids, _ in pieces]
 
 
 def trained(tokenizer, tokens):
-    """The trained tokens of an example as text, in parts where others stand between them."""
+    """The trained tokens of an example, as one text per contiguous part."""
     parts, last = [], 0
     for token, mask in zip(tokens["input_ids"], tokens["loss_mask"], strict=True):
         if mask and not last:
@@ -61,7 +61,7 @@ def encode_rows(make, rows, tokenizer, max_length=400):
     return common.encode_rows("rows", rows, make, tokenizer, max_length)
 
 
-# ---- one form of a message before any template ---------------------------------------------------
+# ---- the standard form of a message --------------------------------------------------------------
 
 @pytest.mark.parametrize("message, standard", [
     ({"from": "human", "value": "Hi"}, user("Hi")), ({"from": "gpt", "value": "Hi"}, says("Hi")),
@@ -74,7 +74,7 @@ def encode_rows(make, rows, tokenizer, max_length=400):
 ])
 def test_messages_are_brought_into_one_form(message, standard):
     made = common.standard_message(message)
-    if standard is None:  # a call without the wrapper "function" gets one
+    if standard is None:  # the call has no wrapper "function", and gets one
         assert made["tool_calls"][0]["function"]["name"] == "f"
     else:
         assert made == standard
@@ -100,7 +100,7 @@ def test_tools_have_many_forms():
         assert common.standard_tools(tools) is None
 
 
-# ---- what a template loses is refused by name ----------------------------------------------------
+# ---- a row is refused if the template drops a part of it -----------------------------------------
 
 CALL = says("", tool_calls=[{"function": {"name": "add", "arguments": {"a": "one"}}}])
 RESULT = {"role": "tool", "content": "3"}
@@ -124,7 +124,7 @@ def test_what_a_plain_template_does_not_print_is_refused(chat, tools, words):
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 def test_a_role_that_a_template_ignores_is_refused(role):
-    """Also where its words stand elsewhere: they are marked before they are looked for."""
+    """Even if another message has the same text, because every text is marked before the search."""
     template = tiny_tokenizer().chat_template
     drop = "{% set messages = messages | rejectattr('role', 'equalto', 'ROLE') | list %}"
     tokenizer = tiny_tokenizer(drop.replace("ROLE", role) + template)
@@ -136,7 +136,7 @@ def test_a_role_that_a_template_ignores_is_refused(role):
 # ---- which turns are trained ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("skip", [{"weight": 0}, {"train": False}, {"weight": 0.0}])
-def test_a_turn_of_weight_0_is_read_and_not_trained(skip):
+def test_a_turn_of_weight_0_is_context_and_not_trained(skip):
     tokenizer = tiny_tokenizer()
     chat = [user("1"), says("2", **skip), user("3"), says("4", weight=1)]
     example, = encoded(tokenizer, [], chat)
@@ -146,13 +146,13 @@ def test_a_turn_of_weight_0_is_read_and_not_trained(skip):
     with pytest.raises(ValueError, match="weight of a message must be 0 or 1"):
         common.encode(tokenizer, [], chat)
     chat[3]["weight"] = 0
-    with pytest.raises(ValueError, match="no answer of the assistant to train on"):
+    with pytest.raises(ValueError, match="no assistant message to train on"):
         common.encode(tokenizer, [], chat)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3.2", "refuses"])
 def test_a_greeting_is_trained_where_the_template_renders_it_alone(name):
-    """Elsewhere it is context."""
+    """With another template, it is context."""
     refuse = "{% if messages | length == 1 %}{{ raise_exception('no question') }}{% endif %}"
     tokenizer = tiny_tokenizer(refuse + tiny_tokenizer().chat_template)
     tokenizer = tokenizer if name == "refuses" else tokenizer_of(name)
@@ -164,7 +164,7 @@ def test_a_greeting_is_trained_where_the_template_renders_it_alone(name):
 
 
 def test_a_template_without_an_end_of_turn_gets_eos():
-    """GLM-4 starts the next turn instead; each answer becomes an example of its own."""
+    """GLM-4 only starts the next turn. Eos then ends an example, so each answer becomes one."""
     template = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
     tokenizer = tiny_tokenizer(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
     first, second = [encoded(tokenizer, [], [user("1"), says("2"), user("3"), says("4")])[i]
@@ -177,15 +177,34 @@ def test_a_template_without_an_end_of_turn_gets_eos():
 
 @pytest.mark.parametrize("template", [None, ASKS])
 def test_a_prompt_that_ends_in_the_assistant_is_continued(template):
-    """An answer to it is not trained on, neither as a second turn nor as a part of the first."""
+    """Its text is context. If the prefill opens a thought, the template opens no second one."""
     tokenizer = tiny_tokenizer(template)
     asked = "<|im_start|>user\n4?<|im_end|>\n<|im_start|>assistant\n"
     for prefill in ("Let me see.\n<think>", "<think>\nHm"):
         ids = common.encode_prompt(tokenizer, [user("4?"), says(prefill)])
         assert tokenizer.decode(ids) == asked + prefill
-    for answer in ([says(" 4.")], " 4."):
-        with pytest.raises(ValueError, match="move it into the answer"):
-            encoded(tokenizer, [user("4?"), says("It is")], answer)
+    with pytest.raises(ValueError, match="cannot end in a tool call"):
+        common.encode_prompt(tokenizer_of("qwen2.5"), [user("4?"), CALL])
+
+
+@pytest.mark.parametrize("answer", [" 4.", [says(" 4.")]])
+def test_an_answer_to_a_prefill_is_trained_and_the_prefill_is_not(answer):
+    """As pairs.py writes such rows. The context is the one that sampling continues."""
+    tokenizer, prompt = tiny_tokenizer(), [user("4?"), says("It is")]
+    asked = "<|im_start|>user\n4?<|im_end|>\n<|im_start|>assistant\nIt is"
+    example, = encoded(tokenizer, prompt, answer)
+    assert texts(tokenizer, example) == [asked, " 4.<|im_end|>"]
+    assert example[0][0] == common.encode_prompt(tokenizer, prompt)
+    pair = dpo.encode_pair({"prompt": prompt, "chosen": answer, "rejected": [says(" 5.")]},
+                           tokenizer, 400)
+    assert tokenizer.decode(pair["prompt"]) == asked
+    assert trained(tokenizer, pair["chosen"]) == [" 4.<|im_end|>"]
+    assert trained(tokenizer, pair["rejected"]) == [" 5.<|im_end|>"]
+    later = [*([says(answer)] if isinstance(answer, str) else answer), user("5?"), says("Yes.")]
+    example, = encoded(tokenizer, prompt, later)
+    assert texts(tokenizer, example)[1::2] == [" 4.<|im_end|>", "Yes.<|im_end|>"]
+    with pytest.raises(ValueError, match="does not print the prefill as it is"):
+        encoded(tiny_tokenizer(ASKS), prompt, answer)  # it opens a thought before the prefill
 
 
 # ---- strings -------------------------------------------------------------------------------------
@@ -224,7 +243,7 @@ def test_truncation_keeps_the_system_message_and_is_counted(capsys):
 # ---- templates of the user -----------------------------------------------------------------------
 
 def test_a_template_file_and_its_arguments_become_part_of_the_template(tmp_path, refused):
-    """Also in the saved tokenizer, so that a saved run is asked as it was trained."""
+    """They are in the saved tokenizer as well, so a saved run is prompted as it was trained."""
     file = tmp_path / "mine.jinja"
     file.write_text(ASKS + "{% if enable_thinking is defined and not enable_thinking %}"
                     "{{ '</think>\\n' + note }}{% endif %}")
@@ -260,7 +279,7 @@ def test_usual_names_of_columns_are_known(row, asked, answer):
     example, = encode_rows(sft.encode_conversation, [row | {"system": "Be brief."}], tokenizer)
     chat = {"messages": [system, user(asked), says(answer)]}
     assert example["tokens"] == sft.encode_conversation(chat, tokenizer, 400)[0]["tokens"]
-    tokenizer.chat_template = None  # a base model reads the same as text
+    tokenizer.chat_template = None  # for a base model, the same row becomes plain text
     example, = encode_rows(sft.encode_conversation, [row], tokenizer)
     text = tokenizer.decode(example["tokens"]["input_ids"])
     assert text == f"{asked}\n\n{answer}{tokenizer.eos_token}"
@@ -278,7 +297,7 @@ def test_conversations_of_sharegpt_are_read():
 
 
 def test_a_question_under_any_name_is_the_prompt_of_a_pair():
-    """Never what both answers begin with."""
+    """The common start of both answers is not taken for the prompt."""
     tokenizer = tiny_tokenizer()
     row = {"system": "Be.", "question": "A fruit?", "chosen": "The pear.", "rejected": "The stone."}
     pair, = encode_rows(dpo.encode_pair, [row], tokenizer)
@@ -300,7 +319,7 @@ def test_a_question_under_any_name_is_the_prompt_of_a_pair():
     {"chosen": [user("1?"), says("a"), user("2?"), says("b")], "rejected": [user("1?"), says("c")]},
     {"prompt": "1?", "chosen": [says("a"), user("2?"), says("b")], "rejected": [says("c")]},
 ])
-def test_a_column_system_stands_once_before_a_pair(row):
+def test_the_column_system_stands_once_before_a_pair(row):
     tokenizer = tiny_tokenizer()
     pair, = encode_rows(dpo.encode_pair, [row | {"system": "Be."}], tokenizer)
     chosen = tokenizer.decode(pair["chosen"]["input_ids"])
@@ -325,7 +344,7 @@ def test_a_column_of_the_conversation_that_is_not_used_is_named(capsys):
     tokenizer = tiny_tokenizer()
     row = {"messages": [user("1"), says("2")], "prompt": "1", "chosen": "x", "source": "a b"}
     encode_rows(sft.encode_conversation, [row, row], tokenizer)
-    assert capsys.readouterr().out.endswith("not used: the column chosen, prompt\n")
+    assert capsys.readouterr().out.endswith("columns not used: chosen, prompt\n")
     encode = functools.partial(grpo.encode_row, max_new_tokens=4, needs_answer=True)
     encode_rows(encode, [{"problem": "1", "solution": "1 = 1", "answer": "1"}], tokenizer)
     assert "not used" not in capsys.readouterr().out
@@ -334,7 +353,7 @@ def test_a_column_of_the_conversation_that_is_not_used_is_named(capsys):
 # ---- files ---------------------------------------------------------------------------------------
 
 def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
-    """Numbers and words in .csv and .tsv are strings, also those that look like others."""
+    """All values in .csv and .tsv files are strings, even those that look like numbers or None."""
     content = 'prompt,completion,label\n"Say ""x""",0123,1\nWho é?,None,0\n'
     rows = [{"prompt": 'Say "x"', "completion": "0123", "label": "1"},
             {"prompt": "Who é?", "completion": "None", "label": "0"}]
@@ -347,18 +366,18 @@ def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
     write_jsonl(rows)
     for ending in "csv", "tsv", "csv.gz", "json", "parquet", "jsonl":
         assert common.load_rows(str(tmp_path / f"rows.{ending}"), "train", 1, 0) == rows, ending
-    examples = encode_rows(kto.encode_labelled, rows, tiny_tokenizer())
+    examples = encode_rows(kto.encode_labeled, rows, tiny_tokenizer())
     assert [example["label"] for example in examples] == [True, False]
 
 
 @pytest.mark.parametrize("name, content, words", [
     ("x.txt", "x", "its name must end in .json"),
-    ("x.csv", "prompt,completion\n1,2\na, b,c\n", "row 2 has not as many cells"),
-    ("x.tsv", "prompt\tcompletion\nonly\n", "row 1 has not as many cells"),
+    ("x.csv", "prompt,completion\n1,2\na, b,c\n", "row 2 does not have as many cells"),
+    ("x.tsv", "prompt\tcompletion\nonly\n", "row 1 does not have as many cells"),
     ("x.jsonl", '{"a": 1}\n{"a": oops}\n', "line 2"),
     ("x.json", "null", "not an object"), ("x.jsonl", "[1, 2]", "not an object")])
-def test_a_file_that_is_none_is_refused_with_the_place(tmp_path, refused, name, content, words):
-    """An unquoted comma would shift what is trained into another column."""
+def test_a_broken_file_is_refused_with_the_place(tmp_path, refused, name, content, words):
+    """For example, an unquoted comma would shift values into the wrong columns."""
     (tmp_path / name).write_text(content)
     assert words in refused(common.load_rows, str(tmp_path / name), "train", 9, 0)
 
@@ -366,7 +385,7 @@ def test_a_file_that_is_none_is_refused_with_the_place(tmp_path, refused, name, 
 # ---- held-out rows -------------------------------------------------------------------------------
 
 def test_chats_that_begin_alike_are_not_left_out(write_jsonl, capsys):
-    """Multi-turn chats are compared up to their last answer; single questions by the question."""
+    """Conversations are compared up to their last answer: a single question by the question."""
     rows = [{"messages": [user("Hello"), says(f"Hi, {i}."), user(f"And {i}?"), says("Yes.")]}
             for i in range(40)]
     args = run_args(sft, dataset=write_jsonl(rows), eval_size=8)

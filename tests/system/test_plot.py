@@ -1,4 +1,4 @@
-"""The picture and the report of plot.py: all that runs logged, and nothing that is run."""
+"""plot.py: picture and report show all that runs logged, and the report runs no code of theirs."""
 import base64
 import html.parser
 import json
@@ -13,7 +13,7 @@ EVIL = "</td><script>alert(1)</script><img src=x onerror=y> & \u202e \ud800"
 
 
 class Reader(html.parser.HTMLParser):
-    """Tags that must close in order, the text of cells and definitions, and all attributes."""
+    """Checks that tags close in order; keeps the text of cells and definitions, and attributes."""
 
     def __init__(self, page):
         super().__init__()
@@ -60,7 +60,7 @@ def write(*argv):
 
 @pytest.fixture
 def runs(tmp_path):
-    """A DPO run, a GRPO run, and one in progress, which differ in all sorts of ways."""
+    """A DPO run, a GRPO run, and a run in progress, which differ in many ways."""
     dpo = a_run(
         tmp_path / "dpo", {"step": 1, "loss": 0.7}, {"step": 2, "loss": None, "margin": 1},
         args={"model": "tiny/chat", "beta": 2.0, "seed": 0}, method="dpo", before={"accuracy": 0.5},
@@ -82,8 +82,8 @@ def page(runs, tmp_path):
     return Reader(tmp_path / "all.html")
 
 
-def test_panels_have_titles_units_and_a_line_per_run(runs, monkeypatch):
-    """A metric that a run did not log leaves a gap; many noisy steps are smoothed."""
+def test_panels_have_titles_units_and_a_line_per_run(runs):
+    """Steps in which a metric was not logged are left out; many noisy steps are smoothed."""
     figure = plot.draw_panels(["loss", "kl", "rollout_seconds"], {
         run: plot.read_metrics(run) for run in runs})
     axes = [axis for axis in figure.axes if axis.get_visible()]
@@ -99,7 +99,7 @@ def test_panels_have_titles_units_and_a_line_per_run(runs, monkeypatch):
 
 
 def test_the_report_compares_runs_of_different_methods(page):
-    """Differing settings first; a value that a run lacks is –, and figures keep their column."""
+    """Settings that differ come first. A value that a run lacks is –, in the column of the run."""
     assert page.row("method", 3) == ["dpo", "grpo", "–"]
     assert page.row("beta", 3) == ["2", "–", "0.1"]
     assert page.row("reward", 3) == ["–", "['a', 'b']", "–"]
@@ -120,7 +120,7 @@ def test_samples_stand_in_the_order_of_the_steps_with_their_scores(page):
 
 
 def test_text_from_data_is_escaped_and_the_page_needs_no_other_file(page):
-    """Neither an answer nor a folder's name becomes a tag; the pictures are inside."""
+    """Neither an answer nor the name of a folder becomes a tag. Pictures are inside the page."""
     assert "script" not in page.seen and not any("onerror" in x for x in page.attributes)
     assert page.cells[page.cells.index("after") + 1] == EVIL.replace("\ud800", "\ufffd")
     assert sum("<script>" in cell for cell in page.cells) > 1  # also the folder's name
@@ -145,7 +145,7 @@ def test_a_run_alone_shows_all_of_its_settings_and_no_empty_section(runs):
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("there", [0, 1])
 def test_nothing_is_overwritten_and_nothing_half_written(named, there, tmp_path, refused):
-    """Neither file is written, whichever of them exists, named or not."""
+    """If either file exists, neither is written, with --output or without."""
     run = a_run(tmp_path / "run")
     names = ["x.png", "x.html"] if named else ["run/curves.png", "run/report.html"]
     files = [tmp_path / name for name in names]

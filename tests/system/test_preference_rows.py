@@ -1,8 +1,7 @@
-"""Rows and steps of dpo.py, kto.py and online_dpo.py: labels, tools, truncation, plans.
+"""Rows of preferences: tools (in all scripts), labels, truncation; and the plan of KTO's steps.
 
-Which forms of a row are read at all is in test_common_rows.py.
+The forms of rows that can be read are tested in test_common_rows.py.
 """
-import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -17,31 +16,35 @@ import common
 import dpo
 import kto
 import online_dpo
+import prm
+import sft
 
 ROW = {"prompt": ask("Add 1 and 2."), "completion": say("1 + 2 = 3"), "label": True}
 OTHER = {"prompt": ask("Add 7."), "completion": say("7 + 7 = 7 = 7"), "label": False}
 
 
 def encoded(rows, max_length=64):
-    return common.encode_rows("rows", rows, kto.encode_labelled, tokenizer(), max_length)
+    return common.encode_rows("rows", rows, kto.encode_labeled, tokenizer(), max_length)
 
 
-def test_tools_of_a_row_reach_the_template(monkeypatch):
-    """As a list or as its JSON."""
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])
+def test_tools_of_a_row_reach_the_template(tools, monkeypatch):
+    """As a list or as a JSON string, in every script that encodes rows."""
     shown = "{% if tools %}<|im_start|>{{ tools[0].name }}<|im_end|>{% endif %}"
     monkeypatch.setattr(tokenizer(), "chat_template", shown + tokenizer().chat_template)
-    for tools in [{"name": "add"}], '[{"name": "add"}]':
-        more = {"tools": tools}
-        pair = {"prompt": ROW["prompt"], "chosen": say("3"), "rejected": say("4")} | more
-        of_dpo, of_kto = dpo.encode_pair(pair, tokenizer(), 64), encoded([ROW | more, pair])
-        asked = online_dpo.encode_row(ROW | {"answer": "3"} | more, tokenizer(), 99, 9, True)
-        for ids in (of_dpo["prompt"], of_dpo["chosen"]["input_ids"], asked["prompt"],
-                    of_dpo["rejected"]["input_ids"], *(example["prompt"] for example in of_kto)):
-            assert tokenizer().decode(ids).startswith("<|im_start|>add<|im_end|><|im_start|>user")
+    row = ROW | {"answer": "3", "tools": tools}
+    pair = {"prompt": row["prompt"], "chosen": say("3"), "rejected": say("4"), "tools": tools}
+    steps = {"prompt": row["prompt"], "completions": ["3"], "labels": [True], "tools": tools}
+    for example in (*sft.encode_conversation(row, tokenizer(), 99), *encoded([row, pair]),
+                    dpo.encode_pair(pair, tokenizer(), 99),
+                    online_dpo.encode_row(row, tokenizer(), 99, 9, True),
+                    prm.encode_solution(steps, tokenizer(), 99, False)):
+        text = tokenizer().decode(example["prompt"])
+        assert text.startswith("<|im_start|>add<|im_end|><|im_start|>user"), sorted(example)
 
 
 def test_labels_are_true_and_false_or_1_and_0_as_numbers_or_words(capsys):
-    """As .csv files have them. A row with another label, or without a part, is dropped."""
+    """Words come from .csv files. Rows with any other label, or an empty column, are dropped."""
     for label in 0, 1, "0", "1", "true", "False", False:
         assert encoded([ROW | {"label": label}])[0]["label"] == (label in (1, "1", "true"))
     bad = [{"label": label} for label in (None, 0.5, 2, -1, "yes", "", [True], {"a": True})]
@@ -52,7 +55,7 @@ def test_labels_are_true_and_false_or_1_and_0_as_numbers_or_words(capsys):
 
 
 def test_an_answer_after_any_prompt_is_truncated_as_everything_is():
-    """The prompt keeps its end, at least half the room; the answer its start; a mask is never 0."""
+    """The prompt keeps its end, at least half of the room, and the answer its start."""
     long, short = encoded([ROW | {"prompt": ask("Add 1 and 2. " * 9)}, OTHER], 1000)
     for answer, asked in (long, long), (short, long), (long, short):
         example = answer | {"prompt": asked["prompt"], "head": 3}
@@ -60,14 +63,13 @@ def test_an_answer_after_any_prompt_is_truncated_as_everything_is():
         length = len(prompt) + len(ids)
         for room in range(8, length + 2):
             tokens = kto.tokens_of(example, SimpleNamespace(max_length=room), tokenizer())
-            least = min(len(prompt), max(room // 2, 3 + room // 4))
-            kept = max(least, len(prompt) - max(0, length - room))
+            kept = tokens["loss_mask"].index(1)
             expected = prompt[:3] + prompt[len(prompt) - kept + 3:] + ids
             assert tokens["input_ids"] == expected[:room], f"--max-length {room}"
-            assert tokens["loss_mask"].index(1) == kept, "the mask is 1 on the prompt, or too late"
+            assert kept == len(prompt) or kept >= room // 2 and len(tokens["input_ids"]) == room
     huge = long | {"prompt": long["prompt"] * 200}
     tokens = kto.tokens_of(huge, SimpleNamespace(max_length=10**6), tokenizer())
-    assert len(tokens["input_ids"]) == tokenizer().model_max_length, "longer than the model reads"
+    assert len(tokens["input_ids"]) == tokenizer().model_max_length, "longer than the context"
 
 
 # ---- the steps of kto.py ------------------------------------------------------------------------
@@ -81,30 +83,30 @@ def plan(good, bad, size, **flags):
 @pytest.mark.parametrize("good, bad, size", [
     (1, 50, 32), (50, 1, 32), (3, 100, 16), (7, 7, 2), (1, 1, 8), (40, 60, 10), (5, 2, 100)])
 def test_each_step_has_both_labels_in_their_share(good, bad, size):
-    """As near as whole numbers allow, but at least one of each."""
+    """As close as whole numbers allow, and at least one of each."""
     labels, batches = plan(good, bad, size)
     size = min(size, good + bad)
     assert batches.shape == (min(40, math.ceil(7 * (good + bad) / size)), size)
     for batch in batches.tolist():
         desirable, exact = sum(labels[i] for i in batch), size * good / (good + bad)
-        assert 1 <= desirable <= size - 1, "a step has one label only"
+        assert 1 <= desirable <= size - 1, "a step has only one label"
         assert abs(desirable - exact) <= 0.5 or desirable in (1, size - 1)
 
 
 def test_each_label_has_an_order_of_its_own_that_follows_from_the_seed():
-    """All answers with a label come once before any comes again, in another order."""
+    """Each answer with a label comes once before any comes again, in a new order each time."""
     labels, batches = plan(10, 20, 6, epochs=4)
     assert set(Counter(batches.flatten().tolist()).values()) == {4}
     good = [i for i in batches.flatten().tolist() if labels[i]]
     rounds = [good[i:i + 10] for i in range(0, 40, 10)]
     assert all(sorted(order) == list(range(10)) for order in rounds)
-    assert len({tuple(order) for order in [*rounds, range(10)]}) == 5, "an order comes twice"
+    assert len({tuple(order) for order in [*rounds, range(10)]}) == 5, "an order repeats"
     assert torch.equal(batches, plan(10, 20, 6, epochs=4)[1])
     assert not torch.equal(batches, plan(10, 20, 6, epochs=4, seed=1)[1])
 
 
 def test_a_line_says_where_one_label_outweighs_the_other_and_what_mends_it(capsys):
-    """Outside 1 to 3/2, bounds included; with the weight that it recommends, it is silent."""
+    """Nothing is printed within [1, 3/2], or with the weight that the line recommends."""
     def said(good, bad, desirable=1.0, undesirable=1.0):
         plan(good, bad, 10**6, desirable_weight=desirable, undesirable_weight=undesirable)
         return capsys.readouterr().out
@@ -129,24 +131,11 @@ def test_data_of_one_label_only_are_refused_before_a_model_is_loaded(
     assert f"all answers {where} have the same label" in line
 
 
-# ---- flags and real prompts of online_dpo.py -----------------------------------------------------
+# ---- flags of online_dpo.py ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
-    ({"mixture": 1.5}, "--mixture: 1.5 is not within 0 and 1"), ({"beta": 0}, "--beta"),
-    ({"alpha": -1}, "--alpha"), ({"missing_eos_penalty": -1}, "--missing-eos-penalty"),
-    ({"preference": "soft"}, "--preference"), ({"reward": "x/none"}, "the reward model")])
+    ({"mixture": 1.5}, "--mixture: 1.5 is not between 0 and 1"), ({"beta": 0}, "--beta")])
 def test_bad_flags_are_refused_before_the_policy_is_loaded(
         flags, words, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "load_model", None)
     assert words in refused(by_hand.Run, online_dpo, tmp_path, [ROW], [OTHER], **flags)
-
-
-def test_a_real_model_trains_on_real_prompts(shared, tmp_path):
-    """Two steps of stories260K on TinyStories prompts, with a reward of one's own."""
-    (tmp_path / "cat.py").write_text("def cat(prompts, completions, **columns):\n"
-                                     "    return ['cat' in text for text in completions]\n")
-    lines = (shared / "data/prompt_tinystories.jsonl").read_text().splitlines()[:16]
-    run = by_hand.Run(online_dpo, tmp_path, list(map(json.loads, lines)), loss="nash_md",
-                      model=shared / "models/stories260K", reward=f"{tmp_path}/cat.py:cat",
-                      max_steps=2, max_new_tokens=8, eval_size=3, double=False)
-    assert len(run.metrics) == 2

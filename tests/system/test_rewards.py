@@ -1,4 +1,4 @@
-"""Rewards and judges as people bring them: what they say is used as it is meant, or refused."""
+"""Rewards that users bring: their scores are used as they are meant, or refused in one line."""
 import json
 import re
 import shutil
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, flags_of, run_args
 
 import common
@@ -25,7 +24,7 @@ HELD_OUT = [{"prompt": [{"role": "user", "content": "What is 9 + 1?"}], "answer"
 
 @pytest.fixture
 def run(tmp_path, write_jsonl, monkeypatch):
-    """A step of a script that samples, or pairs.py or evaluate.py on a few prompts."""
+    """Runs one step of a script that samples, or pairs.py or evaluate.py on a few prompts."""
     monkeypatch.chdir(ROOT)
 
     def start(name, reward, rows=ROWS, **flags):
@@ -59,15 +58,14 @@ SCRIPTS = [*ONLINE, "pairs", "evaluate"]
 # ---- None ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["ppo", "online_dpo", "pairs"])
-def test_where_one_reward_is_all_there_is_it_must_apply(name, run, refused, reward_file):
+def test_the_only_reward_must_apply_to_every_answer(name, run, refused, reward_file):
     file = reward_file("def abstains(prompts, completions, **columns):\n"
                        "    return [None] * len(prompts)\n")
     line = refused(run, name, f"{file}:abstains")
     assert re.search("return(s|ed) None", line) and "mine.py:abstains" in line
 
 
-def test_the_mean_of_a_table_leaves_out_what_a_reward_does_not_apply_to(
-        run, reward_file, tmp_path, refused):
+def test_the_mean_reward_leaves_out_answers_without_one(run, reward_file, tmp_path, refused):
     file = reward_file("def some(prompts, completions, answer, **columns):\n"
                        "    return [float(x) if int(x) % 2 else None for x in answer]\n"
                        "def no(prompts, completions, **columns):\n"
@@ -82,10 +80,10 @@ def test_the_mean_of_a_table_leaves_out_what_a_reward_does_not_apply_to(
 
 @pytest.mark.parametrize("score", [1e39, -1e39, float("nan"), float("inf")])
 def test_a_score_that_fp32_turns_into_infinity_is_refused(score, refused):
-    """1e39 is finite in Python, infinite in a tensor, and its group's advantages would be NaN."""
+    """1e39 is finite in Python but infinite in fp32, and would make advantages NaN."""
     examples = [{"row": {"prompt": "x"}}] * 2
     line = refused(grpo.call_reward, "mine", lambda **columns: [score, 0.0], examples, ["a", "b"])
-    assert f"not 2 numbers below 1e38 or None, but [{score}, 0.0]" in line
+    assert f"expected 2 numbers below 1e38 (or None), got [{score}, 0.0]" in line
 
 
 def test_a_weighted_sum_that_overflows_is_refused_before_training(run, reward_file, refused):
@@ -99,7 +97,7 @@ def test_a_weighted_sum_that_overflows_is_refused_before_training(run, reward_fi
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_error_shows_the_line_of_the_users_file(name, run, reward_file, refused):
-    """Also where a library that they call raises it."""
+    """Even if a library that the function calls raises it."""
     file = reward_file("import json\n\ndef f(prompts, completions, **columns):\n"
                        "    return [json.loads('{') for text in completions] # mine\n")
     line = refused(run, name, f"{file}:f")
@@ -120,8 +118,8 @@ def test_an_async_function_is_refused_when_it_is_loaded(source, reward_file, ref
     assert "plain function, not async" in line and "mine.py:f" in line
 
 
-def test_what_lies_beside_a_reward_can_be_imported(reward_file, monkeypatch):
-    """At once and later; what is beside it hides no library."""
+def test_a_reward_can_import_files_beside_it(reward_file, monkeypatch):
+    """When it is loaded and when it is called. A file beside it hides no library."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     reward_file("def double(x):\n    return 2.0 * x\n", "beside_a_reward.py")
     reward_file("raise ImportError\n", "peft.py")
@@ -131,38 +129,17 @@ def test_what_lies_beside_a_reward_can_be_imported(reward_file, monkeypatch):
     assert common.load_function(f"{file}:f")(completions=["abc"]) == [12.0]
 
 
-@pytest.mark.parametrize("column", ["model", "tokenizer", "args", "template", "outcome", "flips",
-                                    "by_steps", "principles", "prompts", "completions", "name"])
-def test_any_name_of_a_column_can_be_scored(column, monkeypatch):
-    """Also by a reward model and by a judge; those named like what they score are hidden by it."""
+def test_a_column_may_have_any_name():
+    """Even those of the arguments of a reward model and of a judge."""
     args = flags_of(pairs).parse_args(["--output", "x.jsonl", "--judge", "tiny/chat",
                                        "--judge-template", f"{ROOT}/examples/judge_tiny.txt"])
-    examples = [{"row": ROWS[0] | {column: "x"}}] * 2
+    columns = ["model", "tokenizer", "args", "template", "outcome", "flips", "by_steps",
+               "principles", "prompts", "completions", "name"]
+    examples = [{"row": ROWS[0] | dict.fromkeys(columns, "x")}] * 2
     texts = ["1 + 1 = 2", "1 + 1 = 3"]
     for scorer in pairs.load_judge(args, []), pairs.load_scorer(str(ROOT / "tiny/reward"), args):
         plain = pairs.call_reward("r", scorer, [{"row": ROWS[0]}] * 2, texts)
         assert pairs.call_reward("r", scorer, examples, texts) == plain
-
-
-# ---- judges --------------------------------------------------------------------------------------
-
-HOSTILE = "{{ cycler.__init__.__globals__.os.system('touch %s') }}"
-
-
-@pytest.mark.parametrize("text, words", [
-    (HOSTILE, "SecurityError"), ("{{ prompt.append(1) }}", "SecurityError"),
-    ("{{ answr_a }}", "'answr_a' is undefined"), ("{{ prompt[0].contnt }}", "contnt"),
-    ("{% for m in prompt %}{{ m.contnt }}{% endfor %}", "contnt")])
-def test_a_template_runs_no_code_and_misspells_nothing(text, words, run, tmp_path, refused,
-                                                       monkeypatch):
-    """That shows before a model is loaded."""
-    monkeypatch.setattr(common, "load_model", None)
-    template = tmp_path / "judge.txt"
-    text = text.replace("%s", str(tmp_path / "touched"))
-    template.write_text("verdicts: A B\n<user>\n" + text + "\n<assistant>\n{{ verdict }}\n")
-    line = refused(run, "pairs", "correct_answer", judge="tiny/chat", judge_template=template)
-    assert words in line and "judge.txt" in line
-    assert not (tmp_path / "touched").exists()
 
 
 # ---- reward models -------------------------------------------------------------------------------
@@ -175,14 +152,14 @@ def copy_reward(folder, summary):
     return str(folder)
 
 
-def test_a_process_reward_model_is_no_reward_of_a_whole_answer(tmp_path, refused):
+def test_a_process_reward_model_does_not_score_whole_answers(tmp_path, refused):
     folder = copy_reward(tmp_path / "r", '{"method": "prm"}')
     assert "prm.py saved it" in refused(grpo.check_reward, folder, "tiny/chat")
     for name, summary in enumerate((None, "[]", "{}", '{"method": "reward_model"}')):
         common.reward_config(copy_reward(tmp_path / str(name), summary), "tiny/chat")
 
 
-def test_a_name_on_the_hub_says_how_to_use_its_model(run, refused, monkeypatch):
+def test_a_reward_model_of_the_hub_is_refused_with_advice(run, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in "grpo", "pairs":
         line = refused(run, name, "Skywork/Skywork-Reward-V2-Qwen3-0.6B")
@@ -192,39 +169,39 @@ def test_a_name_on_the_hub_says_how_to_use_its_model(run, refused, monkeypatch):
 # ---- --output and --k ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["pairs", "evaluate"])
-def test_an_output_that_cannot_be_written_shows_at_once(name, run, tmp_path, refused, monkeypatch):
+def test_an_output_must_be_new_and_writable(name, run, tmp_path, refused, monkeypatch):
+    """Otherwise the program ends before it loads anything."""
     monkeypatch.setattr(common, "load_tokenizer", None)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "link.jsonl")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file.jsonl").write_text("mine")
     for output in ("", "x" * 300 + ".jsonl", tmp_path / "none/x.jsonl", tmp_path / "link.jsonl",
-                   tmp_path / "file/x.jsonl", tmp_path, "/proc/x.jsonl"):
+                   tmp_path / "file.jsonl", tmp_path / "file.jsonl/x.jsonl", tmp_path,
+                   "/proc/x.jsonl"):
         assert "--output" in refused(run, name, "correct_answer", output=output)
+    assert (tmp_path / "file.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["pairs", "evaluate"])
 def test_a_full_disk_leaves_nothing_and_blocks_nothing(name, run, tmp_path, refused, monkeypatch):
-    """A user's file beside the output stays as it is."""
+    """Another file beside the output stays as it is."""
     output = tmp_path / "made.jsonl"
     (tmp_path / "made.jsonl.new").write_text("mine")
-    write = Path.write_text
+    write, rows = Path.write_text, [ROWS[0] | {"answer": "2"}] * 4
 
     def full(self, text, *args):
+        if self.name == "rows.jsonl":
+            return write(self, text)
         write(self, text[:9])
         raise OSError(28, "No space left on device")
 
-    rows = [ROWS[0] | {"answer": "2"}] * 4
     with monkeypatch.context() as patch:
-        patch.setattr("conftest.Path.write_text", write)
-        reward = "examples/rewards.py:shortness"
-        run(name, reward, rows, output=tmp_path / "first.jsonl")
-        patch.setattr(Path, "write_text", lambda self, text, *args: (
-            write(self, text) if self.name == "rows.jsonl" else full(self, text)))
-        line = refused(run, name, reward, rows)
+        patch.setattr(Path, "write_text", full)
+        line = refused(run, name, "examples/rewards.py:shortness", rows)
     assert "No space left" in line and "same command" not in line and str(output) in line
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"rows.jsonl", "first.jsonl", "made.jsonl.new"}
-    run(name, reward, rows)
-    assert output.read_text() == (tmp_path / "first.jsonl").read_text()
+    assert names == {"rows.jsonl", "made.jsonl.new"}
+    run(name, "examples/rewards.py:shortness", rows)
+    assert output.exists()
     assert (tmp_path / "made.jsonl.new").read_text() == "mine"
 
 
@@ -233,56 +210,3 @@ def test_k_is_at_most_the_number_of_samples(samples, k, run, refused, capsys):
     run("evaluate", "correct_answer", ROWS[:2], samples_per_prompt=samples)
     assert f"pass@{k} " in capsys.readouterr().out
     assert "--k" in refused(run, "evaluate", "correct_answer", samples_per_prompt=samples, k=6)
-
-
-# ---- examples/rewards.py -------------------------------------------------------------------------
-
-@pytest.fixture
-def rewards(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    sys.modules.pop("rewards", None)
-    import rewards
-    return rewards
-
-
-def test_the_overlong_penalty_is_equation_13(rewards, monkeypatch):
-    tokenizer = common.load_tokenizer("tiny/chat")
-    ids = tokenizer("What is 1 + 1? " * 9)["input_ids"]
-    texts = [tokenizer.decode(ids[:count]) for count in range(len(ids))]
-    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
-    expected = [0.0 if n <= 12 else (12 - n) / 8 if n <= 20 else -1.0 for n in lengths]
-    assert {0.0, -0.125, -0.5, -1.0} <= set(expected)
-    for name, value in ("LENGTH_TOKENIZER", "tiny/chat"), ("LENGTH_MAX", 20), ("LENGTH_CACHE", 8):
-        monkeypatch.setenv(name, str(value))
-    assert rewards.overlong(["q"] * len(texts), texts, answer=[1]) == expected
-    monkeypatch.setenv("LENGTH_CACHE", "21")
-    with pytest.raises(ValueError, match="LENGTH_CACHE"):
-        rewards.overlong(["q"], [""])
-
-
-def test_a_rubric_is_the_weighted_share_of_what_is_fulfilled(rewards, monkeypatch):
-    """By a plain forward pass for each criterion alone; batches and padding change nothing."""
-    monkeypatch.setenv("RUBRIC_JUDGE", "tiny/chat")
-    own = [{"criterion": "It is 2.", "weight": 3}, {"criterion": "It says what is added.",
-                                                    "weight": 0.5}]
-    prompts = [ROWS[0]["prompt"], "1 + 1 =", ROWS[1]["prompt"]]
-    texts, rubrics = ["2", " 3, I think", "<|im_end|>"], [own, None, []]
-    scores = rewards.rubric(prompts, texts, rubric=rubrics, answer=["2"] * 3)
-    assert scores[2] is None
-    assert rewards.rubric(prompts[1:2], texts[1:2]) == pytest.approx(scores[1:2], abs=1e-5)
-    tokenizer = common.load_tokenizer("tiny/chat")
-    model = common.load_model("tiny/chat", trainable=False, lora_rank=0)
-    yes, no = (tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
-    for prompt, text, criteria, score in zip(
-            prompts[:2], texts[:2], [own, rewards.RUBRIC], scores[:2], strict=True):
-        reached = 0
-        for item in criteria:
-            ids = rewards.encode_criterion(tokenizer, prompt, text, item["criterion"])
-            read = tokenizer.decode(ids)
-            assert item["criterion"] in read and f"[answer] {text}" in read and "1" in read
-            with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0, -1]
-            reached += item["weight"] * logits[[yes, no]].softmax(0)[0].item()
-        assert score == pytest.approx(reached / sum(x["weight"] for x in criteria), abs=1e-5)
-    with pytest.raises(ValueError, match="weight"):
-        rewards.rubric(prompts[:1], texts[:1], rubric=[[own[0] | {"weight": -1}]])

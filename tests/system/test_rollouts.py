@@ -1,4 +1,4 @@
-"""Rollouts of ppo.py and grpo.py: seeds and prompts per process, who reads what, early stopping."""
+"""Rollouts of ppo.py and grpo.py: seeds, prompts per process, rewards, roles, early stopping."""
 import json
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def reward_file(tmp_path):
 
 
 def run(script, folder, **flags):
-    """A short run with answers that follow from the prompts."""
+    """A short run with answers that depend only on the prompts."""
     replace = {"sample": by_hand.fixed_sample} | flags.pop("replace", {})
     flags = SMALL[script] | dict(max_steps=1, lora_rank=4, max_new_tokens=20) | flags
     return by_hand.Run(script, folder, ROWS, ROWS[:2], watch=["rollout"], replace=replace,
@@ -59,7 +59,7 @@ def sampled(script, folder, monkeypatch, rank=0, world=1, **flags):
     monkeypatch.setattr(common, "WORLD", world)
     monkeypatch.setattr(script, "sample", sample)
     monkeypatch.setattr(script, GRADIENTS[script], lambda *args: dict.fromkeys(script.FIGURES, 0.0))
-    torch.manual_seed(rank)  # nothing may follow from the random state of a process
+    torch.manual_seed(rank)  # nothing may depend on the random state of a process
     script.train(run_args(script, dataset=data, eval_size=2, batch_size=4, max_new_tokens=20,
                           output_dir=folder / str(rank), **SMALL[script] | flags))
     return calls
@@ -67,7 +67,7 @@ def sampled(script, folder, monkeypatch, rank=0, world=1, **flags):
 
 @each_script
 def test_processes_share_the_prompts_and_no_seed_is_used_twice(script, tmp_path, monkeypatch):
-    """Every epoch has each prompt once, in another order, and never one that is held out.
+    """Every epoch has each prompt once, in a new order, and no held-out prompt.
 
     Held-out prompts get the same random numbers before and after, in every process.
     """
@@ -103,7 +103,7 @@ def test_the_rows_of_all_processes_are_the_minibatch(world, monkeypatch):
 
 @each_script
 def test_samples_have_their_prompts_answers_and_scores(script, tmp_path, reward_file):
-    """The first four answers of the rollout, in its order."""
+    """They are the first four answers of the rollout, in its order."""
     ran = run(script, tmp_path, reward=f"{reward_file}:score")
     call, expected = ran.calls["rollout"][1], []
     copies = 2 if script is grpo else 1
@@ -121,7 +121,7 @@ def test_samples_have_their_prompts_answers_and_scores(script, tmp_path, reward_
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_sample_leaves_everything_as_it_was(training):
-    """Mode, random numbers and flags; the KV cache is used in spite of gradient checkpointing."""
+    """Modes, flags and random state stay; gradient checkpointing does not disable the KV cache."""
     model, widths = common.load_model("tiny/chat"), []
     prompts = [by_hand.prompt_ids(by_hand.ask(text)) for text in ("What is 36 - 25?", "Hi")]
     args = SimpleNamespace(max_new_tokens=6, temperature=1.0)
@@ -144,11 +144,11 @@ def test_a_sample_leaves_everything_as_it_was(training):
     assert state() == before and widths == [len(prompts[0]), 1, 1, 1, 1, 1]
 
 
-# ---- who reads what ------------------------------------------------------------------------------
+# ---- autocast and rewards ------------------------------------------------------------------------
 
 @each_script
 def test_every_forward_pass_is_under_autocast(script, tmp_path, monkeypatch):
-    """Sampling, policy, reference, critic and reward model."""
+    """That of sampling, policy, reference, critic and reward model."""
     seen, forward, open_run = [], Qwen2Model.forward, script.open_run
 
     def listen(*args, **kwargs):
@@ -167,7 +167,7 @@ def test_every_forward_pass_is_under_autocast(script, tmp_path, monkeypatch):
 
 
 def test_a_run_from_an_adapter_with_a_reward_model_beside_a_function(tmp_path):
-    """The KL to that adapter starts at 0; the reward model reads with its own, at the end."""
+    """The KL to that adapter starts at 0. The reward model uses its own adapter."""
     start = by_hand.save_adapter(tmp_path / "start")
     ran = run(grpo, tmp_path, model=start, reward=["tiny/reward", "correct_answer"],
               reward_weights=[0.5, 3], loss="dr_grpo")
@@ -188,7 +188,7 @@ def test_a_run_from_an_adapter_with_a_reward_model_beside_a_function(tmp_path):
 
 
 def test_a_reward_that_does_not_apply_is_no_part_of_the_sum(tmp_path, reward_file, refused):
-    """Its mean is of the samples to which it applies; where it applies to none, it is null."""
+    """Its logged mean is over the samples to which it applies, or null if there are none."""
     names = [f"{reward_file}:{name}" for name in ("score", "for_large", "never")]
     ran = run(grpo, tmp_path, reward=names, reward_weights=[0.5, 3, 7])
     batch, answers = ran.calls["rollout"][1].result
@@ -215,7 +215,7 @@ def test_a_reward_that_does_not_apply_is_no_part_of_the_sum(tmp_path, reward_fil
 # ---- PPO's whitening, roles and epochs -----------------------------------------------------------
 
 def test_whitening_reads_the_mask_alone_and_keeps_its_digits():
-    """Mean 0, variance 1 over answer tokens; around 10000, squares in fp32 would round it away."""
+    """Mean 0, variance 1 over answer tokens. Near 10000, squares in fp32 would lose the spread."""
     x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = torch.arange(9) < torch.tensor([[5], [3], [9], [1], [2], [7]])
     exact = (x[mask] - x[mask].mean()) / x[mask].std(correction=0)
@@ -231,7 +231,7 @@ def lora_layers(model):
 
 
 def test_the_critic_starts_as_the_reward_model_with_weights_of_its_own(tmp_path):
-    """They train with the policy's, while those of the reward model and the base stay."""
+    """They are trained with the policy. The weights of reward model and base stay."""
     ran = run(ppo, tmp_path, reward="tiny/reward")
     start, end = (dict(model.named_parameters()) for model in (ran.start[0], ran.model))
     for name, weight in start.items():
@@ -244,7 +244,7 @@ def test_the_critic_starts_as_the_reward_model_with_weights_of_its_own(tmp_path)
 
 
 def test_a_reward_function_leaves_the_critic_new(tmp_path, reward_file):
-    """There is no reward adapter; the critic's head starts at 0 and learns."""
+    """There is no reward adapter. The critic's head starts at 0 and learns."""
     ran = run(ppo, tmp_path, reward=f"{reward_file}:score")
     names = [name for name, _ in ran.model.named_parameters()]
     assert any(".critic." in name for name in names) and not any(".reward." in x for x in names)
@@ -254,7 +254,7 @@ def test_a_reward_function_leaves_the_critic_new(tmp_path, reward_file):
 
 
 def test_target_kl_ends_the_epochs_which_are_shuffled_differently(tmp_path):
-    """After the first epoch whose own mean exceeds it: neither a minibatch nor the mean of all."""
+    """After the first epoch whose own mean exceeds it; not by a minibatch or by the mean of all."""
     kl, rows = iter([0.01, 0.01, 0.0, 0.03, 0.03, 0.04, 0.05, 0.05]), []
 
     def gradients(roles, batch, some, *rest):
@@ -295,7 +295,7 @@ def test_rows_need_a_number_where_correct_answer_is_among_the_rewards(reward, ne
 
 
 def test_gspo_and_cispo_get_the_clip_ranges_of_their_papers():
-    """BY_LOSS, which holds on the tiny model too; a flag that is given wins."""
+    """BY_LOSS also holds for the tiny model, and a flag on the command line wins."""
     for loss, low, high, beta in (("gspo", 3e-4, 4e-4, 0.04), ("cispo", 0.2, 5.0, 0.0),
                                   ("dapo", 0.2, 0.28, 0.0), ("dr_grpo", 0.2, 0.2, 0.0)):
         args = run_args(grpo, loss=loss)

@@ -1,7 +1,7 @@
-"""What a run leaves behind: checkpoints, folders, results; and torchrun.
+"""What a run leaves behind (checkpoints, folders and results), and torchrun.
 
-The housekeeping is the same in all scripts (tests/project/test_form.py), so most of it is proven
-with one or two of them. tests/system/test_loop.py interrupts all, and runs all in two processes.
+The housekeeping is the same in all scripts (tests/project/test_form.py), so one or two of them
+prove most of it. test_loop.py interrupts every script and runs each in two processes.
 """
 import errno
 import hashlib
@@ -37,7 +37,7 @@ CLOCK = {"seconds", "rollout_seconds", "tokens_per_second", "peak_memory_gib"}
 
 
 def growing_scaler(model):
-    """The loss scale of fp16, which doubles after every second step."""
+    """A loss scale as in fp16, which doubles after every second step."""
     return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
 
 
@@ -63,7 +63,7 @@ def whole(data, tmp_path_factory):
 
 
 def results(folder):
-    """All figures of a run that depend neither on the clock nor on the machine."""
+    """All figures of a run that do not depend on the clock or the machine."""
     summary = json.loads(Path(folder, "summary.json").read_text())
     steps = [{name: x for name, x in step.items() if name not in CLOCK}
              for step in metrics_of(folder)]
@@ -81,7 +81,7 @@ def assert_same_run(one, other):
 
 
 def contents(folder):
-    """Every file of a folder: its name, a hash of its bytes and when it was written."""
+    """For every file of a folder: its name, a hash of its bytes and the time of its last change."""
     return {str(path): (hashlib.sha256(path.read_bytes()).digest(), path.stat().st_mtime_ns)
             for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"}
 
@@ -89,14 +89,14 @@ def contents(folder):
 # ---- resuming ------------------------------------------------------------------------------------
 
 class Killed(BaseException):
-    """Ends a run wherever it is, as kill -9 does: nothing in the scripts catches it."""
+    """Ends a run anywhere, as kill -9 does. Nothing in the scripts catches it."""
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 TORN = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 SPACE = "disk is full|No space left"
-# Where a command ends: in the n-th call of a function (with which file); what is raised, and what
-# is then said; and the step of the last checkpoint. Each command resumes where the last one ended.
+# Each command is ended in the n-th call of a function (for a certain file) by an error. The rest of
+# the tuple is the message, and the step of the last checkpoint. The next command resumes there.
 MOMENTS = [
     (Path, "write_text", 1, "args.new", FULL, SPACE, 0),
     (Path, "replace", 1, "args.new", Killed(), None, 0),
@@ -115,7 +115,7 @@ MOMENTS = [
 
 
 def dying(owner, name, nth, file, error):
-    """`owner.name` up to its n-th call (for `file`), which leaves half a file and raises."""
+    """Replaces `owner.name`: its n-th call (for `file`) leaves half a file and raises `error`."""
     original, calls = getattr(owner, name), itertools.count(1)
 
     def call(*args, **kwargs):
@@ -132,7 +132,7 @@ def dying(owner, name, nth, file, error):
 
 @offline_and_online
 def test_the_same_command_resumes_wherever_it_ended(name, data, whole, tmp_path, capsys):
-    """Killed, interrupted or out of disk at every kind of moment: the same bits in the end."""
+    """Killed, interrupted or out of disk space at any moment, it ends with the same bits."""
     module, folder = SCRIPTS[name], tmp_path / "run"
     args = small_args(name, data, folder, **STEPS, **EXTRA[name])
     saved, log_step = 0, module.log_step
@@ -166,7 +166,7 @@ def test_the_same_command_resumes_wherever_it_ended(name, data, whole, tmp_path,
 
 @offline_and_online
 def test_a_checkpoint_that_is_not_whole_is_named_and_kept(name, data, started, refused):
-    """Truncated, without one of its parts, of another model, or with infinite weights."""
+    """It is truncated, lacks a part, belongs to another model, or has infinite weights."""
     file = started(name) / "resume.pt"
     state = torch.load(file, weights_only=True)
     first, weight = next(iter(state["weights"].items()))
@@ -206,7 +206,7 @@ def started(data, tmp_path, capsys):
 @all_scripts
 def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(
         name, data, started, capsys, refused):
-    """Other flags, other training or held-out rows, a run that is still running."""
+    """Other flags, other training rows, other held-out rows, or a run that is still going."""
     folder = started(name)
     before = contents(folder)
     same = dict(max_steps=2, save_every=1)
@@ -227,7 +227,7 @@ def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(
 
 
 def test_a_finished_run_is_refused_and_stays_as_it_is(data, whole, refused):
-    """When the command line is read, and if it ended since."""
+    """Both when the command line is read and if the run has finished since."""
     finished, same = whole("dpo"), STEPS | EXTRA["dpo"]
     before = contents(finished)
     args = small_args("dpo", data, finished.parent / "other", **same)
@@ -239,7 +239,7 @@ def test_a_finished_run_is_refused_and_stays_as_it_is(data, whole, refused):
 
 @pytest.mark.parametrize("file", ["notes.json", "README.md", "resume.pt", "log.txt"])
 def test_files_of_the_user_stay_as_they_are(file, data, tmp_path):
-    """A folder that holds any is refused, unless it is a log: a run has no file of such a name."""
+    """A folder with such a file is refused, except for a log, which no run would overwrite."""
     (tmp_path / file).write_text("keep")
     try:
         command("sft", small_args("sft", data, tmp_path, max_steps=1))
@@ -252,14 +252,14 @@ def test_files_of_the_user_stay_as_they_are(file, data, tmp_path):
 
 @all_scripts
 def test_a_run_leaves_one_adapter_its_settings_and_its_figures(name, data, whole):
-    """Nothing else: no checkpoint, no half-written file."""
+    """It leaves nothing else: no checkpoint, no half-written file."""
     folder = whole(name)
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "args.json",
         "chat_template.jinja", "metrics.jsonl", "run.lock", "summary.json", "tokenizer.json",
         "tokenizer_config.json"}
     flags = vars(small_args(name, data, folder.parent / "other", **STEPS, **EXTRA[name]))
-    flags = json.loads(json.dumps(flags | {"output_dir": str(folder)}))  # as a file has them
+    flags = json.loads(json.dumps(flags | {"output_dir": str(folder)}))  # as JSON has them
     saved, summary = (json.loads((folder / x).read_text()) for x in ("args.json", "summary.json"))
     assert saved == flags | {name: saved[name] for name in ("data", "files")}
     assert summary == summary | flags | {
@@ -288,7 +288,7 @@ def test_a_newcomer_sees_legible_samples_a_table_and_what_to_do_next(data, tmp_p
 
 
 class Broken(io.StringIO):
-    """A terminal that fails once a certain text is printed."""
+    """A terminal that fails when a certain text is printed."""
 
     def __init__(self, text, error):
         super().__init__()
@@ -305,11 +305,11 @@ class Broken(io.StringIO):
 
 @offline_and_online
 def test_a_terminal_that_fails_loses_nothing(name, data, whole, tmp_path, monkeypatch):
-    """Results are saved before they are shown: `| head` and poor terminals cost no trained step."""
+    """Results are saved before they are shown, so `| head` or a poor terminal costs no step."""
     monkeypatch.setattr(os, "dup2", lambda *args: None)  # it would close pytest's own stdout
     expected = {path.name for path in whole(name).iterdir()}
     args = small_args(name, data, tmp_path / "run", max_steps=1)
-    if name == "ppo":  # shows samples on the way
+    if name == "ppo":  # it shows samples during training
         monkeypatch.setattr(sys, "stdout", Broken("score ", BrokenPipeError()))
         with pytest.raises(SystemExit):
             command(name, args)
@@ -333,7 +333,7 @@ def test_a_terminal_without_the_letters_of_the_data_is_no_error(data, tmp_path, 
 # ---- torchrun ------------------------------------------------------------------------------------
 
 def test_two_processes_equal_one_and_only_the_first_writes(data, tmp_path):
-    """Interrupted and resumed. Then one fails in a step, and ends the other, which would wait."""
+    """Even interrupted and resumed. If one process fails in a step, the other does not wait."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node", "2", runs_helper.__file__, str(data)]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}

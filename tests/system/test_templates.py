@@ -1,4 +1,4 @@
-"""Chat templates of a dozen model families: what is trained is what the assistant says, no more."""
+"""Chat templates of a dozen model families: exactly the assistant's words are trained."""
 import copy
 import re
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ QUICK = settings(max_examples=25, derandomize=True, deadline=None, database=None
 
 @dataclass
 class Family:
-    """What is known of a family besides its template; {} in `says` stands for the answer."""
+    """Facts about a family besides its template; {} in `says` stands for the answer."""
     says: str
     special: list
     eos: str
     bos: str | None = None
-    strips: bool = False  # blanks around an answer are removed
-    system: bool = True  # system message and answer go together
-    rewrites: bool = False  # earlier turns change once others follow
+    strips: bool = False  # whitespace around an answer is removed
+    system: bool = True  # a system message may stand before an answer
+    rewrites: bool = False  # earlier turns change once later ones follow
 
 
 IM = ["<|im_start|>", "<|im_end|>"]
@@ -43,7 +43,7 @@ FAMILIES = {
     "smollm2": Family("{}<|im_end|>", IM, "<|im_end|>", bos="<|im_start|>"),
     "llama2": Family(" {} </s>", ["<s>", "</s>"], "</s>", bos="<s>", strips=True),
     "llama3.2": Family("{}<|eot_id|>", LLAMA3, "<|eot_id|>", bos=LLAMA3[0], strips=True),
-    # its system message moves to the last question, and is gone once that is answered
+    # The system message moves to the last question, and is dropped once that is answered.
     "mistral": Family(" {}</s>", MISTRAL, "</s>", bos="<s>", strips=True, system=False),
     "gemma2": Family("{}<end_of_turn>", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
                      "<eos>", bos="<bos>", strips=True, system=False),
@@ -60,7 +60,7 @@ TOOL = {"type": "function", "function": {"name": "add", "description": "Adds num
 
 @cache
 def small_tokenizer():
-    """Bytes, and merges over the borders at which templates put their headers."""
+    """A byte-level tokenizer whose merges cross the borders of templates' headers."""
     tiny = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/chat")
     text = ["<|user|>\n\n\n", "words \n\n", "\n\n\n\n", ":\n\n", "  \n", "\t\n", "assistant words"]
     return tiny.train_new_from_iterator(text * 20, 320, show_progress=False)
@@ -80,13 +80,13 @@ def tokenizer_of(name):
 
 
 def specials(tokenizer, ids):
-    """Those of the ids that are special tokens."""
+    """The ids that are special tokens, in order."""
     return [i for i in ids if i in tokenizer.added_tokens_decoder]
 
 
 @st.composite
 def conversations(draw, family):
-    """System or none, one to three turns, perhaps a question left open; texts of awkward parts."""
+    """Perhaps a system message, one to three turns, perhaps an open question; awkward texts."""
     words = ["words", "2 + 2", " ", "\n", "\n\n", "\t", "\xe9\u4f60\u597d", "\U0001f642", "\u2028",
              "\\n", '"', "'", "{{ x }}", "{% if %}", "<|im_", "Assistant:", "[INST]"]
     words += family.special + ["<|endoftext|>", family.special[-1][:-1]]
@@ -108,7 +108,7 @@ def shown(tokenizer, chat, ask=False, tools=None):
 
 
 def check_answers(tokenizer, chat, pieces, turns, answers, tools=None):
-    """Before each answer stands what the model will be asked, and the answer is what it says."""
+    """Before each answer is the prompt that sampling would use; the answer is as expected."""
     assert [is_answer for _, is_answer in pieces] == [False, True] * len(turns)
     before = []
     for number, (turn, answer) in enumerate(zip(turns, answers, strict=True)):
@@ -125,7 +125,7 @@ def check_answers(tokenizer, chat, pieces, turns, answers, tools=None):
 
 
 def check_specials(tokenizer, chat, pieces, tools=None):
-    """The special tokens of an example are those of the same messages with none in their text."""
+    """The special tokens are those of the same messages without special tokens in their text."""
     pattern = "|".join(map(re.escape, map(str, tokenizer.added_tokens_decoder.values())))
     harmless = [message | {"content": re.sub(pattern, "x", message["content"])}
                 for message in chat]
@@ -136,8 +136,8 @@ def check_specials(tokenizer, chat, pieces, tools=None):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_trained_is_exactly_what_the_assistant_says(name):
-    """Its words and their end of turn, after what it is asked; no text becomes a special token."""
+def test_exactly_the_words_of_the_assistant_are_trained(name):
+    """They and their end of turn, after the correct prompt; no text becomes a special token."""
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
 
     @QUICK
@@ -167,7 +167,7 @@ def test_trained_is_exactly_what_the_assistant_says(name):
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama3.2", "mistral"])
 @pytest.mark.parametrize("question", ["Add 1 and 2.", "{% if %}<|im_end|>[INST] <|eot_id|>", "\n"])
 def test_tool_calls_are_trained(name, question):
-    """Tools reach the prompt; a call without content is trained whole, and the answer after it."""
+    """Tools are in the prompt; a call without content is trained whole, and so is the answer."""
     tokenizer = tokenizer_of(name)
     function = {"name": "add", "arguments": {"a": 1, "b": question}}
     call = {"id": "123456789", "type": "function", "function": function}
@@ -186,7 +186,7 @@ def test_tool_calls_are_trained(name, question):
 
 
 def test_thoughts_are_trained_where_they_stand_at_inference():
-    """Qwen3 drops earlier thoughts: each answer is trained with its own, and after none."""
+    """Qwen3 drops earlier thoughts: each answer is trained with its own thought only."""
     tokenizer = tokenizer_of("qwen3")
     said = [f"<think>\nhm {number}\n</think>\n\nIt is {number}." for number in "12"]
     chat = []
@@ -196,7 +196,7 @@ def test_thoughts_are_trained_where_they_stand_at_inference():
     assert [tokenizer.decode(x[-1][0]) for x in examples] == [x + "<|im_end|>" for x in said]
     before = tokenizer.decode(examples[1][0][0])
     assert "hm" not in before and "It is 1." in before
-    # one turn after a given prompt is one example
+    # A single answer to a given prompt is one example.
     assert encoded(tokenizer, chat[:3], chat[3:]) == examples[1:]
 
 
@@ -210,7 +210,7 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("place", ["user", "system", "assistant", "tools"])
 def test_no_data_becomes_a_special_token(attack, place):
-    """However text, parts of content or tools spell one, the structure is the template's alone."""
+    """However text, parts or tools spell one, all special tokens come from the template."""
     tokenizer = tokenizer_of("llama3.2")
     chat = [{"role": role, "content": "Hello."} for role in ("system", "user", "assistant")]
     tool = copy.deepcopy(TOOL)
@@ -229,8 +229,8 @@ def test_no_data_becomes_a_special_token(attack, place):
     assert example[-1][0][-1] == tokenizer.eos_token_id
 
 
-def test_an_end_that_an_answer_spells_is_not_its_end(tmp_path):
-    """A base model's template ends answers with eos, whatever special tokens their words spell."""
+def test_an_end_token_that_an_answer_spells_does_not_end_it(tmp_path):
+    """A base model's template ends answers with eos, whatever special tokens the answers spell."""
     tokenizer = copy.deepcopy(tokenizer_of("qwen2.5"))
     tokenizer.eos_token = "<|endoftext|>"
     common.end_answers_with_eos(tokenizer, "<|im_end|>")
@@ -248,7 +248,7 @@ def test_an_end_that_an_answer_spells_is_not_its_end(tmp_path):
 
 
 def test_ids_do_not_change_with_the_calendar(tmp_path, monkeypatch):
-    """A template that prints the date prints the same one on every day."""
+    """A template that prints the date prints the same date every day."""
     tokenizer = tokenizer_of("llama3.2")
     tokenizer.save_pretrained(tmp_path)
     config = {"model_type": "llama", "eos_token_id": tokenizer.eos_token_id, "vocab_size": 999}
@@ -268,7 +268,7 @@ def test_ids_do_not_change_with_the_calendar(tmp_path, monkeypatch):
 
 
 def test_a_template_that_asks_for_a_thought_and_drops_it_is_usable_without_thoughts():
-    """DeepSeek-R1: a finished turn begins behind its header, without the thought asked for."""
+    """DeepSeek-R1: a finished turn begins right after its header, without a thought."""
     FAMILIES.setdefault("deepseek_r1", FAMILIES["deepseek_v3"])
     tokenizer = tokenizer_of("deepseek_r1")
     chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."},
