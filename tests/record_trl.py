@@ -29,11 +29,7 @@ KTO = {"plain": (0.1, 1.0, 1.0), "weighted": (0.7, 1.4, 0.6)}  # name: (beta, λ
 GROUP_LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo")
 BETAS = (0.0, 0.3)
 DRIFTS = (0.0, 0.05, 0.5)  # how far log-probs are from those of the sampler: the ratios
-<<<<<<< HEAD
-REWARDS = {"plain": (None, 0.0), "margin": (0.5, 0.0), "centering": (None, 0.1), "both": (0.5, 0.1)}
 DIVERGENCES = {"forward": 0.0, "jsd 0.1": 0.1, "jsd 0.5": 0.5, "jsd 0.9": 0.9, "reverse": 1.0}
-=======
->>>>>>> main
 LONGEST = 9  # the longest completion allowed
 FULL, SHORT = (9, 9, 9, 9, 9, 9), (9, 3, 6, 1, 8, 5)  # lengths of completions
 
@@ -59,27 +55,14 @@ def sequences(seed):
         input_ids=torch.randint(0, 13, (6, 12), generator=generator),
         attention_mask=(columns < ends).long(),
         loss_mask=((columns >= starts) & (columns < ends)).long(),
-<<<<<<< HEAD
-        ref_logps=-4 - 9 * torch.rand(6, generator=generator))
+        ref_logps=-4 - 9 * torch.rand(6, generator=generator),
+        labels=torch.tensor([True, False, False, True, False, False]),
+        mismatched_logps=mismatched, mismatched_ref_logps=mismatched - 1 - normal(seed + 6, 6))
 
 
 def student_and_teacher():
     """Logits [7, 13] of two models."""
     return (2 * normal(31, 7, 13)).requires_grad_(), 2 * normal(32, 7, 13)
-
-
-def unpaired(seed):
-    """Six labelled answers; and what stands in for them behind the prompts of other ones."""
-    x = sequences(seed)
-    x.labels = torch.tensor([True, False, False, True, False, False])
-    x.mismatched_logps = -20 + normal(seed + 5, 6)
-    x.mismatched_ref_logps = x.mismatched_logps - 1 - normal(seed + 6, 6)
-    return x
-=======
-        ref_logps=-4 - 9 * torch.rand(6, generator=generator),
-        labels=torch.tensor([True, False, False, True, False, False]),
-        mismatched_logps=mismatched, mismatched_ref_logps=mismatched - 1 - normal(seed + 6, 6))
->>>>>>> main
 
 
 def completions(seed, drift):
@@ -321,13 +304,8 @@ def main():
     record = {"versions": {"trl": trl.__version__, "torch": torch.__version__,
                            "transformers": transformers.__version__},
               "command": "python tests/record_trl.py ppo_trainer.py", "sft": sft(),
-<<<<<<< HEAD
-              "reward_model": reward_model(), "preferences": preferences(), "kto": kto(),
-              "group_losses": group_losses(), "advantages": advantages(), "rloo": rloo(),
-              "online_dpo": online_dpo(), "distillation": distillation()}
-=======
-              "preferences": preferences(), "kto": kto(), "group_losses": group_losses()}
->>>>>>> main
+              "preferences": preferences(), "kto": kto(), "group_losses": group_losses(),
+              "distillation": distillation()}
     if len(sys.argv) > 1:
         record["versions"]["trl for ppo"] = "1.12.0"
         record["ppo"] = ppo(sys.argv[1])
