@@ -63,8 +63,8 @@ def make_flags():
     add("--temperature", type=common.positive, default=1.0,
         help="sampling temperature; 1e-6 is greedy")
     add("--max-new-tokens", type=common.count, default=512, help="longest answer, in tokens")
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--load-in-4bit", **common.ON_GPU, help="quantize the models to 4 bits (NF4)")
     add("--seed", type=common.natural, default=0, help="seed of the samples")
     return parser

@@ -193,7 +193,14 @@ LORA_RANK = {"default": 16, "help": "rank of the LoRA matrices, which are added 
              "layers; alpha is twice the rank; an adapter that is loaded keeps its own rank"}
 COLUMNS = {"nargs": "+", "default": [], "metavar": "NAME=COLUMN",
            "help": "names of columns: prompt=query reads the column `query` as the prompt"}
-VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}'}
+VARIABLES = {"type": variables, "metavar": '{"enable_thinking": false}',
+             "help": "variables for the chat template, as a JSON object"}
+FOUR_BIT = {**ON_GPU, "help": "4-bit quantization (NF4) of the frozen weights, to save memory"}
+CHECKPOINTING = {**ON_GPU, "help": "recomputation of activations in the backward pass, to save "
+                 "memory"}
+TEMPLATE = "file with a chat template that replaces the model's own"
+PEAK = "peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)"
+RESUMED = "output folder; the same command resumes an interrupted run"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

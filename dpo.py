@@ -98,8 +98,8 @@ def make_flags():
     add("--dataset", default="trl-lib/ultrafeedback_binarized", help="pairs: Hub name or file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out pairs; if not given, some pairs of --dataset are held out")
     add("--eval-size", type=common.count, default=100, help="number of held-out pairs")
     add("--loss", choices=["dpo", "ipo", "hinge", "simpo", "orpo", "cpo"], default="dpo",
@@ -114,18 +114,16 @@ def make_flags():
         help="longest prompt + answer, in tokens; longer examples are truncated")
     add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
     add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
-    add("--learning-rate", type=common.positive, default=2e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--epochs", type=common.count, default=1, help="passes over the pairs")
     add("--max-steps", type=common.count, default=500, help="upper limit on optimizer steps")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/dpo",
-        help="output folder; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/dpo", help=common.RESUMED)
     return parser
 
 
@@ -211,7 +209,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -224,7 +222,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -328,7 +326,7 @@ def evaluate(model, pairs, args, pad_id):
 def sample_answers(model, tokenizer, prompts, length, seed):
     """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    Returns lists of ids. An answer ends with its stop token, unless it reaches `length`. Tokens
     are drawn from softmax(logits), because `generate` would also apply the generation config of
     the model: beams, penalties, suppressed tokens.
     """
@@ -357,7 +355,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 
 def show_samples(samples):
-    """Prints prompts, each with an answer from before and an answer from after training."""
+    """Prints prompts, each with one answer from before training and one from after."""
     print("\nsamples: held-out prompts, each answered before and after training")
     for sample in samples:
         print()
@@ -461,10 +459,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -478,7 +476,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -517,7 +515,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

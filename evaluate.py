@@ -89,8 +89,8 @@ def make_flags():
     add("--dataset", default="tiny/data/prompt_heldout.jsonl", help="Hub name[:config] or file")
     add("--split", default="test", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--size", type=common.count, default=300, help="maximum number of prompts")
     add("--samples-per-prompt", type=common.count, default=4,
         help="sampled answers per prompt, n; raised to --best-of if that is larger")
@@ -118,7 +118,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -126,7 +127,7 @@ def join_answers(prompts, answers, tokenizer, model):
     """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    # The mask follows from lengths, because the pad token may also be a token of an answer.
+    # The mask is built from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
     batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
@@ -157,7 +158,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -170,7 +171,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -229,7 +230,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -249,9 +250,9 @@ def plain_number(text):
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -260,7 +261,7 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 

@@ -122,8 +122,8 @@ def make_flags():
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out prompts; if not given, some of --dataset are held out")
     add("--eval-size", type=common.count, default=64, help="number of held-out prompts")
     add("--loss", choices=["grpo", "dr_grpo", "dapo", "gspo", "cispo"], default="grpo",
@@ -144,16 +144,14 @@ def make_flags():
     add("--max-length", type=common.count, default=1024,
         help="longest prompt + completion, in tokens")
     add("--max-new-tokens", type=common.count, default=512, help="longest completion, in tokens")
-    add("--learning-rate", type=common.positive, default=2e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--max-steps", type=common.count, default=250, help="number of rollouts")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--save-every", type=common.count, default=20, help="rollouts between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/grpo",
-        help="output folder; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/grpo", help=common.RESUMED)
     return parser
 
 
@@ -176,7 +174,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -184,7 +183,7 @@ def join_answers(prompts, answers, tokenizer, model):
     """Prompts and answers as tensors [B, T], padded on the right. The loss mask is 1 on answers."""
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-    # The mask follows from lengths, because the pad token may also be a token of an answer.
+    # The mask is built from lengths, because the pad token may also be a token of an answer.
     starts = torch.tensor([[len(prompt)] for prompt in prompts])  # [B, 1]
     columns = torch.arange(batch["input_ids"].shape[1])  # [T]
     batch["loss_mask"] = batch["attention_mask"] * (columns >= starts)  # [B, T]
@@ -215,7 +214,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -228,7 +227,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -374,7 +373,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -407,15 +406,15 @@ def load_reward(name, model):
         return functools.partial(scores_of_function, name, correct_answer)
     if name.rpartition(":")[0].endswith(".py"):
         return functools.partial(scores_of_function, name, common.load_function(name))
-    # A reward model is one more adapter on the base of the policy, and a head.
+    # A reward model is another adapter on the policy's base, plus a scalar head.
     head = common.add_role(model, name, "reward")
     return functools.partial(scores_of_model, name, head)
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -424,12 +423,12 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 
 def scores_of_function(name, function, model, batch, examples, texts, args):
-    """Scores [B] by a function of rows and texts; NaN where it returns None: it does not apply."""
+    """Scores [B] by a reward function; NaN where it returns None because it does not apply."""
     scores = call_reward(name, function, examples, texts)
     scores = [math.nan if score is None else score for score in scores]
     return torch.tensor(scores, device=model.device)
@@ -558,7 +557,7 @@ def group_gradients(model, batch, scaler, args):
 
 
 def some_samples(tokenizer, step, examples, answers, scores):
-    """Up to four prompts with their sampled answers and scores, as text for the report."""
+    """Up to four prompts with their sampled answers and scores, as text for the summary."""
     samples = []
     for example, answer, score in zip(examples[:4], answers, scores.tolist(), strict=False):
         samples.append({"step": step, "prompt": common.shown_text(tokenizer, example["prompt"]),
@@ -679,10 +678,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -696,7 +695,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -735,7 +734,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

@@ -84,8 +84,8 @@ def make_flags():
     add("--dataset", default="trl-lib/kto-mix-14k", help="labeled answers: Hub name or local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out rows; if not given, some rows of --dataset are held out")
     add("--eval-size", type=common.count, default=100, help="number of held-out rows")
     add("--beta", type=common.positive, default=0.1, help="KL penalty strength")
@@ -97,24 +97,22 @@ def make_flags():
         help="longest prompt + answer, in tokens; longer examples are truncated")
     add("--batch-size", type=common.number(int, 2), default=32, help="answers per optimizer step")
     add("--micro-batch-size", type=common.count, default=4, help="answers per forward pass")
-    add("--learning-rate", type=common.positive, default=2e-5,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--epochs", type=common.count, default=1, help="passes over the answers")
     add("--max-steps", type=common.count, default=500, help="upper limit on optimizer steps")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="4-bit quantization of the frozen base")
-    add("--gradient-checkpointing", **common.ON_GPU, help="recomputed activations, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0: none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/kto",
-        help="output folder; the same command resumes an interrupted run")
+    add("--output-dir", default="runs/kto", help=common.RESUMED)
     return parser
 
 
 # ---- data: prompts, answers to them, and labels --------------------------------------------------
 
-def encode_labelled(row, tokenizer, max_length):
+def encode_labeled(row, tokenizer, max_length):
     """A row as examples, each with a prompt, an answer and a label (True: desirable).
 
     A pair becomes two examples. Prompt and answer are kept apart, because the reference point z
@@ -207,7 +205,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -220,7 +218,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -368,7 +366,7 @@ def evaluate(model, examples, args, tokenizer):
 def sample_answers(model, tokenizer, prompts, length, seed):
     """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    Returns lists of ids. An answer ends with its stop token, unless it reaches `length`. Tokens
     are drawn from softmax(logits), because `generate` would also apply the generation config of
     the model: beams, penalties, suppressed tokens.
     """
@@ -397,7 +395,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 
 def show_samples(samples):
-    """Prints prompts, each with an answer from before and an answer from after training."""
+    """Prints prompts, each with one answer from before training and one from after."""
     print("\nsamples: held-out prompts, each answered before and after training")
     for sample in samples:
         print()
@@ -409,7 +407,7 @@ def train(args):
     # 1. Load the data first, so that bad data fails before the model is loaded.
     tokenizer = common.load_tokenizer(args.model, args.chat_template, args.template_arguments)
     examples, held_out = common.load_examples(
-        args, encode_labelled, tokenizer, limit=args.max_steps * args.batch_size)
+        args, encode_labeled, tokenizer, limit=args.max_steps * args.batch_size)
     for name, part in ("to train on", examples), ("held out", held_out):
         if len({example["label"] for example in part}) < 2:
             common.fail(f"all answers {name} have the same label, and KTO needs both")
@@ -499,10 +497,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -516,7 +514,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -555,7 +553,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

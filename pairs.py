@@ -107,8 +107,8 @@ def make_flags():
         help="prompts: Hub name[:config] or local file; the tiny model has its own")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables that the chat template reads")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--size", type=common.count, default=1000, help="maximum number of prompts")
     add("--samples", type=common.number(int, 2), default=8, help="answers per prompt, N")
     add("--reward", default="correct_answer",
@@ -142,7 +142,8 @@ def encode_row(row, tokenizer, max_length, max_new_tokens, needs_answer):
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(f"prompt and answer exceed {max_length} tokens")
     if needs_answer and plain_number(row.get("answer")) is None:
-        raise ValueError("no plain number as its answer: --reward examples/rewards.py:math_answer")
+        raise ValueError("its answer is not a plain number; for others, use --reward "
+                         "examples/rewards.py:math_answer")
     return {"prompt": ids, "row": row | {"prompt": prompt}}
 
 
@@ -276,7 +277,7 @@ def correct_answer(prompts, completions, answer, **columns):
     return scores
 
 
-# 1,000 is a number, 1,2345 are two, .5 is a half.
+# 1,000 is one number, 1,2345 is two numbers, and .5 is one half.
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 
 
@@ -296,9 +297,9 @@ def plain_number(text):
 
 
 def call_reward(name, function, examples, texts):
-    """Calls a reward function with the columns of the rows: a score per text, or None for some.
+    """Calls a reward function with the columns of the rows.
 
-    None means that the reward does not apply to an answer.
+    Returns a score per text, or None where the reward does not apply.
     """
     rows = [example["row"] for example in examples]
     columns = {key: [row.get(key) for row in rows] for key in set().union(*rows)}
@@ -307,7 +308,7 @@ def call_reward(name, function, examples, texts):
         scores = [None if score is None else float(score) for score in function(**columns)]
         # NaN fails this comparison, and so does a number that would be infinite in fp32.
         if len(scores) != len(rows) or not all(abs(score or 0) < 1e38 for score in scores):
-            raise ValueError(f"not {len(rows)} numbers below 1e38 or None, but {scores}")
+            raise ValueError(f"expected {len(rows)} numbers below 1e38 (or None), got {scores}")
     return scores
 
 

@@ -83,8 +83,8 @@ def make_flags():
         help="Hub name[:config], or a local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out pairs (without it, a part of --dataset is held out)")
     add("--eval-size", type=common.count, default=100, help="number of held-out pairs")
     add("--centering", type=common.weight, default=0.01,
@@ -93,19 +93,16 @@ def make_flags():
         help="longest prompt + answer, in tokens; longer pairs are dropped")
     add("--batch-size", type=common.count, default=32, help="pairs per optimizer step")
     add("--micro-batch-size", type=common.count, default=2, help="pairs per forward pass")
-    add("--learning-rate", type=common.positive, default=1e-4,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=1e-4, help=common.PEAK)
     add("--epochs", type=common.count, default=1, help="passes over the dataset")
     add("--max-steps", type=common.count, default=500, help="upper limit of optimizer steps")
     add("--lora-rank", **common.LORA_RANK, type=common.count)
-    add("--load-in-4bit", **common.ON_GPU, help="quantization of the frozen base, to save memory")
-    add("--gradient-checkpointing", **common.ON_GPU,
-        help="recomputation of activations in the backward pass, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and scalar head")
-    add("--output-dir", default="runs/reward_model",
-        help="folder; the same command resumes a stopped run")
+    add("--output-dir", default="runs/reward_model", help=common.RESUMED)
     return parser
 
 
@@ -330,10 +327,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -347,7 +344,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -386,7 +383,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

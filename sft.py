@@ -102,8 +102,8 @@ def make_flags():
     add("--dataset", default="trl-lib/Capybara", help="Hub name[:config], or a local file")
     add("--split", default="train", help="split of a Hub dataset")
     add("--columns", **common.COLUMNS)
-    add("--chat-template", help="file with a chat template that replaces the model's own")
-    add("--template-arguments", **common.VARIABLES, help="variables for the chat template, as JSON")
+    add("--chat-template", help=common.TEMPLATE)
+    add("--template-arguments", **common.VARIABLES)
     add("--eval-dataset", help="held-out rows (without it, a part of --dataset is held out)")
     add("--eval-size", type=common.count, default=100, help="number of held-out rows")
     add("--neftune-alpha", type=common.weight, default=0.0,
@@ -112,21 +112,19 @@ def make_flags():
         help="longest conversation, in tokens; longer ones are truncated")
     add("--batch-size", type=common.count, default=32, help="conversations per optimizer step")
     add("--micro-batch-size", type=common.count, default=4, help="conversations per forward pass")
-    add("--learning-rate", type=common.positive, default=2e-4,
-        help="peak learning rate (linear warm-up over 10%% of the steps, then cosine decay)")
+    add("--learning-rate", type=common.positive, default=2e-4, help=common.PEAK)
     add("--epochs", type=common.count, default=1, help="passes over the dataset")
     add("--max-steps", type=common.count, default=500, help="upper limit of optimizer steps")
     add("--lora-rank", type=common.natural, default=16,
         help="rank of the LoRA matrices on all linear layers; their alpha is twice the rank.\n"
         "0 means full fine-tuning, with a default --learning-rate that is ten times lower")
-    add("--load-in-4bit", **common.ON_GPU, help="quantization of the frozen base, to save memory")
-    add("--gradient-checkpointing", **common.ON_GPU,
-        help="recomputation of activations in the backward pass, to save memory")
+    add("--load-in-4bit", **common.FOUR_BIT)
+    add("--gradient-checkpointing", **common.CHECKPOINTING)
     add("--max-new-tokens", type=common.count, default=128, help="length limit of sampled answers")
     add("--eval-every", type=common.natural, default=0, help="steps between evaluations; 0 is none")
     add("--save-every", type=common.count, default=50, help="steps between checkpoints")
     add("--seed", type=common.natural, default=0, help="seed of data order, LoRA and samples")
-    add("--output-dir", default="runs/sft", help="folder; the same command resumes a stopped run")
+    add("--output-dir", default="runs/sft", help=common.RESUMED)
     return parser
 
 
@@ -244,7 +242,7 @@ def token_logps(model, batch, temperature=1.0):
     is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
     targets = batch["input_ids"][:, 1:][is_target]  # [N]
     hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], would fill a T4.
+    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     chunk = max(1, 2**24 // vocabulary)
     logps = []
@@ -257,7 +255,7 @@ def token_logps(model, batch, temperature=1.0):
 
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
-    # The softmax is computed in fp32, because 16 bits would be too coarse.
+    # The softmax is computed in fp32, because 16-bit numbers are too coarse.
     logits = common.read_out(causal, hidden).float().div_(temperature)  # [C, V]
     return -F.cross_entropy(logits, targets, reduction="none")  # [C]
 
@@ -325,7 +323,7 @@ def evaluate(model, examples, args, pad_id):
 def sample_answers(model, tokenizer, prompts, length, seed):
     """Samples an answer of up to `length` tokens to each of B prompts, at temperature 1.
 
-    Returns lists of ids. An answer ends with its stop token, unless it reached `length`. Tokens
+    Returns lists of ids. An answer ends with its stop token, unless it reaches `length`. Tokens
     are drawn from softmax(logits), because `generate` would also apply the generation config of
     the model: beams, penalties, suppressed tokens.
     """
@@ -354,7 +352,7 @@ def sample_answers(model, tokenizer, prompts, length, seed):
 
 
 def show_samples(samples):
-    """Prints prompts, each with an answer from before and an answer from after training."""
+    """Prints prompts, each with one answer from before training and one from after."""
     print("\nsamples: held-out prompts, each answered before and after training")
     for sample in samples:
         print()
@@ -476,10 +474,10 @@ def update(optimizer, scaler, lr):
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     sum_over_processes([weight.grad for weight in weights])
-    # Clipping limits the norm of the whole gradient, all weights taken as one vector, to 1.
+    # Clipping limits the norm of the gradient over all weights to 1.
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-    # Where fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
+    # If fp16 gradients overflow, the scaler skips the step and halves its scale, down to 1.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         common.fail(f"the gradient is {norm}: most likely the --learning-rate is too high")
     optimizer.param_groups[0]["lr"] = lr
@@ -493,7 +491,7 @@ def update(optimizer, scaler, lr):
 # ---- housekeeping: nothing below is about the method, and it is the same in every script ---------
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes. One process changes nothing."""
+    """Replaces each tensor by its sum over all processes. With one process, it changes nothing."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -532,7 +530,7 @@ def open_run(args, examples):
     text = json.dumps(vars(args) | {"data": data, "files": files}, indent=2)
     with common.phase(f"--output-dir {folder}, which is for one run at a time"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock ends with the process, however the process ends. Its file may stay.
+        # The lock is released when the process ends, in whatever way. Its file may stay.
         open_run.lock = filelock.FileLock(folder / "run.lock")
         open_run.lock.acquire(blocking=False)
         ignored = (".new", ".log", ".txt", ".out", ".lock")

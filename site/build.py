@@ -35,7 +35,7 @@ SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in ORDER
 NEIGHBORS = {
     ("ppo", "grpo"): {"token_rewards": "token_kl", "gae": "group_advantages",
                       "policy_loss": "token_losses", "minibatch_gradients": "group_gradients"},
-    ("dpo", "kto"): {"encode_pair": "encode_labelled", "preference_loss": "kto_loss",
+    ("dpo", "kto"): {"encode_pair": "encode_labeled", "preference_loss": "kto_loss",
                      "pair_losses": "answer_losses"},
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",

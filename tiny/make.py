@@ -1,7 +1,7 @@
 """Rebuilds the embedded default: the tiny tokenizer, the tiny models and their data.
 
     python tiny/make.py            # all stages; the results are written beside this file
-    python tiny/make.py chat       # some stages only: data, steps, base, chat, reward
+    python tiny/make.py chat       # some stages: data, steps, base, chat, reward, teacher
 
 The scripts need a model that a CPU can train within minutes and that has something to gain from
 training, because it has a skill but uses it unreliably. This program pretrains one from scratch. A
@@ -12,7 +12,7 @@ subtraction until it can do sums. The result, `tiny/base`, continues text and ha
 and in which users sometimes say so. It has learned the format of a chat and also the mistakes:
 about half of its sampled answers are correct, although it can do better. That gap is what the
 post-training methods close. `tiny/reward` is an adapter on tiny/chat, trained by reward_model.py
-and used by ppo.py.
+and used by ppo.py; `tiny/teacher` is another, trained by kto.py and used by distill.py.
 
 Every random choice follows from SEED. Questions whose hash falls within HELD_OUT_SHARE appear in no
 text that a model is trained on, so held-out accuracy measures arithmetic and not memorization.
@@ -342,20 +342,28 @@ def make_chat():
     save(model, tokenizer, "chat")
 
 
-def make_reward():
-    """Runs reward_model.py on the preference data, and keeps the adapter without the logs."""
+def keep_adapter(script, name):
+    """Runs a script with its default flags, and keeps its adapter without the logs."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "reward_model.py", "--output-dir", folder]
+        command = [sys.executable, script, "--output-dir", folder]
         subprocess.run(command, cwd=HERE.parent, check=True)
-        (HERE / "reward").mkdir(exist_ok=True)
-        for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+        (HERE / name).mkdir(exist_ok=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
                      "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(Path(folder) / name, HERE / "reward")
+            shutil.copy(Path(folder) / file, HERE / name)
+
+
+def make_reward():
+    keep_adapter("reward_model.py", "reward")
+
+
+def make_teacher():
+    keep_adapter("kto.py", "teacher")
 
 
 if __name__ == "__main__":
     stages = {"data": make_data, "steps": make_steps, "base": make_base, "chat": make_chat,
-              "reward": make_reward}
+              "reward": make_reward, "teacher": make_teacher}
     for name in sys.argv[1:] or stages:
         print(f"{name}:", flush=True)
         stages[name]()

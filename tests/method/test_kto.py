@@ -32,7 +32,7 @@ PAIR = {"prompt": ask("Add 1 and 2."), "chosen": say("1 + 2 = 3"), "rejected": s
 
 
 def encoded(rows, max_length=64):
-    return common.encode_rows("rows", rows, kto.encode_labelled, tokenizer(), max_length)
+    return common.encode_rows("rows", rows, kto.encode_labeled, tokenizer(), max_length)
 
 
 # ---- the loss ------------------------------------------------------------------------------------

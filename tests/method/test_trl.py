@@ -16,7 +16,9 @@ import common  # noqa: F401  imported before the libraries that use torch, as in
 import dpo
 import grpo
 import kto
+import online_dpo
 import ppo
+import reward_model
 import sft
 
 TRL = json.loads(record_trl.FILE.read_text())
@@ -40,13 +42,29 @@ def scored(script, x, mask):
     return script.token_logps(model, batch)
 
 
+def test_trl_is_the_version_of_the_design():
+    """The numbers come from TRL 1.16.0, and for PPO, which it has dropped, from TRL 1.12.0."""
+    versions = TRL["versions"]
+    assert (versions["trl"], versions["trl for ppo"]) == ("1.16.0", "1.12.0")
+
+
 def test_sft():
     """The loss of a micro-batch, too, is divided by the trained tokens of the whole step."""
     x = record_trl.sequences(10)
     logps, tokens = scored(sft, x, x.loss_mask), x.loss_mask.sum()
-    for name, rows in ("whole", slice(6)), ("part", slice(2)):
-        loss = sft.sft_loss(logps[rows], x.loss_mask[rows], tokens)
-        assert equal(loss, TRL["sft"][name], x.hidden), name
+    assert equal(sft.sft_loss(logps, x.loss_mask, tokens), TRL["sft"]["whole"], x.hidden)
+    part = sft.sft_loss(logps[:2], x.loss_mask[:2], tokens)
+    assert equal(part, TRL["sft"]["part"], x.hidden)
+
+
+@pytest.mark.parametrize("name", record_trl.REWARDS)
+def test_reward_model(name):
+    """With and without a margin, with and without centering."""
+    margin, centering = record_trl.REWARDS[name]
+    margins = (margin or 0) * record_trl.normal(21, 5).abs()
+    rewards = record_trl.comparisons(20)
+    loss = reward_model.reward_loss(*rewards.chunk(2), margins, centering).mean()
+    assert equal(loss, TRL["reward_model"][name], rewards)
 
 
 @pytest.mark.parametrize("name", record_trl.PREFERENCES)
@@ -81,8 +99,12 @@ def test_preferences(name):
 
 @pytest.mark.parametrize("name", record_trl.KTO)
 def test_kto(name):
-    """With TRL's z, the losses agree. TRL has one z per micro-batch, we one per step."""
-    x, theirs = record_trl.sequences(80), TRL["kto"][name]
+    """With TRL's z, the losses agree. TRL has one z per micro-batch and process, we one per step.
+
+    For z, TRL pairs each prompt with the completion of the row before it, whatever its prompt. If
+    two consecutive rows share a prompt, it is thus paired with one of its own completions.
+    """
+    x, theirs = record_trl.unpaired(80), TRL["kto"][name]
     log_ratios = scored(kto, x, x.loss_mask).sum(1) - x.ref_logps
     mismatched = x.mismatched_logps - x.mismatched_ref_logps
     z = mismatched.mean().clamp(min=0)
@@ -98,6 +120,7 @@ def test_kto(name):
     assert not equal(halves, theirs["halves"], x.hidden)
     halves = [loss_of(rows, mismatched[rows].mean().clamp(min=0)) for rows in (first, second)]
     assert equal(sum(halves) / 2, theirs["halves"], x.hidden)
+    assert TRL["kto"]["order"] == [5, 0, 1, 2, 3, 4]  # the completion that follows each prompt
 
 
 @pytest.mark.parametrize("drift", record_trl.DRIFTS)
@@ -125,6 +148,52 @@ def test_group_losses(loss, beta, drift):
     assert equal(ours, theirs, x.logps)
     if drift != 0.05:
         assert (clipped * x.mask).any() == (drift == 0.5)  # one of the distances is past the clip
+
+
+def test_advantages():
+    """Group baseline, with and without division by the std, and leave-one-out baseline (rloo)."""
+    rewards, theirs = record_trl.grouped_rewards(50), TRL["advantages"]
+    for name, options in (("group", {}), ("unscaled", {"scale": False}),
+                          ("rloo", {"baseline": "rloo"})):
+        ours = grpo.group_advantages(rewards, **options).flatten().tolist()
+        assert ours == pytest.approx(theirs[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("drift", record_trl.DRIFTS)
+def test_rloo(drift):
+    """TRL has one ratio per answer, the product of the token ratios. We have a ratio per token.
+
+    If each answer is treated as one token, the losses agree at any ratio. Token by token, the
+    gradients agree only at ratio 1 (here, the constant by which dr_grpo divides is 1).
+    """
+    x, theirs = record_trl.completions(60, drift), TRL["rloo"][f"drift {drift}"]
+
+    def loss_of(logps, old_logps, mask):
+        losses, _ = grpo.token_losses(logps, old_logps, x.advantages, mask, "dr_grpo", 0.2, 0.2)
+        return (losses * grpo.token_weights(mask, "dr_grpo", 6, mask.sum(), 1)).sum()
+
+    whole, old = ((logps * x.mask).sum(1, keepdim=True) for logps in (x.logps, x.old_logps))
+    assert equal(loss_of(whole, old, torch.ones(6, 1)), theirs, x.logps)
+    norm = record_trl.loss_and_norm(loss_of(x.logps, x.old_logps, x.mask), x.logps)["grad_norm"]
+    assert (norm == pytest.approx(theirs["grad_norm"], rel=1e-4)) == (drift == 0)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_online_dpo(loss, tie):
+    """The losses equal TRL's, except for ties: TRL then takes the first answer as the chosen one.
+
+    Ours gives a tie the loss 0. (TRL's IPO uses sums here, unlike in its DPO trainer.)
+    """
+    x, theirs = record_trl.completions(80, 0.0), TRL["online_dpo"][f"{loss} tie {tie}"]
+    four = [part for logps in (x.logps, x.ref_logps) for part in (logps * x.mask).sum(1).chunk(2)]
+    first, second = record_trl.pair_scores(81, tie).double().chunk(2)
+    lead = first - second
+    ours = online_dpo.online_loss(*four, lead.sigmoid(), loss, 0.2, 0.0)
+    assert equal(ours.mean(), theirs, x.logps) == (not tie)
+    lead[0] += 1.0 * tie
+    ours = online_dpo.online_loss(*four, lead.sigmoid(), loss, 0.2, 0.0)
+    assert equal(ours.mean(), theirs, x.logps)
 
 
 @pytest.mark.parametrize("name, lengths", [("full", record_trl.FULL), ("short", record_trl.SHORT)])

@@ -21,7 +21,8 @@ from tqdm import tqdm
 import common
 
 KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt",
-        "grpo": "prompt", "kto": "preference", "online_dpo": "prompt", "prm": "steps"}
+        "grpo": "prompt", "kto": "preference", "online_dpo": "prompt", "prm": "steps",
+        "distill": "prompt"}
 SCRIPTS = {name: importlib.import_module(name) for name in KIND}
 SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes need
     "sft": dict(batch_size=5, micro_batch_size=2, max_new_tokens=4),
@@ -31,7 +32,8 @@ SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes n
     "kto": dict(batch_size=5, micro_batch_size=2),  # always 5, of 22: a pair is two answers
     "online_dpo": dict(batch_size=5, micro_batch_size=2, max_new_tokens=8, loss="xpo"),
     "ppo": dict(batch_size=5, micro_batch_size=3, epochs=2, max_new_tokens=8, beta=0.5),
-    "grpo": dict(batch_size=3, micro_batch_size=4, group_size=2, updates=2, max_new_tokens=8)}
+    "grpo": dict(batch_size=3, micro_batch_size=4, group_size=2, updates=2, max_new_tokens=8),
+    "distill": dict(batch_size=5, micro_batch_size=2, max_new_tokens=8, teacher="tiny/teacher")}
 
 
 def write_data(folder):
@@ -57,7 +59,7 @@ def small_args(name, data, output_dir, **flags):
     """The flags of a run of a few steps on what is in the folder `data`."""
     files = {"model": data / "chat", "dataset": data / f"{KIND[name]}_train.jsonl",
              "eval_dataset": data / f"{KIND[name]}_heldout.jsonl", "learning_rate": 1e-3}
-    if KIND[name] == "prompt":
+    if KIND[name] == "prompt" and name != "distill":
         files["reward"] = data / "reward"
     return run_args(SCRIPTS[name], **(SMALL[name] | files | flags), output_dir=output_dir)
 

@@ -204,7 +204,7 @@ PAIR = {"prompt": USER, "chosen": say("y"), "rejected": say("z")}
 
 @pytest.mark.parametrize("name, row, flags, words", [
     *(("grpo", {"prompt": "x"} | answer, {"reward": "correct_answer"},
-       "no plain number as its answer: ")
+       "its answer is not a plain number")
       for answer in ({}, {"answer": None}, {"answer": "none"}, {"answer": "(3, 5)"})),
     *(("reward_model", PAIR | {"margin": margin}, {}, "") for margin in ("big", torch.nan, 1e400)),
     *((name, None, {"max_length": 4}, "") for name in ("reward_model", "prm", *ONLINE))])

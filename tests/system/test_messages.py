@@ -366,7 +366,7 @@ def test_all_file_types_hold_the_same_rows(tmp_path, write_jsonl):
     write_jsonl(rows)
     for ending in "csv", "tsv", "csv.gz", "json", "parquet", "jsonl":
         assert common.load_rows(str(tmp_path / f"rows.{ending}"), "train", 1, 0) == rows, ending
-    examples = encode_rows(kto.encode_labelled, rows, tiny_tokenizer())
+    examples = encode_rows(kto.encode_labeled, rows, tiny_tokenizer())
     assert [example["label"] for example in examples] == [True, False]
 
 

@@ -28,7 +28,7 @@ PROMPTS = [{"prompt": [{"role": "user", "content": f"What is {a} + 1?"}], "answe
             "id": a} for a in range(1, 5)]
 TINY_JUDGE = {"judge": "tiny/chat", "judge_template": "examples/judge_tiny.txt"}
 TOOLS = '[{"name": "f"}]'
-ENCODE = {"pairs": dpo.encode_pair, "best": sft.encode_conversation, "kto": kto.encode_labelled}
+ENCODE = {"pairs": dpo.encode_pair, "best": sft.encode_conversation, "kto": kto.encode_labeled}
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ OTHER = {"prompt": ask("Add 7."), "completion": say("7 + 7 = 7 = 7"), "label": F
 
 
 def encoded(rows, max_length=64):
-    return common.encode_rows("rows", rows, kto.encode_labelled, tokenizer(), max_length)
+    return common.encode_rows("rows", rows, kto.encode_labeled, tokenizer(), max_length)
 
 
 @pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])

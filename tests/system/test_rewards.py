@@ -83,7 +83,7 @@ def test_a_score_that_fp32_turns_into_infinity_is_refused(score, refused):
     """1e39 is finite in Python but infinite in fp32, and would make advantages NaN."""
     examples = [{"row": {"prompt": "x"}}] * 2
     line = refused(grpo.call_reward, "mine", lambda **columns: [score, 0.0], examples, ["a", "b"])
-    assert f"not 2 numbers below 1e38 or None, but [{score}, 0.0]" in line
+    assert f"expected 2 numbers below 1e38 (or None), got [{score}, 0.0]" in line
 
 
 def test_a_weighted_sum_that_overflows_is_refused_before_training(run, reward_file, refused):
