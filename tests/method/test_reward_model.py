@@ -182,13 +182,14 @@ def figures_by_hand(model, rows, centering):
 def test_training_is_what_it_is_by_hand(base, tmp_path):
     """Checks each logged figure and each weight, and that plain transformers reads the folder."""
     rows = []
-    for i in range(12):
+    for i in range(14):
         pair = {"chosen": say(f"{i}" + " = 7" * (i % 3)), "rejected": say("8 " * (i % 5) + "is it")}
         margin = {"margin": 1 + i / 8} if i % 2 else {}
         rows.append({"prompt": ask(f"Add {i}" + " and 1" * (i % 4)), **pair, **margin})
     trained, held_out = rows[:9], rows[9:]
-    run = by_hand.Run(reward_model, tmp_path, trained, held_out, watch=["comparison_losses"],
-                      model=base, centering=0.05, epochs=1, micro_batch_size=3)
+    run = by_hand.Run(reward_model, tmp_path, trained, held_out,
+                      ["comparison_losses", "show_worst"], model=base, centering=0.05, epochs=1,
+                      micro_batch_size=3)
     if base == "tiny/chat":  # by_hand writes the end of turn of tiny/chat
         hand = by_hand.Training(run)
         expected = figures_by_hand(hand.model, held_out, 0.05)[1]
@@ -201,6 +202,9 @@ def test_training_is_what_it_is_by_hand(base, tmp_path):
         hand.check(run)
         figures = figures_by_hand(hand.model, held_out, 0.05)[1]
         close(run.summary["after"], figures, "held out, after")
+        leads = run.calls["show_worst"][0].args[2]
+        for row, lead in zip(held_out, leads, strict=True):
+            close(lead, figures_by_hand(hand.model, [row], 0.05)[1]["margin"], "lead of a pair")
 
     # Transformers reads the last token that is not a pad, so the pad must not end an answer.
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
