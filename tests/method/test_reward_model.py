@@ -190,6 +190,7 @@ def test_training_is_what_it_is_by_hand(base, tmp_path):
     run = by_hand.Run(reward_model, tmp_path, trained, held_out,
                       ["comparison_losses", "show_worst"], model=base, centering=0.05, epochs=1,
                       micro_batch_size=3)
+    assert all(update.is_training for update in run.updates), "evaluate() left eval mode on"
     if base == "tiny/chat":  # by_hand writes the end of turn of tiny/chat
         hand = by_hand.Training(run)
         expected = figures_by_hand(hand.model, held_out, 0.05)[1]
