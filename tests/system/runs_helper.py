@@ -23,6 +23,7 @@ import common
 KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt",
         "grpo": "prompt", "kto": "preference", "online_dpo": "prompt", "prm": "steps",
         "distill": "prompt"}
+REWARDED = ("online_dpo", "ppo", "grpo")  # the scripts that have --reward
 SCRIPTS = {name: importlib.import_module(name) for name in KIND}
 SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes need
     "sft": dict(batch_size=5, micro_batch_size=2, max_new_tokens=4),
@@ -59,7 +60,7 @@ def small_args(name, data, output_dir, **flags):
     """The flags of a run of a few steps on what is in the folder `data`."""
     files = {"model": data / "chat", "dataset": data / f"{KIND[name]}_train.jsonl",
              "eval_dataset": data / f"{KIND[name]}_heldout.jsonl", "learning_rate": 1e-3}
-    if KIND[name] == "prompt" and name != "distill":
+    if name in REWARDED:
         files["reward"] = data / "reward"
     return run_args(SCRIPTS[name], **(SMALL[name] | files | flags), output_dir=output_dir)
 

@@ -12,7 +12,7 @@ import runs_helper
 import torch
 import transformers
 from conftest import flags_of
-from runs_helper import KIND, SCRIPTS, command, small_args
+from runs_helper import KIND, REWARDED, SCRIPTS, command, small_args
 from safetensors.torch import load_file, save_file
 
 import common
@@ -39,7 +39,7 @@ def ends(data, tmp_path, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(name, **flags):
-        if "model" in flags and name in ONLINE:
+        if "model" in flags and name in REWARDED:
             flags["reward"] = "correct_answer"  # a reward model needs the policy's base
         flags = {"max_steps": 1} | flags  # a run that is not refused ends soon
         line = refused(lambda: command(name, small_args(name, data, tmp_path / "run", **flags)))
@@ -263,7 +263,7 @@ def test_a_reward_that_fails_is_named_with_its_cause(reward, cause, data, tmp_pa
     assert cause in line and f"rewards.py:{reward}" in line and "\x1b" not in line
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", REWARDED)
 def test_a_reward_that_cannot_be_loaded_is_named_before_a_model_is_loaded(
         name, data, tmp_path, ends, monkeypatch):
     """A file that exits or cannot be parsed; a missing file, function or reward model."""
