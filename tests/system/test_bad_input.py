@@ -252,7 +252,7 @@ number = 5
 
 
 @pytest.mark.parametrize("reward, cause", [
-    ("leaves", "SystemExit"), ("raises", "no such thing"), ("too_few", "but [0.0]"),
+    ("leaves", "SystemExit"), ("raises", "no such thing"), ("too_few", "got [0.0]"),
     ("nan", "nan"), ("words", "good"), ("none", "NoneType"), ("no_columns", "no_columns"),
     ("number", "plain function"), ("escapes", r"\x1b[2J\x07"), ("absent", "absent")])
 def test_a_reward_that_fails_is_named_with_its_cause(reward, cause, data, tmp_path, refused):

@@ -271,7 +271,7 @@ def test_target_kl_ends_the_epochs_which_are_shuffled_differently(tmp_path):
 
 @pytest.mark.parametrize("script, flags, words", [
     (ppo, {"batch_size": 5, "minibatches": 6}, "--minibatches"),
-    (grpo, {"reward_weights": [1, 2]}, "with a --reward-weights for each"),
+    (grpo, {"reward_weights": [1, 2]}, "needs one of --reward-weights"),
     (grpo, {"reward": ["correct_answer"] * 2, "reward_weights": [1, 2]}, "--reward"),
     (grpo, {"loss": "dapo", "baseline": "none"}, "it needs a --baseline"),
     (grpo, {"reward": "tiny/reward", "model": "tiny/base"}, "one base")])
