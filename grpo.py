@@ -548,7 +548,7 @@ def group_gradients(model, batch, scaler, args):
         ratio_error = ((logps - old_logps).exp() - 1).abs()
         # The logged kl is the mean of k1, summed over a completion; the loss has k3 of each token.
         add_up(sums, {"loss": losses, "kl": logps - micro["ref_logps"], "entropy": -logps,
-                      "clip_fraction": is_clipped * mask, "ratio_error": ratio_error})
+                      "clip_fraction": is_clipped, "ratio_error": ratio_error})
     figures = over_processes(sums, FIGURES, model.device)
     figures["kl"] /= sequences
     for name in ("entropy", "clip_fraction", "ratio_error"):
