@@ -85,6 +85,9 @@ def test_the_end_of_a_turn_is_trained_and_padding_is_not_where_both_are_one_toke
     trained = [tokenizer.decode(batch["input_ids"][i][mask[i]]) for i in range(2)]
     assert trained == [f"1 + 1 = 2{end}4{end}", f"1 + 1 = 2{end}"]
     assert batch["attention_mask"].sum(1).tolist() == [row["length"] for row in rows]
+    other = sft.collate([row["tokens"] for row in rows], 7, "cpu")
+    for name in ("loss_mask", "attention_mask"):
+        assert torch.equal(other[name], batch[name]), f"{name} must be 0 on padding, not the pad id"
 
 
 def test_a_template_that_drops_old_thoughts_gives_one_example_per_answer(tokenizer):

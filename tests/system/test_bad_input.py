@@ -139,6 +139,7 @@ def test_a_broken_model_is_named(start, breakage, name, data, tmp_path, ends):
     BROKEN[start][breakage](folder)
     line = ends(name, **{"reward" if start == "reward" else "model": folder})
     assert str(folder) in line and "learning-rate" not in line
+    assert "nan" not in breakage or "finite" in line, "the weights must be named, not what follows"
     assert breakage != "a token too many" or "369" in line, "the first id without an embedding"
 
 
