@@ -152,7 +152,10 @@ def encode_example(row, tokenizer, max_length, max_new_tokens, needs_answer):
         if not answer:
             raise ValueError("it has no answer (completion), which --on-policy below 1 trains on")
         prompt = example["row"]["prompt"]
-        head, rest, answer, *_ = common.encode(tokenizer, prompt, answer, row.get("tools"))[0]
+        examples = common.encode(tokenizer, prompt, answer, row.get("tools"))
+        if len(examples) > 1 or len(examples[0]) > 3:
+            raise ValueError("its answer has several turns, of which only one could be read")
+        head, rest, answer = examples[0]
         example["prompt"] = head[0] + rest[0]
         example["answer"] = answer[0][:max_new_tokens]
         example["truncated"] = len(answer[0]) > max_new_tokens
@@ -344,7 +347,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     """Samples `copies` answers to each of P prompts; returns lists of ids, grouped by prompt.
 
     Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no penalties.
-    An answer ends with its stop token, unless it reached --max-new-tokens.
+    An answer ends with its stop token, unless it was truncated at --max-new-tokens.
     """
     was_training = model.training
     model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache

@@ -326,7 +326,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
     """Samples `copies` answers to each of P prompts; returns lists of ids, grouped by prompt.
 
     Tokens are drawn from exactly softmax(logits / temperature): no top-k, no top-p, no penalties.
-    An answer ends with its stop token, unless it reached --max-new-tokens.
+    An answer ends with its stop token, unless it was truncated at --max-new-tokens.
     """
     was_training = model.training
     model.eval()  # in train mode, gradient checkpointing would silently drop the KV cache

@@ -335,6 +335,9 @@ def test_answers_of_rows_are_read_where_they_are_needed_and_cut():
     assert tokenizer.decode(example["answer"]) == "30 + 4 = 34<|im_end|>"
     assert example["prompt"] == by_hand.prompt_ids(row["prompt"])
     assert make(row, tokenizer, 512, 5, needs_answer=True)["answer"] == example["answer"][:5]
+    turns = by_hand.say("34") + by_hand.ask("And 1 + 1?") + by_hand.say("2")
+    with pytest.raises(ValueError, match="several turns"):
+        make(row | {"completion": turns}, tokenizer, 512, 24, needs_answer=True)
     with pytest.raises(ValueError, match="no answer"):
         make({"prompt": row["prompt"]}, tokenizer, 512, 24, needs_answer=True)
 
