@@ -1,78 +1,84 @@
 """RL with tools: GRPO where an answer may call tools and read their results, over several turns.
 
-The one new idea is the mask. The results of tools stand in the middle of an answer, but they are
-read, not trained, because the environment wrote them: their loss mask is 0, and the mask of every
-token that the policy sampled is 1. The rest is grpo.py. ReTool (Feng et al. 2025, arXiv:2504.11536)
-trains a policy in this way to use a Python interpreter, Search-R1 (Jin et al. 2025,
-arXiv:2503.09516) to use a search engine, and RAGEN (Wang et al. 2025, arXiv:2504.20073) to act in
-games. GRPO is by Shao et al. (2024, DeepSeekMath, arXiv:2402.03300).
+The one new idea is the mask. The result of a tool stands in the middle of an answer, but it is
+read, not trained, because the environment wrote it. The loss mask is 1 on every token that the
+policy sampled, and 0 on every other token. Everything else is grpo.py (Shao et al. 2024,
+DeepSeekMath, arXiv:2402.03300). ReTool (Feng et al. 2025, arXiv:2504.11536) trains a policy in this
+way to use a Python interpreter, Search-R1 (Jin et al. 2025, arXiv:2503.09516) to use a search
+engine, and RAGEN (Wang et al. 2025, arXiv:2504.20073) to act in games.
 
-Why it works. An answer is now a conversation of several turns. The policy writes a turn, which may
-contain tool calls; the tools run; their results are appended, and the policy writes the next turn.
-A turn without a call ends the answer, and the reward judges that turn. With m_t = 1 where the
-policy π chose token o_t, and m_t = 0 where the environment P did, the answer has the probability
+Why it works. An answer is now a conversation. The policy π writes a turn, which may contain tool
+calls. The tools run, their results are appended, and π writes the next turn. A turn without a call
+ends the answer, and its text gets the reward. Let m_t be 1 if π sampled token o_t, and 0 if the
+environment wrote it. Then the probability of the answer is
 
-    p(o) = Π_t π(o_t | o_<t)^{m_t} P(o_t | o_<t)^{1 − m_t}
+    p(o) = Π_t π(o_t | o_<t)^{m_t} env(o_t | o_<t)^{1 − m_t}
 
-P does not depend on the weights, so only the policy's own tokens remain in the gradient of log p,
-and with it in the policy gradient, which ppo.py derives:
+The factors of the environment do not depend on the weights of the policy. They drop out of the
+gradient of log p, and with it out of the policy gradient, which ppo.py derives:
 
     ∇ E[r(o)] = E[(r(o) − b) ∇ log p(o)] = E[(r(o) − b) Σ_t m_t ∇ log π(o_t | o_<t)]
 
-Nobody needs to know P, or to differentiate through a tool. Without the mask, the sum would contain
-tokens that π did not sample. E[∇ log π(o_t)] is 0 only if o_t is drawn from π itself, so a baseline
-would no longer cancel out. The policy would learn to predict the results of its tools after a good
-answer and to find them unlikely after a bad one, and a long result would outweigh the call.
+So nobody needs to know the distribution env, or to differentiate through a tool. Without the mask,
+the sum would also contain log π of tokens that π did not sample. The policy would learn to predict
+what its tools reply in good answers, although it never has to write that, and to find unlikely what
+they reply in bad ones. Nor would the baseline b be harmless, because E[∇ log π(o_t)] is in general
+0 only for tokens that are drawn from π.
 
-The objective is that of GRPO, with the mask m in every sum over tokens:
+The objective is that of GRPO, with the mask in the sum over tokens and in the length |o_i|:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)       mean and std of its group; std over G − 1
     J = E 1/G Σ_i 1/|o_i| Σ_t m_t { min[ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i] − β k3_t }
     |o_i| = Σ_t m_t,   ρ_t = π(o_t) / π_old(o_t),   k3_t = q − log q − 1 with q = π_ref / π
 
-One reward, given at the end, is shared by all turns. No turn has a reward of its own, so a useful
-call in a conversation that ends wrong is made less likely, too; the mean over many groups sorts
-this out. The losses (--loss), the advantages (--baseline) and the KL penalty are those of grpo.py,
-and so is the clip; reward models and weighted sums of rewards are left out.
+All turns of an answer share one advantage. A useful call in an answer that ends wrong becomes less
+likely, too; it gains in the mean over many answers, because more of them end well after it. The
+losses (--loss), the advantages (--baseline) and the KL penalty are the functions of grpo.py. Reward
+models and sums of several rewards are left out.
 
-    prompt ── turn 1 ── results ── turn 2 ── results ── … ── last turn ── reward
-    mask 0       1         0          1         0                1
+    prompt ──► turn ── calls ──► tools ── results ──► turn ── … ──► last turn ──► reward
+    mask 0     mask 1                     mask 0      mask 1        mask 1
 
-The second idea is a practical one: ids are appended, and never re-tokenized. What the policy
-sampled stays as it is, and after its end-of-turn token follow the ids of what the chat template
-writes next. Rendering the whole conversation again might spell the same call with other tokens
-or other spaces, to which π_old never gave a probability.
+The second idea is practical: ids are appended, and never re-tokenized. What the policy sampled
+stays as it is, and after its end-of-turn token come the ids of what the chat template writes next.
+If the whole conversation were rendered again, the template might write a call with other spaces,
+and the tokenizer might split it into other tokens, for which π_old gave no probability.
 
-Worked example: one answer of the tiny model to a question, from a group with the rewards 1, 0, 0
-and 1.
+Worked example: an answer of the tiny model, in a group with the rewards 1, 0, 0 and 1.
 
-WORKED
+    mask  tokens
+     0      46    <|im_start|>system … What is 123 * 456?<|im_end|> <|im_start|>assistant
+     1      85    <tool_call> {"name": "calculator", … "123 * 456"}} </tool_call><|im_end|>
+     0      17    <|im_start|>tool 56088<|im_end|> <|im_start|>assistant
+     1      17    123 * 456 = 56088<|im_end|>
 
-Commands:
+Its advantage is 0.866, and |o| = 85 + 17 = 102. At ratio 1 and without the KL, the gradient of the
+loss with respect to log π is −0.866 / (4 · 102) = −0.00212 for each of the 102 sampled tokens, and
+0 for the 17 tokens between the turns. Without the mask, these 17 would take 14% of the gradient.
 
-    python agent.py                                           # the tiny model, four minutes
-    python agent.py --model Qwen/Qwen2.5-1.5B-Instruct        # GSM8K with a calculator
+    python agent.py                                           # the tiny model and a calculator
+    python agent.py --model Qwen/Qwen2.5-1.5B-Instruct        # GSM8K, in 4 bits on a GPU
     python agent.py --tools examples/tools.py:calculator examples/tools.py:look_up
 
-A tool is a plain Python function with types and a docstring, from which the chat template shows the
-policy how to call it. A call that is not JSON, an unknown tool, wrong arguments, an exception and a
-time-out all become a result that begins with "error:". The policy reads it and can try again. Tools
-run one after another in this process, and with its rights, so give a policy no tool that runs code
-or commands outside a sandbox. A tool that exceeds --tool-seconds is left behind in its thread,
-because Python cannot stop it.
+A tool is a plain Python function with types and a docstring, from which the chat template tells the
+policy how to call it. A call that is not valid JSON, an unknown tool, wrong arguments, an exception
+and a time-out all become a result that begins with "error:", which the policy can read and react
+to. Tools run one after another in this process, with all its rights, so give a policy no tool that
+runs code or commands outside a sandbox. Python cannot stop a tool that exceeds --tool-seconds, so
+the tool runs on in its thread until the program ends.
 
-What to watch: the reward rises, and failed_calls falls. If calls falls to 0, the policy has learned
-to do without the tool: either its start called too rarely for a group to show the difference, or
-the calls failed. environment_tokens is the part of an answer that is not trained; if it grows, the
-results leave little room below --max-length, and stopped falls, because an answer that finds no
-room or uses up --max-turns ends as a truncated one. The conversation that is printed with each
-checkpoint shows what the policy reads after its calls: trained tokens are green, and those of the
-environment are grey.
+What to watch: the reward rises, and failed_calls falls. If calls falls to 0, the policy gives the
+tools up: either their results do not help, or it calls them too rarely for a group to show that
+they do. An answer that uses up --max-turns or finds no room below --max-length ends without a last
+turn, and stopped falls. environment_tokens counts the tokens that are read and not trained. If the
+reward does not rise, read the conversation that is printed at the first step and with every
+checkpoint: trained tokens are green, those of the environment are grey, and its error messages say
+what fails.
 
 TRY
 
-Shapes: P prompts × G conversations = B rows (b in a micro-batch) of T columns, of which L ≤ T hold
-a token in some row; N sampled tokens in all, C of them at a time; D the width of the model, V the
+Shapes: P prompts × G answers = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
+token in some row; N sampled tokens in all, C of them at a time; D the width of the model, V the
 size of its vocabulary, alive the turns that have not ended.
 """
 import argparse
@@ -103,8 +109,7 @@ def make_flags():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
-    add("--model", default="tiny/agent",
-        help="Hub name, local folder or LoRA adapter to start from")
+    add("--model", default="tiny/agent", help="Hub name, folder or LoRA adapter to start from")
     add("--tools", nargs="+", default=["examples/tools.py:calculator"],
         help="one or more tools, FILE.py:function")
     add("--tool-seconds", type=common.positive, default=5.0, help="time limit of a tool call")
@@ -251,11 +256,11 @@ def check_template(tokenizer, schemas):
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "name": call["name"], "content": "R"}]
     with common.phase("the chat template cannot be used with tools; --chat-template names another"):
-        common.need(common.end_of_turn_id(tokenizer), "no special token ends a turn")
+        common.need(common.end_of_turn_id(tokenizer) is not None, "no special token ends a turn")
         common.check_printed(tokenizer, chat, schemas)
         text = common.render(tokenizer, chat, schemas)
         calls = find_calls(text.rpartition(common.MARK)[2])
-        common.need(len(calls) == 1 and json.loads(calls[0]) == call, 'it must write a tool call as '
+        common.need(len(calls) == 1 and json.loads(calls[0]) == call, "it must write a call as "
                     '<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as that of Qwen2.5')
 
 
@@ -486,8 +491,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 
 
 def join_conversations(talks, tokenizer, model):
-    """Conversations as tensors [B, T], padded on the right. The loss mask is 1 on sampled tokens.
-    """
+    """Conversations as tensors [B, T], padded on the right. The loss mask is 1 on sampled ones."""
     batch = tokenizer.pad({"input_ids": [talk["ids"] for talk in talks]}, padding_side="right",
                           return_tensors="pt")
     batch["loss_mask"] = torch.zeros_like(batch["input_ids"])  # [B, T]
@@ -719,8 +723,9 @@ def train(args):
                       "score": batch["rewards"][0].item()}
             state["samples"].append(sample)
             save(args, state, weights, optimizer, scaler)
-            tqdm.write(f"\na conversation of step {step}, trained tokens in green, the environment's "
-                       f"in grey:\n{in_colors(tokenizer, talks[0])}\nscore {sample['score']:.2f}\n")
+            tqdm.write(f"\na conversation of step {step}: trained tokens are green, those of the "
+                       "environment are grey\n"
+                       f"{in_colors(tokenizer, talks[0])}\nscore {sample['score']:.2f}\n")
 
     # 8. Evaluate again on the same held-out prompts, and save the adapter.
     finish(args, state, model, tokenizer,
@@ -890,6 +895,7 @@ def show_next(args):
         use = "pairs.py --output pairs.jsonl --reward"
     print(common.visible(f"\nresults: {args.output_dir}\ncurves:  python plot.py {args.output_dir}"
                          f"\ntry it:  python {use} {args.output_dir}"))
+
 
 if __name__ == "__main__":
     with common.running("--micro-batch-size and --sample-batch-size, then the lengths"):
