@@ -665,16 +665,16 @@ def run_file(path: str, changed: int) -> dict:
 
 
 def load_function(name: str):
-    """Loads a reward function FILE.py:function. It may import modules that lie beside the file."""
+    """Loads a function, FILE.py:function. It may import modules that lie beside the file."""
     file, _, function = name.rpartition(":")
-    with phase(f"loading the reward {name}"):
+    with phase(f"loading {name}"):
         path = Path(find(file)).resolve()
         loaded = run_file(str(path), path.stat().st_mtime_ns)[function]
         # Whether a call of a callable object is async shows only in its class.
         forms = loaded, vars(type(loaded)).get("__call__")
         is_async = [inspect.iscoroutinefunction(x) or inspect.isasyncgenfunction(x) for x in forms]
         need(callable(loaded) and not any(is_async),
-             "a reward must be a plain function, not async and not a value")
+             "it must be a plain function, not async and not a value")
     return loaded
 
 

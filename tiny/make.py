@@ -1,7 +1,7 @@
 """Rebuilds the embedded default: the tiny tokenizer, the tiny models and their data.
 
     python tiny/make.py            # all stages; the results are written beside this file
-    python tiny/make.py chat       # some stages: data, steps, base, chat, reward, teacher
+    python tiny/make.py chat       # some: data, steps, tools, base, chat, reward, teacher, agent
 
 The scripts need a model that a CPU can train within minutes and that has something to gain from
 training, because it has a skill but uses it unreliably. This program pretrains one from scratch. A
@@ -13,6 +13,8 @@ and in which users sometimes say so. It has learned the format of a chat and als
 about half of its sampled answers are correct, although it can do better. That gap is what the
 post-training methods close. `tiny/reward` is an adapter on tiny/chat, trained by reward_model.py
 and used by ppo.py; `tiny/teacher` is another, trained by kto.py and used by distill.py.
+`tiny/agent`, the start of agent.py, is a third: sft.py trained it on chats with a calculator, which
+is used badly in half of them.
 
 Every random choice follows from SEED. Questions whose hash falls within HELD_OUT_SHARE appear in no
 text that a model is trained on, so held-out accuracy measures arithmetic and not memorization.
@@ -45,6 +47,10 @@ HELD_OUT_SHARE = 0.1  # share of the questions that are held out
 CORRECT_SHARE = 0.57  # share of correct answers in the chats that the chat model imitates
 TOP = 99  # operands lie in 0..TOP
 WRONG_STEP_SHARE = 0.25  # share of wrong lines in a solution in steps
+AGENT_ROWS = 6000  # chats with a calculator that tiny/agent was trained on
+# Share of each kind of chat with a calculator. The first is the way to use it.
+TOOL_USES = {"correct": 0.5, "no call": 0.1, "wrong operator": 0.1, "wrong digit": 0.1,
+             "misread": 0.1, "broken, then correct": 0.05, "broken, then a guess": 0.05}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,12 +59,25 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# With tools, a chat begins with their names. A real template prints their whole schemas, for which
+# the tiny model has no room; its tool calls are those of Qwen2.5.
+AGENT_TEMPLATE = """\
+{% if tools %}{{ '<|im_start|>system\\nTools:' }}
+{%- for tool in tools %}{{ ' ' + tool.function.name }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls %}{{ '<tool_call>\\n{"name": "' + call.function.name }}
+{{- '", "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
 NAMES = ["Ana", "Ben", "Eva", "Ida", "Jon", "Leo", "Mia", "Noa", "Sam", "Tom", "Uma", "Zoe"]
 THINGS = ["pens", "cups", "keys", "nuts", "eggs", "figs", "hats", "jars", "maps", "toys"]
 PLUS = ["What is {a} + {b}?", "Add {a} and {b}.",
         "{name} has {a} {things} and gets {b} more. How many {things} now?"]
 MINUS = ["What is {a} - {b}?", "Take {b} from {a}.",
          "{name} has {a} {things} and loses {b}. How many {things} are left?"]
+TIMES = ["What is {a} * {b}?", "Multiply {a} by {b}.",
+         "{name} has {a} bags of {b} {things}. How many {things}?"]
 
 
 # ---- questions -----------------------------------------------------------------------------------
@@ -83,7 +102,7 @@ def is_held_out(a, op, b):
 
 
 def result(a, op, b):
-    return a + b if op == "+" else a - b
+    return {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
 def mistake(rng, a, op, b):
@@ -98,7 +117,7 @@ def mistake(rng, a, op, b):
 
 
 def question(rng, a, op, b):
-    form = rng.choice(PLUS if op == "+" else MINUS)
+    form = rng.choice({"+": PLUS, "-": MINUS, "*": TIMES}[op])
     return form.format(a=a, b=b, name=rng.choice(NAMES), things=rng.choice(THINGS))
 
 
@@ -235,6 +254,83 @@ def make_steps():
     write_rows(HERE / "data/steps_prompt_heldout.jsonl", prompts)
 
 
+# ---- questions for a calculator ------------------------------------------------------------------
+
+CALCULATOR = {"name": "calculator", "description": "Computes an arithmetic expression.",
+              "parameters": {"type": "object", "properties": {"expression": {"type": "string"}},
+                             "required": ["expression"]}}
+
+
+def large_sums(rng, held_out):
+    """An endless stream of sums and products of numbers with three digits, none of them twice."""
+    seen = set()
+    while True:
+        s = rng.randint(100, 999), rng.choice("+*"), rng.randint(100, 999)
+        if is_held_out(*s) == held_out and s not in seen:
+            seen.add(s)
+            yield s
+
+
+def with_other_digit(rng, number):
+    """The number with one digit replaced by another; the first digit never becomes 0."""
+    digits = list(str(number))
+    place = rng.randrange(len(digits))
+    others = "123456789" if place == 0 else "0123456789"
+    digits[place] = rng.choice(others.replace(digits[place], ""))
+    return int("".join(digits))
+
+
+def call_turns(a, op, b):
+    """Two messages: a call of the calculator, and its result."""
+    call = {"name": "calculator", "arguments": {"expression": f"{a} {op} {b}"}}
+    return [{"role": "assistant", "content": "", "tool_calls": [{"function": call}]},
+            {"role": "tool", "content": str(result(a, op, b))}]
+
+
+def broken_turns(rng, a, op, b):
+    """Two messages: a call that is not JSON, and the error that agent.py returns for it."""
+    call = {"name": "calculator", "arguments": {"expression": f"{a} {op} {b}"}}
+    ending = rng.choice(['}', '"}}'])
+    text = "\n" + json.dumps(call).removesuffix(ending) + "\n"
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"error: JSONDecodeError: {error}"
+    return [{"role": "assistant", "content": f"<tool_call>{text}</tool_call>"},
+            {"role": "tool", "content": message}]
+
+
+def tool_use(rng, a, op, b):
+    """A chat by a careless user of the calculator, who makes the mistakes of TOOL_USES."""
+    kind = rng.choices(list(TOOL_USES), TOOL_USES.values())[0]
+    turns = [{"role": "user", "content": question(rng, a, op, b)}]
+    value = result(a, op, b)
+    if kind.startswith("broken"):
+        turns += broken_turns(rng, a, op, b)
+    if kind == "wrong operator":
+        op = "-" if op == "+" else "+"
+    if kind == "wrong digit":
+        a = with_other_digit(rng, a)
+    if kind in ("no call", "broken, then a guess"):
+        value = with_other_digit(rng, value)
+    else:
+        turns += call_turns(a, op, b)
+        value = result(a, op, b)
+    if kind == "misread":
+        value = with_other_digit(rng, abs(value))
+    return [*turns, {"role": "assistant", "content": equation(a, op, b, value)}]
+
+
+def make_tools():
+    """Writes questions whose answers the tiny model cannot compute without a calculator."""
+    for part, size in (("train", 3000), ("heldout", 300)):
+        rng = random.Random(SEED + (4 if part == "train" else 5))
+        asked = itertools.islice(large_sums(rng, part == "heldout"), size)
+        write_rows(HERE / f"data/tools_{part}.jsonl", [
+            {"prompt": [{"role": "user", "content": question(rng, *s)}], "answer": str(result(*s))}
+            for s in asked])
+
+
 # ---- tokenizer and models ------------------------------------------------------------------------
 
 def make_tokenizer():
@@ -342,10 +438,10 @@ def make_chat():
     save(model, tokenizer, "chat")
 
 
-def keep_adapter(script, name):
-    """Runs a script with its default flags, and keeps its adapter without the logs."""
+def keep_adapter(script, name, *flags):
+    """Runs a script, and keeps its adapter without the logs."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, "--output-dir", folder]
+        command = [sys.executable, script, *flags, "--output-dir", folder]
         subprocess.run(command, cwd=HERE.parent, check=True)
         (HERE / name).mkdir(exist_ok=True)
         for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
@@ -361,9 +457,25 @@ def make_teacher():
     keep_adapter("kto.py", "teacher")
 
 
+def make_agent():
+    """Trains tiny/chat on chats with the calculator, which are not kept."""
+    rng = random.Random(SEED + 6)
+    asked = large_sums(rng, held_out=False)
+    rows = [{"messages": tool_use(rng, *s), "tools": [{"type": "function", "function": CALCULATOR}]}
+            for s in itertools.islice(asked, AGENT_ROWS)]
+    with tempfile.TemporaryDirectory() as folder:
+        template = Path(folder, "template.jinja")
+        template.write_text(AGENT_TEMPLATE)
+        file = Path(folder, "rows.jsonl")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        keep_adapter("sft.py", "agent", "--model", "tiny/chat", "--dataset", str(file),
+                     "--chat-template", str(template), "--epochs", "1")
+
+
 if __name__ == "__main__":
-    stages = {"data": make_data, "steps": make_steps, "base": make_base, "chat": make_chat,
-              "reward": make_reward, "teacher": make_teacher}
+    stages = {"data": make_data, "steps": make_steps, "tools": make_tools, "base": make_base,
+              "chat": make_chat, "reward": make_reward, "teacher": make_teacher,
+              "agent": make_agent}
     for name in sys.argv[1:] or stages:
         print(f"{name}:", flush=True)
         stages[name]()

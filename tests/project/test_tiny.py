@@ -89,6 +89,19 @@ def test_held_out_long_sums_are_in_no_training_file_in_any_order():
             assert (*sorted((int(a), int(b))), True) not in held_out
 
 
+def test_questions_for_a_calculator_have_their_answers_and_are_held_out_in_both_orders():
+    """Sums and products of numbers with three digits, about half of each."""
+    seen = {}
+    for part in ("train", "heldout"):
+        found = [(*asked(row), int(row["answer"])) for row in rows(f"tools_{part}")]
+        for a, b, is_sum, answer in found:
+            assert 100 <= a <= b <= 999 and answer == (a + b if is_sum else a * b)
+        assert 0.4 < sum(is_sum for _, _, is_sum, _ in found) / len(found) < 0.6
+        seen[part] = {*found}
+    assert len(seen["train"]) > 2900 and len(seen["heldout"]) > 290
+    assert not seen["train"] & seen["heldout"]
+
+
 def test_the_models_have_the_size_that_the_pages_name():
     for name in ("tiny/base", "tiny/chat"):
         model = AutoModelForCausalLM.from_pretrained(ROOT / name)
