@@ -53,7 +53,7 @@ def make_flags():
     return parser
 
 
-def need(condition, message):
+def refuse_unless(condition, message):
     if not condition:
         common.fail(message)
 
@@ -109,7 +109,7 @@ def blanked(source, name):
     return source
 
 
-def write(path, text):
+def save_text(path, text):
     """Writes atomically: a killed program leaves either the old file or the new one."""
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".new").write_text(text, encoding="utf-8")
@@ -123,7 +123,7 @@ def read_state():
 
 
 def save_state(**changes):
-    write(FOLDER / "progress.json", json.dumps(read_state() | changes, indent=1))
+    save_text(FOLDER / "progress.json", json.dumps(read_state() | changes, indent=1))
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def save_state(**changes):
 def place_of(task):
     """The exercise of a task and its file. A task is an exercise or "bug:" and an exercise."""
     name = task.removeprefix("bug:")
-    need(name in CATALOGUE, f"there is no exercise {name}: python exercise.py lists them")
+    refuse_unless(name in CATALOGUE, f"there is no exercise {name}: python exercise.py lists them")
     script = script_of(name)
     return name, FOLDER / (f"{script}.py" if name == task else f"bug_{script}.py")
 
@@ -161,7 +161,7 @@ def start(name):
     else:
         new = blanked(runnable(source_of(script), ""), name)
         said = f"is a copy of {script}.py with a part left for you to write."
-    write(path, new)
+    save_text(path, new)
     print(f"{where} {said}\n\n{entry['title']} ({entry['difficulty']}). {entry['teaches']}\n\n"
           f"{entry['task']}\n")
     blank = f'raise NotImplementedError("exercise {name}")'
@@ -176,7 +176,7 @@ def check_file(task):
     """Grades the student's file, and remembers what is solved."""
     name, path = place_of(task)
     where = f"exercises/{path.name}"
-    need(path.exists(), f"{where} does not exist: begin with python exercise.py {name}")
+    refuse_unless(path.exists(), f"{where} does not exist: begin with python exercise.py {name}")
     with grading.time_limit(path):
         graded = grading.grade(name, path.read_text(encoding="utf-8"), path)
     wrong = [said for _, said, _ in graded if said]
@@ -202,12 +202,12 @@ def plant(script):
     solved = read_state()["solved"]
     names = [name for name, entry in CATALOGUE.items() if "bug" in entry
              and (script_of(name) == script or script == "next" and f"bug:{name}" not in solved)]
-    need(names, f"no bug to find for {script}: see python exercise.py --help")
+    refuse_unless(names, f"no bug to find for {script}: see python exercise.py --help")
     name, path = place_of(f"bug:{names[0]}")
     script, where = script_of(name), f"exercises/{path.name}"
     if not path.exists():
         source, _ = grading.mistake_of(script, CATALOGUE[name]["bug"]["what"])
-        write(path, runnable(source, "bug_"))
+        save_text(path, runnable(source, "bug_"))
     print(f"One line of {where} is wrong, and the curves show it. Which one is it?\n\n"
           f"    python {where}\n    python plot.py exercises/runs/bug_{script}\n\n"
           f"docs/metrics.md says what healthy curves look like; python {script}.py draws them.\n"
@@ -235,7 +235,7 @@ def give_hint(task):
 def show_solution(task):
     """Prints the difference between the student's functions and those of the script."""
     name, path = place_of(task)
-    need(path.exists(), f"{path} does not exist: begin with python exercise.py {name}")
+    refuse_unless(path.exists(), f"{path} does not exist: begin with python exercise.py {name}")
     source = path.read_text(encoding="utf-8")
     solved = source
     for function in functions_of(name):
@@ -275,7 +275,7 @@ def main(args):
     state = read_state()
     task = args.name or state["current"]
     wants = args.check or args.hint or args.solution
-    need(task or not wants, "no exercise is started: python exercise.py lists them")
+    refuse_unless(task or not wants, "no exercise is started: python exercise.py lists them")
     if args.predict:
         predict(args.predict)
     elif args.bug:

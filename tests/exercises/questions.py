@@ -103,7 +103,7 @@ def about_ppo():
     yield "And if λ = 0?", ppo.gae(rewards, values, ones, 1.0, 0.0)[0][0, 0].item()
     logps = t([math.log(1.5)])
     loss = ppo.policy_loss(logps, torch.zeros(1, 1), t([1.0]).detach(), 0.2)[0]
-    yield ("A token with advantage 1 has become 1.5 times as likely since the rollout (ε = 0.2). Which "
+    yield ("A token with advantage 1 has become 1.5 times as likely since the rollout (ε = 0.2). "
            "Which way does the next update push it: up, down or neither?", direction(loss, logps))
 
 

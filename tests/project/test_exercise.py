@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tomllib
 
-import exercise
 import grading
 import pytest
 import questions
 from conftest import ROOT
 from grading import CATALOGUE, SCRIPTS, behaves_like, grade, mistake_of, script_of, source_of
+
+import exercise
 
 each_exercise = pytest.mark.parametrize("name", CATALOGUE)
 FILE = "exercises/student.py"
@@ -134,7 +135,8 @@ scaled = (rewards - rewards.mean(1, keepdim=True)) * spread
 return scaled / (rewards.var(1, keepdim=True).sqrt() + 1e-4) if scale else scaled""",
     "grpo.token_kl": "return torch.expm1(ref_logps - logps) + logps - ref_logps",
     "prm.step_losses": """
-return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none") * loss_mask""",
+losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none")
+return losses.where(loss_mask > 0, 0.0)""",
     "distill.divergences": """
 def kl(p, q):
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
@@ -151,7 +153,8 @@ def test_another_form_of_the_same_mathematics_passes(name):
 
 @pytest.mark.parametrize("code, says", [
     ("pass", "token_kl returns None: is a `return` missing?"),
-    ("return logps[:, :2] * 0", "has the shape [1], not [2]"), ("return (ref_logps - logps).float()", "dtype torch.float32"),
+    ("return logps[:, :2] * 0", "has the shape [1], not [2]"),
+    ("return (ref_logps - logps).float()", "dtype torch.float32"),
     ("return logps.tolist()", "the result cannot be used"),
     ("return nothing", "NameError: name 'nothing' is not defined in line 282, `return nothing`"),
     ("import sys\nsys.exit()", "raises SystemExit"), ("return logps +", "is not Python"),
