@@ -33,8 +33,9 @@ The objective is that of GRPO, with the mask in the sum over tokens and in the l
 
 All turns of an answer share one advantage. A useful call in an answer that ends wrong becomes less
 likely, too; it gains in the mean over many answers, because more of them end well after it. The
-losses (--loss), the advantages (--baseline) and the KL penalty are the functions of grpo.py. Reward
-models and sums of several rewards are left out.
+losses (--loss), the advantages (--baseline) and the KL penalty are the functions of grpo.py. Left
+out are reward models, sums of several rewards, and the resampling of --loss dapo, so that a group
+of equal rewards counts for nothing.
 
     prompt ──► turn ── calls ──► tools ── results ──► turn ── … ──► last turn ──► reward
     mask 0     mask 1                     mask 0      mask 1        mask 1
@@ -694,7 +695,7 @@ def train(args):
         spread = has_spread(grouped)  # [P]
         batch["kept"] = torch.ones_like(batch["stopped"])  # [B]
         if args.loss == "dapo":
-            # The paper resamples to fill the batch. Here, the mean is over the remaining ones.
+            # A truncated answer counts for nothing, nor does a group of equal rewards.
             batch["kept"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
         # 6. Take one or more optimizer steps on these answers. After the first, π differs from
