@@ -151,9 +151,11 @@ def test_the_gradient_of_the_worked_example_is_0_on_what_the_environment_wrote(m
 CASES = {"grpo": ("group", 0.1, 0.15), "dr_grpo": ("group", 0.15, 0.1), "dapo": ("rloo", 0.1, 0.15)}
 ROWS = [{"prompt": by_hand.ask(f"What is {a} * {b}?"), "answer": str(a * b)}
         for a, b in [(123, 4), (7, 567), (31, 31), (8, 99)]]
-MINE = '''
+REWARD = '''
 def varied(prompts, completions, answer, **columns):  # the prompt with answer 961: all equal
     return [1 if x == "961" else sum(map(ord, y)) % 8 for x, y in zip(answer, completions)]
+'''
+TOOL = '''
 def add(n: int):
     """Adds 1.
 
@@ -163,13 +165,13 @@ def add(n: int):
     return n + 1
 '''
 BROKEN = "error: JSONDecodeError: Expecting ':' delimiter: line 1 column 8 (char 7)"
-FLAGS = dict(beta=0.3, batch_size=3, group_size=3, updates=2, max_steps=2, temperature=1.5,
+FLAGS = dict(beta=0.3, batch_size=3, group_size=3, updates=2, temperature=1.5,
              max_turns=3, max_new_tokens=100, max_length=305, lora_rank=4, save_every=1)
 
 
 def scripted_turn(prompt, number):
     """A made-up turn: its ids, the results of its calls (None if it is truncated), its answer."""
-    draw = random.Random(f"324 {prompt} {number}")
+    draw = random.Random(f"32 {prompt} {number}")
     n = f"{draw.randrange(1000)} "
     result = str(int(n) + 1)
     add = f'<tool_call>{{"name": "add", "arguments": {{"n": {n}}}}}</tool_call>'
@@ -206,21 +208,23 @@ def talk_by_hand(prompt, number):
         talk.environment_tokens += len(ids)
 
 
-def run_agent(folder, loss, mine=MINE, replace=None, **flags):
+def run_agent(folder, loss, tool=TOOL, replace=None, **flags):
     folder.mkdir(exist_ok=True)
-    file = folder / "mine.py"
-    file.write_text(mine)
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "tool.py").write_text(tool)
     flags |= dict(zip(("baseline", "epsilon", "epsilon_high"), CASES[loss], strict=True))
     return by_hand.Run(
         agent, folder, ROWS[:3], ROWS[3:], watch=["rollout"], model="tiny/chat", loss=loss,
-        chat_template=TEMPLATE, tools=f"{file}:add", reward=f"{file}:varied",
-        replace={"sample": scripted_sample} | (replace or {}), **FLAGS, **flags)
+        chat_template=TEMPLATE, tools=f"{folder / 'tool.py'}:add",
+        reward=f"{folder / 'reward.py'}:varied",
+        replace={"sample": scripted_sample} | (replace or {}), max_steps=1 + (loss == "grpo"),
+        **FLAGS, **flags)
 
 
 def run_by_hand(run, loss):
-    """The same two rollouts with two updates each, computed from the equations."""
+    """The same rollouts with two updates each, computed from the equations."""
     hand, limits, seen = by_hand.Training(run), CASES[loss][1:], set()
-    for called in run.calls["rollout"][1:3]:
+    for called in run.calls["rollout"][1:-1]:
         talks = []
         for example in called.args[2]:
             for number in range(3):
@@ -252,7 +256,7 @@ def run_by_hand(run, loss):
 
 
 @pytest.mark.parametrize("loss", CASES)
-def test_two_rollouts_are_those_by_hand(loss, tmp_path, refused):
+def test_rollouts_are_those_by_hand(loss, tmp_path, refused):
     """Each logged number and weight; also after an interruption, in parts, in two processes."""
     run = run_agent(tmp_path / "whole", loss, micro_batch_size=9)
     with by_hand.doubles():
@@ -262,9 +266,9 @@ def test_two_rollouts_are_those_by_hand(loss, tmp_path, refused):
     if loss == "grpo":
         with pytest.raises(InterruptedError):
             run_agent(again, loss, replace={"log_step": interrupted(agent.log_step)}, **flags)
-        line = refused(run_agent, again, loss, MINE + "# another version of the tool", **flags)
+        line = refused(run_agent, again, loss, TOOL + "# another version of the tool", **flags)
         assert "name another folder" in line, "the results of another tool would differ"
     second = run_agent(again, loss, processes=1 + (loss == "dapo"), **flags)
-    assert len(second.updates) == (2 if loss == "grpo" else 4), "it must continue after step 1"
+    assert len(second.updates) == 2, "it must continue after step 1"
     hand.check(second)
     by_hand.close(second.summary["before"], run.summary["before"], "held out, before")
