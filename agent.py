@@ -245,9 +245,9 @@ def environment_ids(tokenizer, results):
         text = result.encode("utf-8", "replace").decode()
         chat.append({"role": "tool", "name": "f", "content": text[:LONGEST_RESULT]})
     text = common.render(tokenizer, chat, add_generation_prompt=True)
-    after_calls = text.split(common.MARK, len(results))[-1]
+    from_call = text.partition(common.MARK)[2]
     end_of_turn = tokenizer.convert_ids_to_tokens(common.end_of_turn_id(tokenizer))
-    return common.to_ids(tokenizer, after_calls.partition(end_of_turn)[2])
+    return common.to_ids(tokenizer, from_call.partition(end_of_turn)[2])
 
 
 def check_template(tokenizer, schemas):

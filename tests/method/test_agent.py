@@ -5,14 +5,13 @@ Losses, advantages and sampling are those of grpo.py; calls and tools are in tes
 import json
 import random
 import statistics
-import sys
 from types import SimpleNamespace
 
 import by_hand
 import pytest
 import torch
 import transformers
-from conftest import ROOT, run_args
+from conftest import run_args
 from runs_helper import interrupted
 from test_grpo import plain_advantages, plain_loss
 from test_templates import FAMILIES, tokenizer_of
@@ -20,11 +19,9 @@ from test_templates import FAMILIES, tokenizer_of
 import agent
 import common
 
-sys.path.append(str(ROOT / "examples"))
-import tools as examples  # noqa: E402
-
-CALCULATOR = {"calculator": examples.calculator}
+CALCULATOR, SCHEMAS = agent.load_tools(["examples/tools.py:calculator"])
 TEMPLATE = "tiny/agent/chat_template.jinja"
+QUESTION = by_hand.ask("What is 123 * 456?")
 END = "<|im_end|>"
 CPU = torch.device("cpu")
 
@@ -64,21 +61,19 @@ def play(tokenizer, said):
     args = SimpleNamespace(sample_batch_size=8, max_turns=9, max_length=9999, max_new_tokens=99,
                            tool_seconds=5.0)
     own = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
-    model = SimpleNamespace(device=CPU, generation_config=own)
-    turns = iter(said)
-    tools, schemas = agent.load_tools(["examples/tools.py:calculator"])
-    question = by_hand.ask("What is 123 * 456?")
-    prompt = common.encode_prompt(tokenizer, question, schemas)
+    model, turns = SimpleNamespace(device=CPU, generation_config=own), iter(said)
+    prompt = common.encode_prompt(tokenizer, QUESTION, SCHEMAS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent, "sample", lambda *_: [next(turns)])
-        talk, = agent.converse(model, [{"prompt": prompt}], 1, tokenizer, tools, args, 0)
+        talk, = agent.converse(model, [{"prompt": prompt}], 1, tokenizer, CALCULATOR, args, 0)
     batch = agent.join_conversations([talk, talk | {"ids": [1], "mask": [1]}], tokenizer, model)
+    return SimpleNamespace(talk=talk, prompt=prompt, batch=batch)
 
-    def render(*messages):
-        """The whole conversation, rendered and tokenized from its messages."""
-        chat = [*question, *messages]
-        return tokenizer.apply_chat_template(chat, tools=schemas, tokenize=False)
-    return SimpleNamespace(talk=talk, prompt=prompt, batch=batch, render=render)
+
+def whole(tokenizer, *messages):
+    """The whole conversation, rendered from its messages at once."""
+    chat = [*QUESTION, *messages]
+    return tokenizer.apply_chat_template(chat, tools=SCHEMAS, tokenize=False)
 
 
 def says(*expressions, content="", **thought):
@@ -96,9 +91,9 @@ def reads(result):
 def test_only_sampled_tokens_are_trained_and_the_ids_are_those_of_a_whole_rendering(name, request):
     """Three turns, with one call, two calls and none, in one conversation."""
     tokenizer = template_of(name, request)
-    is_qwen3 = name == "qwen3"
-    think = "<think>\nhm\n</think>\n\n" if is_qwen3 else ""
-    thought = {"reasoning_content": "hm"} if is_qwen3 else {}
+    think, thought = "", {}
+    if name == "qwen3":
+        think, thought = "<think>\nhm\n</think>\n\n", {"reasoning_content": "hm"}
     between = "" if name == "tiny/agent" else "\n"
     turns = [call("1 / 0"), call("2") + between + call("3"), "It is 56088."]
     said = [ids_of(tokenizer, think + text + tokenizer.eos_token) for text in turns]
@@ -107,10 +102,10 @@ def test_only_sampled_tokens_are_trained_and_the_ids_are_those_of_a_whole_render
     assert ids[mask > 0].tolist() == sum(said, []), "the mask must be 1 on what was sampled"
     assert mask[:len(played.prompt)].sum() == 0, "the prompt is trained"
     assert played.batch["loss_mask"][1].tolist() == [1] + [0] * (len(mask) - 1), "padding"
-    whole = played.render(
-        says("1 / 0", **thought), reads("error: ZeroDivisionError: Fraction(1, 0)"),
+    text = whole(
+        tokenizer, says("1 / 0", **thought), reads("error: ZeroDivisionError: Fraction(1, 0)"),
         says("2", "3", **thought), reads("2"), reads("3"), says(content="It is 56088.", **thought))
-    assert [*ids.tolist(), *ids_of(tokenizer, "\n")] == ids_of(tokenizer, whole)
+    assert [*ids.tolist(), *ids_of(tokenizer, "\n")] == ids_of(tokenizer, text)
     written = len(ids) - len(played.prompt) - len(sum(said, []))
     expected = {"calls": 3, "failed_calls": 1, "turns": 3, "environment_tokens": written}
     assert {name: played.batch[name][0].item() for name in agent.COUNTS} == expected
@@ -131,12 +126,11 @@ def test_the_gradient_of_the_worked_example_is_0_on_what_the_environment_wrote(m
     batch |= {"advantages": advantages, "kept": torch.ones(4), "ref_logps": torch.zeros(mask.shape)}
     monkeypatch.setattr(agent, "token_logps", lambda model, batch, temperature: logps)
     args = run_args(agent, model="tiny/chat", beta=0, batch_size=1, group_size=4)
-    args.micro_batch_size = 4
     agent.conversation_gradients(SimpleNamespace(device=CPU), batch,
                                  SimpleNamespace(scale=lambda loss: loss), args)
     assert (logps.grad[mask == 0] == 0).all(), "the environment is trained"
     prompt, first, last = len(played.prompt), *map(len, said)
-    written, gradients = batch["environment_tokens"][0].item(), logps.grad[0][mask[0] > 0]
+    written, gradients = batch["environment_tokens"][0], logps.grad[0][mask[0] > 0]
     expected = -advantages[0].expand(first + last) / (4 * (first + last))
     by_hand.same(gradients, expected, "gradient of a sampled token", 1e-8)
     by_hand.documented(

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import by_hand
 import pytest
 import torch
+from conftest import run_args
 from test_agent import (
     CALCULATOR,
+    CPU,
     END,
     HERMES,
+    SCHEMAS,
     call,
     ids_of,
     play,
@@ -18,8 +21,8 @@ from test_agent import (
     says,
     template_of,
     tiny_tokenizer,
+    whole,
 )
-from test_agent import examples as tools
 from test_templates import FAMILIES, tokenizer_of
 
 import agent
@@ -90,16 +93,17 @@ def test_tools_need_types_a_docstring_and_names_of_their_own(tmp_path, refused):
     ("1+" * 200 + "1", "characters")])
 def test_the_calculator_of_the_examples(expression, value):
     if value[-1].isdigit():
-        assert tools.calculator(expression) == value
+        assert CALCULATOR["calculator"](expression) == value
     else:
         with pytest.raises((ValueError, SyntaxError), match=value):
-            tools.calculator(expression)
+            CALCULATOR["calculator"](expression)
 
 
 def test_the_table_of_the_examples():
-    assert tools.look_up(" Oxygen ") == "15.999"
+    tools, _ = agent.load_tools(["examples/tools.py:look_up"])
+    assert tools["look_up"](" Oxygen ") == "15.999"
     with pytest.raises(LookupError, match="no element x"):
-        tools.look_up("x")
+        tools["look_up"]("x")
 
 
 def test_a_result_cannot_forge_a_turn_and_is_cut():
@@ -114,8 +118,7 @@ def test_a_result_cannot_forge_a_turn_and_is_cut():
 @pytest.mark.parametrize("name", sorted({*FAMILIES} - {"qwen2.5", "qwen3"}))
 def test_other_templates_are_refused(name, refused):
     """Llama 3.2 has another form of tool calls; the others do not print them."""
-    _, schemas = agent.load_tools(["examples/tools.py:calculator"])
-    line = refused(agent.check_template, tokenizer_of(name), schemas)
+    line = refused(agent.check_template, tokenizer_of(name), SCHEMAS)
     form = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
     assert "--chat-template" in line and (form in line) == (name == "llama3.2"), line
 
@@ -124,12 +127,21 @@ def test_other_templates_are_refused(name, refused):
     ({"tools": "[]"}, "tools of its own"), ({"prompt": "What is 1 + 1?"}, "question=prompt"),
     ({"answer": "two"}, "not a plain number"), ({"prompt": by_hand.ask("1 + " * 99)}, "exceed")])
 def test_rows_that_cannot_be_used(row, reason):
-    _, schemas = agent.load_tools(["examples/tools.py:calculator"])
     good = {"prompt": by_hand.ask("What is 1 + 1?"), "answer": "2"}
-    made = agent.encode_question(good, tiny_tokenizer(), 200, schemas, 99, needs_answer=True)
+    made = agent.encode_question(good, tiny_tokenizer(), 200, SCHEMAS, 99, needs_answer=True)
     assert "Tools: calculator" in tiny_tokenizer().decode(made["prompt"])
     with pytest.raises(ValueError, match=reason):
-        agent.encode_question(good | row, tiny_tokenizer(), 200, schemas, 99, needs_answer=True)
+        agent.encode_question(good | row, tiny_tokenizer(), 200, SCHEMAS, 99, needs_answer=True)
+
+
+def test_a_reward_must_apply_to_every_answer(monkeypatch, refused):
+    """It is the only one, so there is no other number to learn from."""
+    talk = play(tiny_tokenizer(), [ids_of(tiny_tokenizer(), "1" + END)]).talk
+    monkeypatch.setattr(agent, "converse", lambda *_: [talk])
+    line = refused(agent.rollout, SimpleNamespace(device=CPU), lambda **columns: [None],
+                   [{"row": {"prompt": "Q"}}], 1, tiny_tokenizer(), {}, run_args(
+                       agent, model="tiny/chat", reward="mine.py:score"), 0)
+    assert "mine.py:score returns None" in line
 
 
 def test_a_conversation_is_shown_in_colors():
@@ -157,10 +169,10 @@ def test_what_was_sampled_is_never_rendered_or_tokenized_again(name):
     played = play(tokenizer, [letters + end, ids_of(tokenizer, "1") + end])
     ids, mask = played.batch["input_ids"][0], played.batch["loss_mask"][0]
     assert ids[mask > 0].tolist() == letters + end + ids_of(tokenizer, "1") + end
-    whole = played.render(says("1"), reads("1"), says(content="1"))
-    assert call("1") in whole and text not in whole and text in tokenizer.decode(ids)
+    rendered = whole(tokenizer, says("1"), reads("1"), says(content="1"))
+    assert call("1") in rendered and text not in rendered and text in tokenizer.decode(ids)
     # Without a thought, Qwen3's template adds an empty one to the last turn of a whole rendering.
-    assert ("<think>" in whole) == (name == "qwen3") and "<think>" not in tokenizer.decode(ids)
+    assert ("<think>" in rendered) == (name == "qwen3") and "<think>" not in tokenizer.decode(ids)
 
 
 def test_what_is_scored_is_what_was_sampled_in_every_turn(monkeypatch):
