@@ -48,14 +48,14 @@ and the tokenizer might split it into other tokens, for which π_old gave no pro
 Worked example: an answer of the tiny model, in a group with the rewards 1, 0, 0 and 1.
 
     mask  tokens
-     0      46    <|im_start|>system … What is 123 * 456?<|im_end|> <|im_start|>assistant
-     1      85    <tool_call> {"name": "calculator", … "123 * 456"}} </tool_call><|im_end|>
+     0      38    <|im_start|>system … What is 123 * 456?<|im_end|> <|im_start|>assistant
+     1      20    <tool_call> {"name": "calculator", … "123 * 456"}} </tool_call><|im_end|>
      0      17    <|im_start|>tool 56088<|im_end|> <|im_start|>assistant
-     1      17    123 * 456 = 56088<|im_end|>
+     1       6    56088<|im_end|>
 
-Its advantage is 0.866, and |o| = 85 + 17 = 102. At ratio 1 and without the KL, the gradient of the
-loss with respect to log π is −0.866 / (4 · 102) = −0.00212 for each of the 102 sampled tokens, and
-0 for the 17 tokens between the turns. Without the mask, these 17 would take 14% of the gradient.
+Its advantage is 0.866, and |o| = 20 + 6 = 26. At ratio 1 and without the KL, the gradient of the
+loss with respect to log π is −0.866 / (4 · 26) = −0.00833 for each of the 26 sampled tokens, and 0
+for the 17 tokens between the turns. Without the mask, these 17 would take 40% of the gradient.
 
     python agent.py                                           # the tiny model and a calculator
     python agent.py --model Qwen/Qwen2.5-1.5B-Instruct        # GSM8K, in 4 bits on a GPU
@@ -159,7 +159,7 @@ BY_LOSS = {"dr_grpo": dict(beta=0.0), "dapo": dict(beta=0.0, epsilon_high=0.28),
            "gspo": dict(epsilon=3e-4, epsilon_high=4e-4), "cispo": dict(beta=0.0, epsilon_high=5.0)}
 # What the tiny model needs differently.
 TINY = dict(dataset="tiny/data/tools_train.jsonl", eval_dataset="tiny/data/tools_heldout.jsonl",
-            micro_batch_size=64, max_length=512, max_new_tokens=110, learning_rate=1e-3,
+            micro_batch_size=16, max_length=512, max_new_tokens=40, learning_rate=1e-3,
             max_steps=40)
 FIGURES = ("loss", "entropy", "clip_fraction", "kl", "ratio_error")
 COUNTS = ("calls", "failed_calls", "turns", "environment_tokens")  # of each conversation
@@ -195,10 +195,9 @@ def load_tools(names):
     for name in names:
         function = common.load_function(name)
         with common.phase(f"--tools {name}"):
-            schema = common.transformers.utils.get_json_schema(function)
+            schemas.append(common.transformers.utils.get_json_schema(function))
             common.need(function.__name__ not in tools, "another tool has the same name")
         tools[function.__name__] = function
-        schemas.append(schema)
     return tools, schemas
 
 
@@ -408,12 +407,15 @@ def converse(model, examples, copies, tokenizer, tools, args, seed):
     while alive:
         turns = []
         for i in range(0, len(alive), args.sample_batch_size):
-            # A conversation is read from its start in every turn: no KV cache is kept.
+            # Each turn reads its conversation from the start, because no KV cache is kept.
             prompts = [talk["ids"] for talk in alive[i:i + args.sample_batch_size]]
             with common.autocast(model):
                 turns += sample(model, tokenizer, prompts, 1, args, next(seeds))
-        alive = [talk for talk, ids in zip(alive, turns, strict=True)
-                 if add_turn(talk, ids, stop_ids, tokenizer, tools, args)]
+        going = []
+        for talk, ids in zip(alive, turns, strict=True):
+            if add_turn(talk, ids, stop_ids, tokenizer, tools, args):
+                going.append(talk)
+        alive = going
     return talks
 
 

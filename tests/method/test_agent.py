@@ -2,6 +2,7 @@
 
 Losses, advantages and sampling are those of grpo.py; calls and tools are in test_tools.py.
 """
+import functools
 import json
 import random
 import statistics
@@ -20,7 +21,6 @@ import agent
 import common
 
 CALCULATOR, SCHEMAS = agent.load_tools(["examples/tools.py:calculator"])
-TEMPLATE = "tiny/agent/chat_template.jinja"
 QUESTION = by_hand.ask("What is 123 * 456?")
 END = "<|im_end|>"
 CPU = torch.device("cpu")
@@ -31,8 +31,9 @@ def call(expression, name="calculator"):
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
+@functools.cache
 def tiny_tokenizer():
-    return common.load_tokenizer("tiny/chat", TEMPLATE)
+    return common.load_tokenizer("tiny/agent")
 
 
 def ids_of(tokenizer, text):
@@ -46,7 +47,7 @@ HERMES = ["tiny/agent", "qwen2.5", "qwen3", "tokenizers/Qwen2.5-0.5B-Instruct"]
 
 def template_of(name, request):
     if name == "tiny/agent":
-        tokenizer = tiny_tokenizer()
+        return tiny_tokenizer()
     elif name in FAMILIES:
         tokenizer = tokenizer_of(name)
     else:
@@ -117,7 +118,7 @@ def test_only_sampled_tokens_are_trained_and_the_ids_are_those_of_a_whole_render
 def test_the_gradient_of_the_worked_example_is_0_on_what_the_environment_wrote(monkeypatch):
     """On a sampled token it is −A / (|o| B) at ratio 1, where |o| counts sampled tokens only."""
     tokenizer = tiny_tokenizer()
-    said = [ids_of(tokenizer, x + END) for x in (call("123 * 456"), "123 * 456 = 56088")]
+    said = [ids_of(tokenizer, x + END) for x in (call("123 * 456"), "56088")]
     played = play(tokenizer, said)
     batch = {name: x[[0, 0, 1, 1]] for name, x in played.batch.items()}
     mask = batch["loss_mask"][:, 1:]
@@ -125,7 +126,7 @@ def test_the_gradient_of_the_worked_example_is_0_on_what_the_environment_wrote(m
     advantages = agent.group_advantages(torch.tensor([[1.0, 0, 0, 1]]).double())[0]
     batch |= {"advantages": advantages, "kept": torch.ones(4), "ref_logps": torch.zeros(mask.shape)}
     monkeypatch.setattr(agent, "token_logps", lambda model, batch, temperature: logps)
-    args = run_args(agent, model="tiny/chat", beta=0, batch_size=1, group_size=4)
+    args = run_args(agent, beta=0, batch_size=1, group_size=4)
     agent.conversation_gradients(SimpleNamespace(device=CPU), batch,
                                  SimpleNamespace(scale=lambda loss: loss), args)
     assert (logps.grad[mask == 0] == 0).all(), "the environment is trained"
@@ -135,7 +136,7 @@ def test_the_gradient_of_the_worked_example_is_0_on_what_the_environment_wrote(m
     by_hand.same(gradients, expected, "gradient of a sampled token", 1e-8)
     by_hand.documented(
         agent, ("mask tokens 0 {:.0f} <", prompt), ("1 {:.0f} <", first), ("0 {:.0f} <", written),
-        ("1 {:.0f} 123", last), ("advantage is {:.3f}", advantages[0]),
+        ("1 {:.0f} 56088", last), ("advantage is {:.3f}", advantages[0]),
         ("= {:.0f}. At ratio 1", first + last), ("= {:.5f} for each", gradients[0]),
         ("take {:.0%} of", written / (first + last + written)))
 
@@ -160,12 +161,12 @@ def add(n: int):
 '''
 BROKEN = "error: JSONDecodeError: Expecting ':' delimiter: line 1 column 8 (char 7)"
 FLAGS = dict(beta=0.3, batch_size=3, group_size=3, updates=2, temperature=1.5,
-             max_turns=3, max_new_tokens=100, max_length=305, lora_rank=4, save_every=1)
+             max_turns=3, max_new_tokens=40, max_length=170, lora_rank=4, save_every=1)
 
 
 def scripted_turn(prompt, number):
     """A made-up turn: its ids, the results of its calls (None if it is truncated), its answer."""
-    draw = random.Random(f"32 {prompt} {number}")
+    draw = random.Random(f"71 {prompt} {number}")
     n = f"{draw.randrange(1000)} "
     result = str(int(n) + 1)
     add = f'<tool_call>{{"name": "add", "arguments": {{"n": {n}}}}}</tool_call>'
@@ -173,7 +174,7 @@ def scripted_turn(prompt, number):
         (add, [result], ""), (n + add, [result], n), (f"{add} {add}", [result] * 2, " "),
         (n + '<tool_call>{"name"}</tool_call>', [BROKEN], n), (n + "figs", [], n + "figs"),
         (n + add, None, n)])
-    return by_hand.tokenizer()(text + END * (results is not None)).input_ids, results, answer
+    return tiny_tokenizer()(text + END * (results is not None)).input_ids, results, answer
 
 
 def scripted_sample(model, tokenizer, prompts, *rest):
@@ -195,8 +196,8 @@ def talk_by_hand(prompt, number):
         talk.calls, talk.failed_calls = talk.calls + len(results), talk.failed_calls + (
             results == [BROKEN])
         text = "".join(f"<|im_start|>tool\n{result}{END}\n" for result in results)
-        ids = by_hand.tokenizer()(f"\n{text}<|im_start|>assistant\n").input_ids
-        if len(talk.ids) + len(ids) + 100 > 305:  # no room for another turn
+        ids = tiny_tokenizer()(f"\n{text}<|im_start|>assistant\n").input_ids
+        if len(talk.ids) + len(ids) + 40 > 170:  # no room for another turn
             return talk
         talk.ids, talk.mask = talk.ids + ids, talk.mask + [0] * len(ids)
         talk.environment_tokens += len(ids)
@@ -208,8 +209,8 @@ def run_agent(folder, loss, tool=TOOL, replace=None, **flags):
     (folder / "tool.py").write_text(tool)
     flags |= dict(zip(("baseline", "epsilon", "epsilon_high"), CASES[loss], strict=True))
     return by_hand.Run(
-        agent, folder, ROWS[:3], ROWS[3:], watch=["rollout"], model="tiny/chat", loss=loss,
-        chat_template=TEMPLATE, tools=f"{folder / 'tool.py'}:add",
+        agent, folder, ROWS[:3], ROWS[3:], watch=["rollout"], loss=loss,
+        tools=f"{folder / 'tool.py'}:add",
         reward=f"{folder / 'reward.py'}:varied",
         replace={"sample": scripted_sample} | (replace or {}), max_steps=1 + (loss == "grpo"),
         **FLAGS, **flags)
@@ -241,7 +242,7 @@ def run_by_hand(run, loss):
         logged |= {"loss": 0, "kl": ((torch.cat(old) - torch.cat(ref)).sum() / 9).item()}
         for _ in range(2):
             new = read(hand.model)
-            value, _ = plain_loss(loss, new, old, ref, advantages, kept, 0.3, *limits, 3 * 100)
+            value, _ = plain_loss(loss, new, old, ref, advantages, kept, 0.3, *limits, 3 * 40)
             logged["loss"] += value.item() / 2
             update = hand.update(value)
         hand.log(update | logged)

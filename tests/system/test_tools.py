@@ -140,7 +140,7 @@ def test_a_reward_must_apply_to_every_answer(monkeypatch, refused):
     monkeypatch.setattr(agent, "converse", lambda *_: [talk])
     line = refused(agent.rollout, SimpleNamespace(device=CPU), lambda **columns: [None],
                    [{"row": {"prompt": "Q"}}], 1, tiny_tokenizer(), {}, run_args(
-                       agent, model="tiny/chat", reward="mine.py:score"), 0)
+                       agent, reward="mine.py:score"), 0)
     assert "mine.py:score returns None" in line
 
 
@@ -178,7 +178,7 @@ def test_what_was_sampled_is_never_rendered_or_tokenized_again(name):
 def test_what_is_scored_is_what_was_sampled_in_every_turn(monkeypatch):
     """The sampler's log-prob of a token equals its score in the whole conversation."""
     torch.manual_seed(0)
-    model = common.load_model("tiny/chat", lora_rank=4)
+    model = common.load_model("tiny/agent", lora_rank=4)
     by_hand.move(model, std=0.05)
     tokenizer = tiny_tokenizer()
     chosen, turns, seeds = [], {}, []
@@ -202,7 +202,7 @@ def test_what_is_scored_is_what_was_sampled_in_every_turn(monkeypatch):
     monkeypatch.setattr(torch, "multinomial", spy)
     monkeypatch.setattr(agent, "sample", watched)
     monkeypatch.setattr(agent, "find_calls", lambda text: [call("2 * 3")[11:-12]])
-    prompts = [by_hand.prompt_ids(by_hand.ask(x)) for x in ("What is 36 - 25?", "Add 5 and 6.")]
+    prompts = [common.encode_prompt(tokenizer, by_hand.ask(x)) for x in ("What is 36 - 25?", "Add 5 and 6.")]
     args = SimpleNamespace(max_new_tokens=15, temperature=1.3, sample_batch_size=3, max_turns=3,
                            max_length=400, tool_seconds=5.0, micro_batch_size=2)
     talks = agent.converse(model, [{"prompt": ids} for ids in prompts], 2, tokenizer, CALCULATOR,
