@@ -59,8 +59,9 @@ def guarded():
     if not GUARD["installed"]:
         sys.addaudithook(watch)
         GUARD["installed"] = True
-    loaded = {name: sys.modules.pop(name, None) for name in SCRIPTS}
-    sys.modules.update(dict.fromkeys(SCRIPTS))  # None: an import fails
+    hidden = [*SCRIPTS, "exercise", "grading", "properties", "questions"]
+    loaded = {name: sys.modules.pop(name, None) for name in hidden}
+    sys.modules.update(dict.fromkeys(hidden))  # None: an import fails
     GUARD["on"] = True
     try:
         yield
@@ -100,7 +101,7 @@ def show(value):
     if isinstance(value, list | tuple) and len(str(value)) < 400:
         inner = ", ".join(map(show, value))
         return inner if len(value) == 1 else f"[{inner}]"
-    return f"{value!r:.200}"
+    return f"{value:.200}" if isinstance(value, str) else f"{value!r:.200}"
 
 
 def difference(ours, true, tolerance=1e-9):
@@ -112,8 +113,8 @@ def difference(ours, true, tolerance=1e-9):
         if ours.shape != true.shape:
             return f"yours has the shape {list(ours.shape)}, not {list(true.shape)}"
         if ours.dtype != true.dtype:
-            return (f"yours has the dtype {ours.dtype}, not {true.dtype}: is it converted "
-                    "somewhere?")
+            return (f"yours has the dtype {ours.dtype}, not {true.dtype}: is it converted, or "
+                    "created without a dtype?")
         if torch.allclose(ours.detach().double(), true.double(), tolerance, tolerance):
             return None
         differ = ~torch.isclose(ours.detach().double(), true.double(), tolerance, tolerance)
@@ -142,11 +143,12 @@ def complaint(error, source, path):
     if isinstance(error, NotImplementedError):
         return f"it is not written yet{line}"
     if isinstance(error, ModuleNotFoundError) and "None in sys.modules" in str(error):
-        return f"your file imports {error.name}, the solved script{line}: the check keeps it out"
+        return f"your file imports {error.name}{line}, which the check does not allow"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno} is not Python: {error.msg}"
     if not frames:
-        return f"the result cannot be used ({said}): what does the docstring say it returns?"
+        return (f"it cannot be called, or its result cannot be used ({said}): what does the "
+                "docstring say?")
     return f"your file raises {said}{line}"
 
 

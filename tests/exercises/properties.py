@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
 
@@ -55,6 +54,7 @@ def mean_over(policy, values):
 @functools.cache
 def tiny_model():
     """A random model of one layer with a vocabulary of 11 tokens."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # takes a second
     sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                  num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5)
     with torch.random.fork_rng():

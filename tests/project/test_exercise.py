@@ -155,17 +155,20 @@ def test_another_form_of_the_same_mathematics_passes(name):
     ("pass", "token_kl returns None: is a `return` missing?"),
     ("return logps[:, :2] * 0", "has the shape [1], not [2]"),
     ("return (ref_logps - logps).float()", "dtype torch.float32"),
-    ("return logps.tolist()", "the result cannot be used"),
-    ("return nothing", "NameError: name 'nothing' is not defined in line 282, `return nothing`"),
+    ("return logps.tolist()", "its result cannot be used"),
+    ("return nothing", "NameError: name 'nothing' is not defined in line {}, `return nothing`"),
     ("import sys\nsys.exit()", "raises SystemExit"), ("return logps +", "is not Python"),
     ("return token_kl(logps, ref_logps)", "RecursionError"),
-    ("import grpo\nreturn grpo.token_kl(logps, ref_logps)", "imports grpo, the solved script"),
+    ("import grpo\nreturn grpo.token_kl(logps, ref_logps)", "your file imports grpo in line"),
+    ("import grading\ngrading.difference = None", "your file imports grading"),
     ("return open('grpo.py').read()", "reads grpo.py, which holds the solution"),
     ("return Path(common.__file__).with_name('grpo.py').read_bytes()", "reads grpo.py"),
     ("import os\nreturn os.system('cat grpo.py')", "starts another program")], ids=str)
 def test_what_goes_wrong_or_is_copied_is_said_in_a_sentence(code, says):
-    said, *_ = complaints("grpo.token_kl", written("grpo.token_kl", code))
-    assert says in said and "\n" not in said
+    source = written("grpo.token_kl", code)
+    line = source[:source.index(code.splitlines()[-1])].count("\n") + 1
+    said, *_ = complaints("grpo.token_kl", source)
+    assert says.format(line) in said and "\n" not in said
 
 
 def test_an_endless_loop_is_ended_and_located(tmp_path):
@@ -177,7 +180,7 @@ def test_an_endless_loop_is_ended_and_located(tmp_path):
     places = os.pathsep.join([str(ROOT), str(ROOT / "tests/exercises")])
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True,
                           timeout=100, env=os.environ | {"PYTHONPATH": places})
-    assert done.returncode == 1 and "has not returned after 1 seconds in line 28" in done.stdout
+    assert done.returncode == 1 and "has not returned after 1 seconds in line " in done.stdout
 
 
 # ---- the commands --------------------------------------------------------------------------------
