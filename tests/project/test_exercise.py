@@ -58,7 +58,7 @@ def test_the_original_passes_and_the_stub_does_not(name):
     stub = exercise.blanked(source, name)
     assert stub.count("raise NotImplementedError") == len(exercise.pieces_of(name))
     assert not any(text in stub for text in CATALOGUE[name].get("hide", []))
-    assert complaints(name, stub)[0].startswith("it is not written yet in line")
+    assert complaints(name, stub)[0].startswith("nothing is written yet in line")
     entry = CATALOGUE[name]
     assert len(entry["hints"]) == 3 and entry["difficulty"] in ("easy", "medium", "hard")
 
@@ -153,19 +153,22 @@ def test_another_form_of_the_same_mathematics_passes(name):
 
 @pytest.mark.parametrize("code, says", [
     ("pass", "token_kl returns None: is a `return` missing?"),
-    ("return logps[:, :2] * 0", "has the shape [1], not [2]"),
+    ("return logps[:, :2] * 0", "has the shape [1, 2], not [1, 3]"),
     ("return (ref_logps - logps).float()", "dtype torch.float32"),
-    ("return logps.tolist()", "the result cannot be used"),
-    ("return nothing", "NameError: name 'nothing' is not defined in line 282, `return nothing`"),
+    ("return logps.tolist()", "yours is the list"), ("return 0", "its result cannot be used"),
+    ("return nothing", "NameError: name 'nothing' is not defined in line {}, `return nothing`"),
     ("import sys\nsys.exit()", "raises SystemExit"), ("return logps +", "is not Python"),
     ("return token_kl(logps, ref_logps)", "RecursionError"),
-    ("import grpo\nreturn grpo.token_kl(logps, ref_logps)", "imports grpo, the solved script"),
+    ("import grpo\nreturn grpo.token_kl(logps, ref_logps)", "your file imports grpo in line"),
+    ("import grading\ngrading.difference = None", "your file imports grading"),
     ("return open('grpo.py').read()", "reads grpo.py, which holds the solution"),
     ("return Path(common.__file__).with_name('grpo.py').read_bytes()", "reads grpo.py"),
     ("import os\nreturn os.system('cat grpo.py')", "starts another program")], ids=str)
 def test_what_goes_wrong_or_is_copied_is_said_in_a_sentence(code, says):
-    said, *_ = complaints("grpo.token_kl", written("grpo.token_kl", code))
-    assert says in said and "\n" not in said
+    source = written("grpo.token_kl", code)
+    line = source[:source.index(code.splitlines()[-1])].count("\n") + 1
+    said = "; ".join(complaints("grpo.token_kl", source))
+    assert says.format(line) in said and "\n" not in said
 
 
 def test_an_endless_loop_is_ended_and_located(tmp_path):
@@ -177,7 +180,7 @@ def test_an_endless_loop_is_ended_and_located(tmp_path):
     places = os.pathsep.join([str(ROOT), str(ROOT / "tests/exercises")])
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True,
                           timeout=100, env=os.environ | {"PYTHONPATH": places})
-    assert done.returncode == 1 and "has not returned after 1 seconds in line 28" in done.stdout
+    assert done.returncode == 1 and "has not returned after 1 seconds in line " in done.stdout
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def test_an_endless_loop_is_ended_and_located(tmp_path):
 def test_a_student_solves_two_exercises_in_one_file(use, tmp_path, monkeypatch):
     path = tmp_path / "exercises/dpo.py"
     assert "Write it in line" in use("dpo.ipo")
-    assert "✗ it is not written yet" in use("--check", fails=True)
+    assert "✗ nothing is written yet" in use("--check", fails=True)
     first = "            losses = (margins - 1 / (2 * beta)) ** 2  # mine".removeprefix("    ")
     lines = path.read_text().splitlines()
     blank = next(i for i, line in enumerate(lines) if "raise NotImplementedError" in line)
@@ -243,8 +246,11 @@ def test_each_method_has_three_questions_with_computed_answers(use, script, monk
 def test_what_does_not_exist_is_refused(use):
     assert "there is no exercise dpo.los" in use("dpo.los", fails=True)
     assert "no exercise is started" in use("--check", fails=True)
-    assert "no bug to find for grrpo" in use("--bug", "grrpo", fails=True)
+    assert "no bug is left to find (asked for: grrpo)" in use("--bug", "grrpo", fails=True)
     use("prm.step_losses")
+    exercise.FOLDER.joinpath("prm.py").write_text("def (")
+    assert "line 1 of the file is not Python" in use("--solution", fails=True)
+    assert "line 1 is not Python" in use("--check", fails=True)
     exercise.FOLDER.joinpath("prm.py").unlink()
     assert "exercises/prm.py does not exist" in use("--check", fails=True)
 
