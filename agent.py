@@ -76,8 +76,6 @@ reward does not rise, read the conversation that is printed at the first step an
 checkpoint: trained tokens are green, those of the environment are grey, and its error messages say
 what fails.
 
-TRY
-
 Shapes: P prompts × G answers = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
 token in some row; N sampled tokens in all, C of them at a time; D the width of the model, V the
 size of its vocabulary, alive the turns that have not ended.

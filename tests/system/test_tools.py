@@ -202,7 +202,8 @@ def test_what_is_scored_is_what_was_sampled_in_every_turn(monkeypatch):
     monkeypatch.setattr(torch, "multinomial", spy)
     monkeypatch.setattr(agent, "sample", watched)
     monkeypatch.setattr(agent, "find_calls", lambda text: [call("2 * 3")[11:-12]])
-    prompts = [common.encode_prompt(tokenizer, by_hand.ask(x)) for x in ("What is 36 - 25?", "Add 5 and 6.")]
+    questions = [by_hand.ask(x) for x in ("What is 36 - 25?", "Add 5 and 6.")]
+    prompts = [common.encode_prompt(tokenizer, question) for question in questions]
     args = SimpleNamespace(max_new_tokens=15, temperature=1.3, sample_batch_size=3, max_turns=3,
                            max_length=400, tool_seconds=5.0, micro_batch_size=2)
     talks = agent.converse(model, [{"prompt": ids} for ids in prompts], 2, tokenizer, CALCULATOR,
