@@ -144,9 +144,10 @@ def exercises(script):
         offers[f"--bug {script}"] = "a mistake to be found by its curves"
     html = "".join(f"<dt>python exercise.py {words}</dt><dd><span>{said}</span></dd>"
                    for words, said in offers.items())
+    study = link("learning", "How to study with this repository")
     return f"""<details class="exercises"><summary>Exercises: write parts of this script
-        yourself, and have them checked</summary><p>{link("learning", "How to study with this repository")}
-        explains how the exercises work.</p><dl>{html}</dl></details>"""
+        yourself, and have them checked</summary>
+        <p>{study} explains how the exercises work.</p><dl>{html}</dl></details>"""
 
 
 LEGEND = """<p class="legend">Left: docstrings and comments. Right: the code that they belong to,
