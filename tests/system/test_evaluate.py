@@ -180,12 +180,6 @@ def test_errors_show_before_anything_is_measured(tmp_path, refused, monkeypatch)
         assert words in refused(evaluate.main, arguments(evaluate, "tiny/chat", *argv))
 
 
-def test_rows_without_an_answer_are_dropped_and_none_left_is_refused(table, refused):
-    rows = [{"prompt": "1 + 1 ="}, {"prompt": "", "answer": "2"}]
-    assert "0 examples" in refused(table, "tiny/chat", rows=rows)
-    assert "3 rows, 1 examples" in table("tiny/chat", rows=rows + PROMPTS[:1])[1]
-
-
 def test_checkpoints_that_can_read_other_rows_are_not_compared(tmp_path, table, refused):
     """A model with a shorter context drops a prompt that the other model reads."""
     short = shutil.copytree(ROOT / "tiny/chat", tmp_path / "short")

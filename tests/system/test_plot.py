@@ -98,20 +98,16 @@ def test_panels_have_titles_units_and_a_line_per_run(runs):
     assert all(abs(y - 0.5) < 0.2 for y in noisy.lines[1].get_ydata()[10:-10])
 
 
-def test_the_report_compares_runs_of_different_methods(page):
-    """Settings that differ come first. A value that a run lacks is –, in the column of the run."""
-    assert page.row("method", 3) == ["dpo", "grpo", "–"]
-    assert page.row("beta", 3) == ["2", "–", "0.1"]
-    assert page.row("reward", 3) == ["–", "['a', 'b']", "–"]
-    assert page.row("data", 3) == ["–", "–", "01234567"]
-    assert page.cells.index("beta") < page.cells.index("The same in all runs") < min(
-        page.cells.index("seed"), page.cells.index("model"))
-    assert page.row("accuracy", 3) == ["0.500 → 0.988", "–", "–"]
+def test_the_report_compares_runs_and_shows_their_samples(page):
+    """Settings that differ come first. A value that a run lacks is –. Samples follow the steps."""
+    rows = {"method": ["dpo", "grpo", "–"], "beta": ["2", "–", "0.1"],
+            "reward": ["–", "['a', 'b']", "–"], "data": ["–", "–", "01234567"],
+            "accuracy": ["0.500 → 0.988", "–", "–"]}
+    assert {name: page.row(name, 3) for name in rows} == rows
     assert page.row("reward", 3, which=1) == ["–", "0.100 → 0.200", "–"]
-
-
-def test_samples_stand_in_the_order_of_the_steps_with_their_scores(page):
-    said = page.cells[page.cells.index("held out"):]
+    place = page.cells.index
+    assert place("beta") < place("The same in all runs") < min(place("seed"), place("model"))
+    said = page.cells[place("held out"):]
     assert said[:6] == ["held out", "prompt", "2+2?", "before", "5", "after"]
     expected = []
     for step, score in ((9, "0.1111"), (10, "0.1235"), (100, "1.235")):
