@@ -171,12 +171,13 @@ def test_best_of_n_reads_the_first_n_samples_of_each_prompt(table, monkeypatch):
 
 # ---- errors, and the runs that are found ---------------------------------------------------------
 
-def test_errors_show_before_anything_is_measured(tmp_path, refused, monkeypatch):
+def test_errors_show_before_anything_is_measured(tmp_path, write_jsonl, refused, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", None)
     monkeypatch.setattr(common, "load_model", None)
     for argv, words in (
             (["no/such/model"], "no/such"), (["--reward", f"{tmp_path}/mine.py:f"], "mine.py:f"),
-            (["--dataset", f"{tmp_path}/none.jsonl"], "none.jsonl")):
+            (["--dataset", f"{tmp_path}/none.jsonl"], "none.jsonl"),
+            (["--dataset", write_jsonl([{"prompt": "without an answer"}])], "0 examples")):
         assert words in refused(evaluate.main, arguments(evaluate, "tiny/chat", *argv))
 
 
