@@ -69,7 +69,11 @@ def runnable(source, name):
 
 def function_of(source, name):
     """The source of a function, from its `def` to the end of its last line."""
-    for node in ast.parse(source).body:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        common.fail(f"line {error.lineno} of the file is not Python: {error.msg}")
+    for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
     common.fail(f"the file has no function {name} any more")
@@ -202,7 +206,7 @@ def plant(script):
     solved = read_state()["solved"]
     names = [name for name, entry in CATALOGUE.items() if "bug" in entry
              and (script_of(name) == script or script == "next" and f"bug:{name}" not in solved)]
-    refuse_unless(names, f"no bug to find for {script}: see python exercise.py --help")
+    refuse_unless(names, f"no bug is left to find (asked for: {script})")
     name, path = place_of(f"bug:{names[0]}")
     script, where = script_of(name), f"exercises/{path.name}"
     if not path.exists():
