@@ -76,6 +76,10 @@ reward does not rise, read the conversation that is printed at the first step an
 checkpoint: trained tokens are green, those of the environment are grey, and its error messages say
 what fails.
 
+Try `--max-turns 1 --max-steps 3` on the tiny model: no call is run, because no turn follows that
+could read the result. What remains are the questions that the policy answers in its head. All of
+these answers are wrong, so the reward is 0, zero_spread is 1, and nothing is learned.
+
 Shapes: P prompts × G answers = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
 token in some row; N sampled tokens in all, C of them at a time; D the width of the model, V the
 size of its vocabulary, alive the turns that have not ended.
@@ -158,7 +162,7 @@ BY_LOSS = {"dr_grpo": dict(beta=0.0), "dapo": dict(beta=0.0, epsilon_high=0.28),
 # What the tiny model needs differently.
 TINY = dict(dataset="tiny/data/tools_train.jsonl", eval_dataset="tiny/data/tools_heldout.jsonl",
             micro_batch_size=16, max_length=512, max_new_tokens=40, learning_rate=1e-3,
-            max_steps=40)
+            max_steps=60)
 FIGURES = ("loss", "entropy", "clip_fraction", "kl", "ratio_error")
 COUNTS = ("calls", "failed_calls", "turns", "environment_tokens")  # of each conversation
 
