@@ -316,7 +316,9 @@ def titles():
 def index_page():
     """The HTML of the start page: a summary, where to start, and a line about every page."""
     title, paragraph = MARKDOWN["readme"].read_text().split("\n\n")[:2]
-    html = f"<h1>{title.strip('# ')}</h1>{prose(paragraph)}"
+    summary = re.sub(r"\[([^]]*)\]\(([^)]*)\)", lambda found: (
+        f'<a href="{PAGES.get(ROOT / found[2], found[2])}">{found[1]}</a>'), prose(paragraph))
+    html = f"<h1>{title.strip('# ')}</h1>{summary}"
     html += (SITE / "templates/start.html").read_text()
     for kind, pages in titles():
         html += f"<h2>{kind}</h2><dl>"
