@@ -102,6 +102,16 @@ def test_imports_flags_and_housekeeping_are_folded(site):
     assert '<h3 id="finish">' in last and '<h3 id="train">' not in first + last
 
 
+def test_the_page_of_a_script_offers_its_exercises(site):
+    for name, entry in build.EXERCISES.items():
+        script = name.partition(".")[0]
+        text = (site / f"{script}.html").read_text()
+        assert f"<dt>python exercise.py {name}</dt>" in text
+        assert (f"--bug {script}<" in text) or "bug" not in entry
+    assert 'class="exercises"' not in (site / "common.html").read_text()
+    assert "exercises that grade themselves" in (site / "index.html").read_text()
+
+
 @pytest.mark.parametrize("pair", build.NEIGHBORS, ids="-".join)
 def test_counterparts_exist_and_stand_beside_each_other(pair, site):
     text = (site / f"{'-'.join(pair)}.html").read_text()
