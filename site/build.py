@@ -37,9 +37,12 @@ NEIGHBORS = {
                       "policy_loss": "token_losses", "minibatch_gradients": "group_gradients"},
     ("dpo", "kto"): {"encode_pair": "encode_labeled", "preference_loss": "kto_loss",
                      "pair_losses": "answer_losses"},
+    ("grpo", "agent"): {"encode_row": "encode_question", "join_answers": "join_conversations",
+                        "group_gradients": "conversation_gradients"},
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "comparison_losses": "pair_losses"}}
+NEIGHBORS = {pair: same for pair, same in NEIGHBORS.items() if SOURCES.keys() >= {*pair}}
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKDOWN = {file.stem.lower(): file for file in PROSE}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}
