@@ -33,7 +33,7 @@ STEPS = dict(max_steps=5, save_every=2)  # checkpoints after steps 2, 4 and 5
 EXTRA = {"ppo": dict(batch_size=4, minibatches=2), "grpo": dict(batch_size=2),
          "sft": dict(epochs=2), "dpo": dict(epochs=2), "reward_model": dict(epochs=2),
          "prm": dict(epochs=2), "kto": {}, "online_dpo": dict(batch_size=3),
-         "distill": dict(batch_size=3)}
+         "distill": dict(batch_size=3), "agent": dict(batch_size=2)}
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_second", "peak_memory_gib"}
 
 
