@@ -13,8 +13,8 @@ and in which users sometimes say so. It has learned the format of a chat and als
 about half of its sampled answers are correct, although it can do better. That gap is what the
 post-training methods close. `tiny/reward` is an adapter on tiny/chat, trained by reward_model.py
 and used by ppo.py; `tiny/teacher` is another, trained by kto.py and used by distill.py.
-`tiny/agent`, the start of agent.py, is a third: sft.py trained it on chats with a calculator, which
-is used badly in half of them.
+`tiny/agent` is the start of agent.py: sft.py trained all weights of tiny/chat on chats with a
+calculator, which is used badly in half of them.
 
 Every random choice follows from SEED. Questions whose hash falls within HELD_OUT_SHARE appear in no
 text that a model is trained on, so held-out accuracy measures arithmetic and not memorization.
@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,7 +47,7 @@ HELD_OUT_SHARE = 0.1  # share of the questions that are held out
 CORRECT_SHARE = 0.57  # share of correct answers in the chats that the chat model imitates
 TOP = 99  # operands lie in 0..TOP
 WRONG_STEP_SHARE = 0.25  # share of wrong lines in a solution in steps
-AGENT_ROWS = 6000  # chats with a calculator that tiny/agent was trained on
+AGENT_ROWS = 4000  # chats with a calculator that tiny/agent was trained on
 # Share of each kind of chat with a calculator. The first is the way to use it.
 TOOL_USES = {"correct": 0.5, "no call": 0.1, "wrong operator": 0.1, "wrong digit": 0.1,
              "misread": 0.1, "broken, then correct": 0.05, "broken, then a guess": 0.05}
@@ -256,6 +256,11 @@ def make_steps():
 
 # ---- questions for a calculator ------------------------------------------------------------------
 
+# The tokenizer of tiny/agent has a token for each of these. Otherwise, a call would have 84 tokens,
+# most of which tiny/chat has never seen. (Qwen2.5 has a token for <tool_call>, too.)
+CALL_TOKENS = ["<tool_call>", '{"name": "', "calculator", '", "arguments": {"', "expression",
+               '": "', '"}}', "</tool_call>"]
+
 CALCULATOR = {"name": "calculator", "description": "Computes an arithmetic expression.",
               "parameters": {"type": "object", "properties": {"expression": {"type": "string"}},
                              "required": ["expression"]}}
@@ -438,10 +443,10 @@ def make_chat():
     save(model, tokenizer, "chat")
 
 
-def keep_adapter(script, name, *flags):
-    """Runs a script, and keeps its adapter without the logs."""
+def keep_adapter(script, name):
+    """Runs a script with its default flags, and keeps its adapter without the logs."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script, *flags, "--output-dir", folder]
+        command = [sys.executable, script, "--output-dir", folder]
         subprocess.run(command, cwd=HERE.parent, check=True)
         (HERE / name).mkdir(exist_ok=True)
         for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
@@ -458,18 +463,32 @@ def make_teacher():
 
 
 def make_agent():
-    """Trains tiny/chat on chats with the calculator, which are not kept."""
+    """Trains tiny/chat on chats with the calculator, which are not kept.
+
+    All weights are trained, because LoRA cannot teach the new tokens, whose embeddings are random.
+    """
+    torch.manual_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "chat")
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in CALL_TOKENS])
+    tokenizer.chat_template = AGENT_TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(HERE / "chat", dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
     rng = random.Random(SEED + 6)
     asked = large_sums(rng, held_out=False)
     rows = [{"messages": tool_use(rng, *s), "tools": [{"type": "function", "function": CALCULATOR}]}
             for s in itertools.islice(asked, AGENT_ROWS)]
     with tempfile.TemporaryDirectory() as folder:
-        template = Path(folder, "template.jinja")
-        template.write_text(AGENT_TEMPLATE)
+        start, run = f"{folder}/start", f"{folder}/run"
+        model.save_pretrained(start)
+        tokenizer.save_pretrained(start)
         file = Path(folder, "rows.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        keep_adapter("sft.py", "agent", "--model", "tiny/chat", "--dataset", str(file),
-                     "--chat-template", str(template), "--epochs", "1")
+        command = [sys.executable, "sft.py", "--model", start, "--lora-rank", "0", "--dataset",
+                   str(file), "--batch-size", "8", "--micro-batch-size", "8", "--learning-rate",
+                   "1e-3", "--output-dir", run]
+        subprocess.run(command, cwd=HERE.parent, check=True)
+        model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+        save(model, AutoTokenizer.from_pretrained(run), "agent")
 
 
 if __name__ == "__main__":
