@@ -315,7 +315,8 @@ def load_teacher(args, model, tokenizer):
         is_adapter = common.adapter_config(args.teacher) is not None
         if is_adapter and common.base_of(args.teacher) == common.base_of(args.model):
             model.load_adapter(common.find(args.teacher), "teacher", is_trainable=False)
-            return model
+            # peft has switched to evaluation mode, in which gradient checkpointing is off.
+            return model.train()
     return common.load_model(args.teacher, args.load_in_4bit, gradient_checkpointing="off",
                              trainable=False)
 

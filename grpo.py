@@ -51,9 +51,9 @@ The variants change a line or two. --loss selects how the loss of a token is com
     dr_grpo  drops both divisions: dividing by std(r) favors prompts that almost all or almost no
              completions solve, and dividing by |o_i| penalizes the tokens of a long wrong
              completion less (Liu et al. 2025, 2503.20783)
-    dapo     weights all tokens alike, raises the upper clip, and leaves out truncated completions
-             and groups of equal rewards (Yu et al. 2025, 2503.14476; their soft length penalty and
-             their resampling of groups are not implemented)
+    dapo     weights all tokens alike, raises the upper clip, leaves out truncated completions, and
+             replaces groups of equal rewards by groups of other prompts (Yu et al. 2025,
+             2503.14476; their soft length penalty is examples/rewards.py:overlong)
     gspo     has one ratio per sequence, because there is one reward per sequence (Zheng et al.
              2025, 2507.18071)
     cispo    uses the clipped ratio only as a weight without a gradient, so every token keeps the
@@ -134,6 +134,8 @@ def make_flags():
     add("--epsilon", type=common.positive, default=0.2, help="lower clip, at ratio 1 − ε")
     add("--epsilon-high", type=common.positive, default=0.2,
         help="upper clip, at ratio 1 + ε; in cispo, at this number itself")
+    add("--max-rounds", type=common.count, default=10,
+        help="dapo: rounds of sampling per step, each for the groups that still have equal rewards")
     add("--updates", type=common.count, default=1,
         help="optimizer steps per rollout; with 1, no clip binds, and gspo equals grpo")
     add("--group-size", type=common.number(int, 2), default=8, help="completions per prompt, G")
@@ -489,6 +491,59 @@ def rollout(model, rewards, examples, copies, tokenizer, args, seed):
     return batch, answers
 
 
+def pick_prompts(examples, order, step, number, args):
+    """The prompts that this process answers in a round of sampling, and the seed of the answers.
+
+    Both depend only on the seed, the step, the round and the process, so a resumed run sees the
+    same ones. Round 0 of the steps reads `order` from its start, a batch per step. Round 1 begins
+    where the last step's round 0 ends, so that no prompt is read twice before all have been read.
+    """
+    batch = number * args.max_steps + step
+    picked = order[(batch - 1) * args.batch_size:batch * args.batch_size]
+    # With one process, RANK is 0 and WORLD is 1, so these are all prompts of the batch.
+    mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
+    return mine, args.seed + 10**6 * (batch * common.WORLD + common.RANK)
+
+
+def resample(model, rewards, batch, examples, order, step, tokenizer, args):
+    """Replaces groups of equal rewards; returns the batch and the number of completions sampled.
+
+    This is the dynamic sampling of DAPO (section 3.2). A group of equal rewards has no gradient,
+    so the more of them a batch has, the noisier is its gradient. DAPO keeps sampling prompts until
+    it has P groups whose rewards differ. Here, each of the P places of the batch is filled on its
+    own: as long as its group has equal rewards, the next prompt takes its place, and so the
+    processes need not wait for each other. A place that no round fills counts for nothing. To
+    sample the same prompt again, with another seed, would be something else: it would give each
+    prompt more than one chance, and the batch more of the prompts that are almost solved or almost
+    unsolvable.
+    """
+    count = len(batch["rewards"])
+    for number in range(1, args.max_rounds):
+        is_equal = ~has_spread(batch["rewards"].view(-1, args.group_size))  # [P]
+        if not is_equal.any():
+            break
+        mine, seed = pick_prompts(examples, order, step, number, args)
+        mine = [example for example, equal in zip(mine, is_equal, strict=True) if equal]
+        new, _ = rollout(model, rewards, mine, args.group_size, tokenizer, args, seed)
+        rows = is_equal.repeat_interleave(args.group_size).nonzero()[:, 0]
+        batch = replace_rows(batch, rows, new)
+        count += len(rows)
+    return batch, count
+
+
+def replace_rows(batch, rows, new):
+    """The batch with the rows of another batch in place of some of its own."""
+    replaced = {}
+    for name, values in batch.items():
+        others = new[name]
+        if values.dim() == 2:  # both are padded to the same number of columns
+            columns = max(values.shape[1], others.shape[1])
+            values = F.pad(values, (0, columns - values.shape[1]))
+            others = F.pad(others, (0, columns - others.shape[1]))
+        replaced[name] = values.index_copy(0, rows, others)
+    return replaced
+
+
 @torch.no_grad()
 def in_parts(function, model, batch, argument, args):
     """function(model, batch, argument) without gradients, one micro-batch at a time."""
@@ -545,6 +600,14 @@ def group_gradients(model, batch, scaler, args):
         weights = token_weights(mask, args.loss, sequences, kept_tokens, args.max_new_tokens)
         losses = losses * weights * micro["kept"][:, None]  # [b, T-1]
         scaler.scale(losses.sum()).backward()
+        # In the first update, π is still the policy that sampled, so |ρ − 1| above 0 is an error.
+        # Here it can only be rounding, because the same model samples and is trained. If another
+        # engine samples, such as vLLM, its kernels and its precision differ, and so do its
+        # probabilities, even with the same weights. The completions then come from a policy
+        # π_sampler, and the update is off-policy. Truncated importance sampling corrects this: it
+        # multiplies the loss of each token by the constant min(π_old / π_sampler, C), where the
+        # bound C limits the variance (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
+        # You Off-Policy RL Training").
         ratio_error = ((logps - old_logps).exp() - 1).abs()
         # The logged kl is the mean of k1, summed over a completion; the loss has k3 of each token.
         add_up(sums, {"loss": losses, "kl": logps - micro["ref_logps"], "entropy": -logps,
@@ -579,6 +642,8 @@ def train(args):
     encode = functools.partial(encode_row, max_new_tokens=args.max_new_tokens,
                                needs_answer="correct_answer" in args.reward)
     wanted = args.max_steps * args.batch_size
+    if args.loss == "dapo":
+        wanted *= args.max_rounds
     examples, held_out = common.load_examples(args, encode, tokenizer, wanted)
 
     # 2. Load a frozen base with trainable LoRA matrices, and the reward models on the same base.
@@ -597,21 +662,25 @@ def train(args):
     state = restore(args, weights, optimizer, scaler)
     if "before" not in state:
         state["before"] = evaluate(model, rewards, held_out, tokenizer, args)
-    # Prompts and random numbers depend only on seed and step, so a resumed run sees the same ones.
+    # `pick_prompts` reads this order, and --loss dapo reads it further, in later rounds of a step.
     generator = torch.Generator().manual_seed(args.seed)
     passes = range(math.ceil(wanted / len(examples)))
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in passes])
     progress = tqdm(range(state["step"] + 1, args.max_steps + 1), initial=state["step"],
                     total=args.max_steps, disable=common.RANK > 0)
     for step in progress:
-        # 4. Sample G completions for each prompt of this process, and score them. With one process,
-        # RANK is 0 and WORLD is 1, so `mine` holds all prompts of the step.
+        # 4. Sample G completions for each prompt of this process, and score them.
         began = time.time()
-        picked = order[(step - 1) * args.batch_size:step * args.batch_size]
-        mine = [examples[i] for i in picked[common.RANK::common.WORLD]]
-        seed = args.seed + 10**6 * (step * common.WORLD + common.RANK)
-        batch, answers = rollout(model, rewards, mine, args.group_size, tokenizer, args, seed)
-        metrics = {"step": step, **describe(batch), "rollout_seconds": time.time() - began}
+        mine, seed = pick_prompts(examples, order, step, 0, args)
+        first, answers = rollout(model, rewards, mine, args.group_size, tokenizer, args, seed)
+        batch = first
+        sampled = len(answers)
+        if args.loss == "dapo":
+            batch, sampled = resample(
+                model, rewards, first, examples, order, step, tokenizer, args)
+        # What is logged about the answers is about those to the first prompts, before DAPO replaces
+        # groups, so that it describes the policy and not the selection.
+        metrics = {"step": step, **describe(first), "rollout_seconds": time.time() - began}
 
         # 5. Compute the advantages: how much better is each completion than its group?
         grouped = batch["rewards"].view(-1, args.group_size)  # [P, G]
@@ -620,7 +689,7 @@ def train(args):
         spread = has_spread(grouped)  # [P]
         batch["kept"] = torch.ones_like(batch["stopped"])  # [B]
         if args.loss == "dapo":
-            # The paper resamples to fill the batch. Here, the mean is over the remaining ones.
+            # A truncated completion counts for nothing, nor does a group that was not replaced.
             batch["kept"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
         # 6. Take one or more optimizer steps on these completions. After the first, π differs from
@@ -639,17 +708,18 @@ def train(args):
         # These two come from the first update, in which π is still the policy that sampled.
         for name in ("kl", "ratio_error"):
             metrics[name] = figures[0][name]
-        for name, scores in zip(rewards, batch["scores"].unbind(1), strict=True):
+        for name, scores in zip(rewards, first["scores"].unbind(1), strict=True):
             metrics[f"reward_{name}"] = mean_where_it_applies(scores)
-        metrics |= {"group_std": mean(grouped.std(1)), "zero_spread": 1 - mean(spread)}
-        metrics |= {**updated, "seconds": time.time() - began}
-        tokens = batch["attention_mask"].sum()
-        sum_over_processes([tokens])
-        log_step(args, state, metrics, tokens.item(), progress, ("reward", "kl"))
+        grouped = first["rewards"].view(-1, args.group_size)  # [P, G]
+        metrics |= {"group_std": mean(grouped.std(1)), "zero_spread": 1 - mean(has_spread(grouped))}
+        counts = torch.tensor([batch["attention_mask"].sum(), sampled], device=model.device)
+        sum_over_processes([counts])
+        metrics |= {"sampled_answers": counts[1].item(), **updated, "seconds": time.time() - began}
+        log_step(args, state, metrics, counts[0].item(), progress, ("reward", "kl"))
         if step % args.save_every == 0 or step in (1, args.max_steps):
             # The first G answers are to the first prompt, and so on.
             prompts = [example for example in mine for _ in range(args.group_size)]
-            samples = some_samples(tokenizer, step, prompts, answers, batch["rewards"])
+            samples = some_samples(tokenizer, step, prompts, answers, first["rewards"])
             state["samples"] += samples
             save(args, state, weights, optimizer, scaler)
             tqdm.write(f"\nsamples of step {step}, answers in green:")

@@ -1,4 +1,5 @@
 """What several test files use."""
+import functools
 import json
 import os
 import re
@@ -22,6 +23,10 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{tempfile.gettempdir()}/
 
 def pytest_configure():
     torch.set_num_threads(1)
+    # A forked process replaces torch's thread pool at its first use. If several threads use torch
+    # first, as those with which transformers loads weights, one may find no pool and fail
+    # ("Invalid thread pool!"). Here, the only thread of a new process is the first.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def flags_of(module):

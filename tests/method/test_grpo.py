@@ -186,29 +186,44 @@ def run_grpo(folder, loss, **flags):
     return by_hand.Run(grpo, folder, ROWS[:3], ROWS[3:], watch=["rollout"], loss=loss, beta=0.3,
                        reward=f"{folder / 'reward.py'}:varied", batch_size=3, group_size=3,
                        updates=2, max_steps=2, temperature=1.5, max_new_tokens=20, lora_rank=4,
-                       replace={"sample": by_hand.fixed_sample}, **flags)
+                       max_rounds=3, replace={"sample": by_hand.fixed_sample}, **flags)
+
+
+def groups_of(call):
+    """The groups of a rollout: (prompt, answers, rewards) each."""
+    (batch, answers), examples = call.result, call.args[2]
+    rewards = batch["rewards"].view(-1, 3).tolist()
+    return [(examples[i]["prompt"], answers[3 * i:3 * i + 3], x) for i, x in enumerate(rewards)]
 
 
 def run_by_hand(run, loss):
-    """The same two rollouts with two updates each, computed from the equations."""
-    hand, limits = by_hand.Training(run), CASES[loss][1:]
-    for call in run.calls["rollout"][1:3]:
-        batch, answers = call.result
-        prompts = [example["prompt"] for example in call.args[2] for _ in range(3)]
-        rewards, stopped = batch["rewards"].tolist(), [ids[-1] == 2 for ids in answers]
-        groups = [rewards[i:i + 3] for i in (0, 3, 6)]
-        spread = [len(set(group)) > 1 for group in groups]
-        advantages = sum([plain_advantages(group, loss, CASES[loss][0]) for group in groups], [])
-        kept = [loss != "dapo" or (stopped[i] and spread[i // 3]) for i in range(9)]
+    """The same two rollouts with two updates each, computed from the equations.
 
-        def read(model, prompts=prompts, answers=answers):
-            return [by_hand.logps(model, *x, 1.5) for x in zip(prompts, answers, strict=True)]
+    DAPO replaces groups of equal rewards, up to twice. The log describes the first groups.
+    """
+    hand, (baseline, *limits) = by_hand.Training(run), CASES[loss]
+    for step in range(2):
+        first, *rounds = [groups_of(call) for call in run.calls["rollout"][1:-1]
+                          if call.update == 2 * step]
+        groups, sampled = list(first), 9 + 3 * sum(map(len, rounds))
+        for others in rounds:
+            groups = [others.pop(0) if len(set(x[2])) == 1 else x for x in groups]
+            assert not others, "a group was sampled that replaces none"
+        spread = [len(set(rewards)) > 1 for _, _, rewards in groups]
+        assert loss != "dapo" or all(spread) or len(rounds) == 2, "it gave up too early"
+        advantages = sum([plain_advantages(rewards, loss, baseline) for *_, rewards in groups], [])
+        rows = [(prompt, answer) for prompt, answers, _ in groups for answer in answers]
+        kept = [loss != "dapo" or (rows[i][1][-1] == 2 and spread[i // 3]) for i in range(9)]
+
+        def read(model, rows=rows):
+            return [by_hand.logps(model, *row, 1.5) for row in rows]
         ref, old = read(hand.reference), [x.detach() for x in read(hand.model)]
-        logged = {"ratio_error": 0, "zero_spread": 1 / 3, "stopped": 2 / 3,
-                  "kl": ((torch.cat(old) - torch.cat(ref)).sum() / 9).item(),
-                  "reward": statistics.fmean(rewards), "loss": 0, "entropy": 0,
-                  "length": statistics.fmean(map(len, answers)), "clip_fraction": 0,
-                  "group_std": statistics.fmean(map(statistics.stdev, groups))}
+        _, answers, rewards = zip(*first, strict=True)
+        logged = {"ratio_error": 0, "zero_spread": 1 / 3, "stopped": 2 / 3, "loss": 0, "entropy": 0,
+                  "kl": ((torch.cat(old) - torch.cat(ref)).sum() / 9).item(), "clip_fraction": 0,
+                  "reward": statistics.fmean(sum(rewards, [])), "sampled_answers": sampled,
+                  "length": statistics.fmean(map(len, sum(answers, []))),
+                  "group_std": statistics.fmean(map(statistics.stdev, rewards))}
         for _ in range(2):
             new = read(hand.model)
             value, share = plain_loss(loss, new, old, ref, advantages, kept, 0.3, *limits, 20)

@@ -4,6 +4,7 @@ Functions of the same name are identical in all scripts (tests/project/test_form
 tested here once, on sft.py. The loops are not identical, so each is tested. tests/method shows that
 a loop computes the right numbers; here it must compute the same numbers in another way.
 """
+import itertools
 import math
 import re
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 import common
+import distill
 import dpo
 import grpo
 import kto
@@ -33,7 +35,7 @@ import prm
 import reward_model
 import sft
 
-OFFLINE, ONLINE = [sft, reward_model, prm, dpo, kto], [online_dpo, ppo, grpo]
+OFFLINE, ONLINE = [sft, reward_model, prm, dpo, kto], [online_dpo, ppo, grpo, distill]
 OF_SCRIPTS = pytest.mark.parametrize("script", OFFLINE + ONLINE, ids=lambda x: x.__name__)
 
 # ---- log-probs -----------------------------------------------------------------------------------
@@ -216,14 +218,17 @@ def train(tmp_path_factory):
                  "eval_size": 4}
         replace = dict(replace or {})
         if script in ONLINE:
-            given |= {"reward": f"{ROOT}/examples/rewards.py:shortness", "max_new_tokens": 12,
-                      "temperature": 1.3}
+            given |= {"max_new_tokens": 12, "temperature": 1.3}
             if fixed:
                 replace["sample_mixture" if script is online_dpo else "sample"] = fixed_sample
+        if script is distill:
+            given |= {"model": "tiny/chat", "teacher": "tiny/teacher"}
+        elif script in ONLINE:
+            given["reward"] = f"{ROOT}/examples/rewards.py:shortness"
         if script is ppo:
             given |= {"epochs": 2, "minibatches": 2, "target_kl": 1e6}
         if script is grpo:
-            given |= {"group_size": 2, "updates": 2}
+            given |= {"group_size": 2, "updates": 2, "loss": "dapo", "beta": 0.1, "max_rounds": 3}
         if script is sft:
             given |= {"max_new_tokens": 2}
         held_out = rows_of(script, 4, first=20) if rows == 11 else None
@@ -473,6 +478,7 @@ def test_an_epoch_is_all_rows_once_and_no_held_out_prompt(script, train, tmp_pat
     flags = {"epochs": 2, "max_steps": 99} if script in OFFLINE else {
         "max_steps": 16, "max_new_tokens": 2}
     flags |= {"epochs": 1, "minibatches": 1} if script is ppo else {}
+    flags |= {"max_rounds": 1} if script is grpo else {}
     watched = "collate" if script in OFFLINE else "join_answers"
     orders = []
     for seed in 0, 1:
@@ -493,3 +499,18 @@ def test_an_epoch_is_all_rows_once_and_no_held_out_prompt(script, train, tmp_pat
         assert sorted(order[:8]) == sorted(order[8:]) == sorted(set(range(10)) - held_out)
         orders += [order[:8], order[8:]]
     assert len(set(map(tuple, orders))) == 4, f"orders of two epochs and two seeds: {orders}"
+
+
+def test_rounds_of_dapo_read_other_prompts_with_other_seeds(monkeypatch):
+    """Step, round and process determine both. The processes share the batch of a round."""
+    args, order = SimpleNamespace(seed=5, max_steps=4, batch_size=3), torch.randperm(24)
+    monkeypatch.setattr(common, "WORLD", 2)
+    read, seeds = [], []
+    for number, step, rank in itertools.product(range(2), range(1, 5), range(2)):
+        monkeypatch.setattr(common, "RANK", rank)
+        mine, seed = grpo.pick_prompts(range(100, 124), order, step, number, args)
+        assert len(mine) == (2, 1)[rank]
+        read += mine
+        seeds.append(seed)
+    assert sorted(read) == list(range(100, 124)), "a prompt is read twice before all have been read"
+    assert len(set(seeds)) == 16 and min(seeds) >= 10**6, "a seed for each round and process"
