@@ -177,37 +177,6 @@ def join_answers(prompts, answers, tokenizer, model):
 
 # ---- the method ----------------------------------------------------------------------------------
 
-def token_logps(model, batch, temperature=1.0):
-    """[B, T-1]: column t is log p(token t+1 | tokens ≤ t) where the loss mask is 1, else 0.
-
-    Equivalent to these two lines, which would hold the logits of all positions in memory at once:
-
-        logps = (model(input_ids).logits[:, :-1] / temperature).log_softmax(-1)     # [B, T-1, V]
-        return logps.gather(2, input_ids[:, 1:, None])[:, :, 0] * loss_mask[:, 1:]  # [B, T-1]
-
-    Here logits are computed only where the mask is 1, for C positions at a time, and `checkpoint`
-    computes them once more in the backward pass instead of storing them.
-    """
-    causal = common.causal_lm(model)
-    # Columns that are padding in every row are not read. L ≤ T columns remain.
-    used = batch["attention_mask"].any(0)  # [T]
-    inputs = {name: batch[name][:, used] for name in ("input_ids", "attention_mask")}  # [B, L]
-    hidden = causal.base_model(**inputs, use_cache=False)[0]  # [B, L, D]
-    # The hidden state at position t predicts token t+1, so targets start at the second token.
-    is_target = batch["loss_mask"][:, 1:].bool()  # [B, T-1]
-    targets = batch["input_ids"][:, 1:][is_target]  # [N]
-    hidden = hidden[:, :-1][is_target[:, used[1:]]]  # [N, D]
-    # The logits of one chunk take 64 MiB. All of them, [N, V], could fill a T4.
-    vocabulary = causal.get_output_embeddings().weight.shape[0]
-    chunk = max(1, 2**24 // vocabulary)
-    logps = []
-    for piece, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logps.append(checkpoint(
-            chunk_logps, piece, target, causal, temperature, use_reentrant=False))  # [C]
-    zeros = torch.zeros(is_target.shape, device=hidden.device)  # [B, T-1]
-    return zeros.masked_scatter(is_target, torch.cat(logps))
-
-
 def chunk_logps(hidden, targets, causal, temperature):
     """The log-probs [C] of C target tokens, from the hidden states [C, D] that predict them."""
     # The softmax is computed in fp32, because 16-bit numbers are too coarse.
@@ -276,28 +245,26 @@ def distillation_losses(model, teacher, batch, args):
     targets = batch["input_ids"][:, 1:][batch["loss_mask"][:, 1:].bool()]  # [N]
     with torch.no_grad(), reading_as(teacher):
         teacher_hidden = hidden_states(teacher, batch)  # [N, D]
+    with torch.no_grad(), common.reference(model):
+        start_hidden = hidden_states(model, batch)  # [N, D]
     student_hidden = hidden_states(model, batch)  # [N, D]
     lms = common.causal_lm(model), common.causal_lm(teacher)
     chunk = max(1, LOGITS_PER_CHUNK // lms[0].get_output_embeddings().weight.shape[0])
     losses = []
     figures = {}
-    for pieces in zip(student_hidden.split(chunk), teacher_hidden.split(chunk),
-                      targets.split(chunk), strict=True):
+    for student_piece, teacher_piece, start_piece, target in zip(
+            student_hidden.split(chunk), teacher_hidden.split(chunk), start_hidden.split(chunk),
+            targets.split(chunk), strict=True):
         piece_losses, piece_figures = checkpoint(
-            chunk_losses, *pieces, *lms, args, use_reentrant=False)
+            chunk_losses, student_piece, teacher_piece, target, *lms, args, use_reentrant=False)
         losses.append(piece_losses)
+        # The start of the run is only a yardstick: the KL to it is logged.
+        with torch.no_grad():
+            piece_figures["start_logp"] = chunk_logps(
+                start_piece, target, lms[0], args.temperature)
         for name, values in piece_figures.items():
             figures.setdefault(name, []).append(values)
     return torch.cat(losses), {name: torch.cat(values) for name, values in figures.items()}
-
-
-def read_tokens(model, teacher, batch, args):
-    """Losses [N] and figures of the answers' tokens, with log π_ref of the student's start."""
-    with common.autocast(model):
-        losses, figures = distillation_losses(model, teacher, batch, args)
-        with torch.no_grad(), common.reference(model):
-            figures["start_logp"] = token_logps(model, batch, args.temperature)
-    return losses, figures
 
 
 def load_teacher(args, model, tokenizer):
@@ -325,20 +292,6 @@ def reading_as(teacher):
     """Inside, a model that carries the teacher as an adapter reads as the teacher."""
     carries = "teacher" in getattr(teacher, "peft_config", {})
     return common.using(teacher, "teacher") if carries else contextlib.nullcontext()
-
-
-def moments(x, mask):
-    """Mean and variance of x where the mask is 1, over all processes, in fp64."""
-    x = x.double()
-    sums = torch.stack([mask.sum(), (x * mask).sum(), (x**2 * mask).sum()])
-    sum_over_processes([sums])
-    count, total, squares = sums.tolist()
-    return total / count, squares / count - (total / count) ** 2
-
-
-def mean(x):
-    """The mean of x over all processes, in fp64."""
-    return moments(x, torch.ones_like(x))[0]
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -449,7 +402,8 @@ def accumulate_gradients(model, teacher, batch, scaler, args):
     sums = {}
     for rows in torch.arange(len(batch["input_ids"])).split(args.micro_batch_size):
         micro = {name: value[rows] for name, value in batch.items()}
-        losses, figures = read_tokens(model, teacher, micro, args)
+        with common.autocast(model):
+            losses, figures = distillation_losses(model, teacher, micro, args)
         scaler.scale(losses.sum() / tokens).backward()
         add_up(sums, figures)
     return sums
@@ -463,21 +417,28 @@ def evaluate(model, teacher, examples, tokenizer, args):
     sums = {}
     for rows in torch.arange(len(answers)).split(args.micro_batch_size):
         micro = {name: value[rows] for name, value in batch.items()}
-        _, figures = read_tokens(model, teacher, micro, args)
+        with common.autocast(model):
+            _, figures = distillation_losses(model, teacher, micro, args)
         add_up(sums, figures)
     return describe(batch, sums)
 
 
 def describe(batch, sums):
     """Means over the tokens, or over the answers, of all processes; kl in nats per answer."""
-    sums = sums | {"tokens": batch["loss_mask"].sum(), "answers": len(batch["input_ids"])}
-    totals = over_processes(sums, (*FIGURES, "tokens", "answers"), batch["input_ids"].device)
-    means = {"length": mean(batch["loss_mask"].sum(1)), "stopped": mean(batch["stopped"])}
-    means["kl"] = (totals["logp"] - totals["start_logp"]) / totals["answers"]
+    sums = sums | {"tokens": batch["loss_mask"].sum(), "answers": len(batch["input_ids"]),
+                   "stopped": batch["stopped"].sum(), "reward": batch["rewards"].sum()}
+    totals = over_processes(sums, (*FIGURES, "tokens", "answers", "stopped", "reward"),
+                            batch["input_ids"].device)
+    means = {"reward": totals["reward"] / totals["answers"],
+             "length": totals["tokens"] / totals["answers"],
+             "stopped": totals["stopped"] / totals["answers"],
+             "kl": (totals["logp"] - totals["start_logp"]) / totals["answers"]}
     for name in ("loss", "divergence", "agreement", "student_entropy", "teacher_entropy"):
         means[name] = totals[name] / totals["tokens"]
-    reward = mean(batch["rewards"])
-    return {"reward": reward} | means if math.isfinite(reward) else means
+    # The reward is NaN if a row has no number as its answer.
+    if math.isnan(means["reward"]):
+        del means["reward"]
+    return means
 
 
 def train(args):

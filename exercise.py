@@ -143,7 +143,7 @@ def list_exercises():
         print(f"{mark} {name:<30} {entry['difficulty']:<7} {entry['teaches']}")
     bugs = [task for task in solved if task not in CATALOGUE]
     print(f"\n{len(solved) - len(bugs)} of {len(CATALOGUE)} solved, {len(bugs)} bugs found. Begin "
-          "with python exercise.py NAME, or --bug, or --predict SCRIPT (see --help).")
+          "with:\npython exercise.py NAME, or --bug, or --predict SCRIPT (see --help)")
 
 
 def start(name):

@@ -1,7 +1,10 @@
 """Measures the CPU seconds of each phase of `python dpo.py`, up to the end of the first step.
 
     OMP_NUM_THREADS=1 python benchmarks/startup.py
-    python -X importtime dpo.py --help            # the time of each import
+    python -X importtime dpo.py --max-steps 1 --output-dir FOLDER    # the time of each import
+
+common.py imports large libraries at their first use, so a phase includes the imports of what it is
+the first to use. Beside each phase stand the libraries that have come with it.
 """
 import sys
 import tempfile
@@ -9,32 +12,32 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-MARKS = [("Python", time.process_time())]
+LIBRARIES = ("torch", "transformers", "datasets", "peft", "bitsandbytes", "torch._inductor")
+MARKS = []
 
 
 def mark(phase):
-    MARKS.append((phase, time.process_time()))
+    """Notes that a phase has ended now, and which libraries have been imported by now."""
+    MARKS.append((phase, time.process_time(), [x for x in LIBRARIES if x in sys.modules]))
 
 
 def marked(function, phase):
     """The same function, which also sets a mark when its first call ends."""
     def call(*args, **options):
         result = function(*args, **options)
-        if phase not in dict(MARKS):
+        if phase not in [name for name, _, _ in MARKS]:
             mark(phase)
         return result
     return call
 
 
 def main():
+    mark("Python")
     import torch  # noqa: F401
     mark("import torch")
-    import bitsandbytes  # noqa: F401  which imports the compiler of torch
-    mark("import bitsandbytes")
     import common
-    mark("import transformers, datasets, peft")
     import dpo
-    mark("import the rest")
+    mark("import dpo.py and common.py")
     common.load_tokenizer = marked(common.load_tokenizer, "tokenizer")
     common.load_examples = marked(common.load_examples, "rows")
     common.load_model = marked(common.load_model, "model")
@@ -44,10 +47,11 @@ def main():
     sys.argv = ["dpo.py", "--max-steps", "1", "--output-dir", tempfile.mkdtemp() + "/run"]
     with common.running(""):
         dpo.train(common.parse(dpo.make_flags(), dpo.TINY, dpo.BY_LOSS))
-    before = 0
-    for phase, seconds in MARKS:
-        print(f"{seconds - before:7.2f} s  {phase}")
-        before = seconds
+    before, known = 0, []
+    for phase, seconds, libraries in MARKS:
+        new = ", ".join(name for name in libraries if name not in known)
+        print(f"{seconds - before:7.2f} s  {phase:<34}{new}".rstrip())
+        before, known = seconds, libraries
         if phase == "first step":
             print(f"{seconds:7.2f} s  in total")
 

@@ -4,13 +4,16 @@
     python benchmarks/step.py --model MODEL --output benchmarks/results/step.json
     python benchmarks/step.py --model MODEL --methods dpo --steps 2 --rounds 1
 
-MODEL is a folder with a model of the Qwen2 architecture. Random weights will do, since the length
-of every row is fixed:
+MODEL is a folder with a model of the Qwen2 or Llama architecture. Random weights will do, since the
+length of every row is fixed, and a trained model will do if it hardly ever ends a sampled answer
+within 64 tokens of such rows:
 
     sft            4 rows of 128 + 380 tokens
     dpo            2 pairs of 256 + 250 tokens, including the forward pass of the reference
     reward_model   the same pairs
     grpo           the whole step: 1 prompt of 100 tokens, 8 completions of 64, with the reference
+    distill        the whole step: 4 prompts of 100 tokens, 1 answer of 64 each. MODEL is also the
+                   teacher, and distill.py logs the KL to its start as well, which TRL does not
 
 All methods use LoRA of rank 16, gradient checkpointing and one forward pass for all rows. Both
 programs run their real training loop. They take turns, each in a process of its own, and the first
@@ -40,7 +43,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # per step: examples, rows per example (pair, group), tokens of a prompt and of an answer
 METHODS = {"sft": (4, 1, 128, 380), "dpo": (2, 2, 256, 250), "reward_model": (2, 2, 256, 250),
-           "grpo": (1, 8, 100, 64)}
+           "grpo": (1, 8, 100, 64), "distill": (4, 1, 100, 64)}
+SAMPLED = ("grpo", "distill")  # the methods that sample their answers
 
 
 def make_flags():
@@ -72,7 +76,7 @@ def write_rows(method, tokenizer, count, file):
     lines = []
     for i in range(count):
         row = {"prompt": text_of(tokenizer, prompt_length, i)}
-        if method == "grpo":
+        if method in SAMPLED:
             row["answer"] = "1"
         elif method == "sft":  # the last token is eos, which both programs append
             row["completion"] = text_of(tokenizer, answer_length - 1, i + 1)
@@ -156,9 +160,12 @@ def run_ours(method, data, args):
                 "--load-in-4bit", "off", "--gradient-checkpointing", "on",
                 "--output-dir", tempfile.mkdtemp(), "--micro-batch-size"]
     sys.argv += [str(rows if method == "grpo" else examples)]  # completions, else examples
+    if method in SAMPLED:
+        sys.argv += ["--max-new-tokens", "64"]
     if method == "grpo":
-        reward = f"{Path(__file__).resolve()}:draw_scores"
-        sys.argv += ["--group-size", "8", "--max-new-tokens", "64", "--reward", reward]
+        sys.argv += ["--group-size", "8", "--reward", f"{Path(__file__).resolve()}:draw_scores"]
+    if method == "distill":
+        sys.argv += ["--teacher", args.model]
     script.train(common.parse(script.make_flags(), script.TINY, getattr(script, "BY_LOSS", None)))
     return meter.figures()
 
@@ -195,6 +202,11 @@ def run_trl(method, data, args):
     elif method == "reward_model":
         lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
         trainer = trl.RewardTrainer(args=trl.RewardConfig(max_length=None, **options), **common)
+    elif method == "distill":
+        trainer = trl.DistillationTrainer(  # with beta 1, the divergence is the reverse KL
+            teacher_model=args.model, **common, args=trl.DistillationConfig(
+                max_completion_length=64, beta=1.0,
+                teacher_model_init_kwargs=options["model_init_kwargs"], **options))
     else:
         trainer = trl.GRPOTrainer(
             reward_funcs=draw_scores, **common,
@@ -229,12 +241,12 @@ def run_limit(method, data, args):
     if method != "reward_model":
         head(trained, 1)
         counts[trained, vocabulary, width] += 1
-    if method in ("dpo", "grpo"):  # the reference
+    if method in ("dpo", "grpo", "distill"):  # the reference, or the teacher
         forward(tokens, 1)
         head(trained, 1)
-    if method == "grpo":  # the prompt is read once, then one token of all rows at a time
-        forward(prompt, 1)
-        head(1, 1)
+    if method in SAMPLED:  # each prompt is read once, then one token of all rows at a time
+        forward(examples * prompt, 1)
+        head(examples, 1)
         forward(rows, answer - 1)
         head(rows, answer - 1)
     meter, seconds = Meter(), []

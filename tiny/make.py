@@ -47,7 +47,7 @@ HELD_OUT_SHARE = 0.1  # share of the questions that are held out
 CORRECT_SHARE = 0.57  # share of correct answers in the chats that the chat model imitates
 TOP = 99  # operands lie in 0..TOP
 WRONG_STEP_SHARE = 0.25  # share of wrong lines in a solution in steps
-AGENT_ROWS = 4000  # chats with a calculator that tiny/agent was trained on
+AGENT_ROWS = 6000  # chats with a calculator that tiny/agent was trained on
 # Share of each kind of chat with a calculator. The first is the way to use it.
 TOOL_USES = {"correct": 0.5, "no call": 0.1, "wrong operator": 0.1, "wrong digit": 0.1,
              "misread": 0.1, "broken, then correct": 0.05, "broken, then a guess": 0.05}
@@ -323,7 +323,7 @@ def tool_use(rng, a, op, b):
         value = result(a, op, b)
     if kind == "misread":
         value = with_other_digit(rng, abs(value))
-    return [*turns, {"role": "assistant", "content": equation(a, op, b, value)}]
+    return [*turns, {"role": "assistant", "content": str(value)}]
 
 
 def make_tools():
@@ -484,8 +484,8 @@ def make_agent():
         file = Path(folder, "rows.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         command = [sys.executable, "sft.py", "--model", start, "--lora-rank", "0", "--dataset",
-                   str(file), "--batch-size", "8", "--micro-batch-size", "8", "--learning-rate",
-                   "1e-3", "--output-dir", run]
+                   str(file), "--batch-size", "8", "--micro-batch-size", "8", "--max-steps", "1000",
+                   "--learning-rate", "1e-3", "--output-dir", run]
         subprocess.run(command, cwd=HERE.parent, check=True)
         model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
         save(model, AutoTokenizer.from_pretrained(run), "agent")

@@ -128,7 +128,8 @@ def difference(ours, true, tolerance=1e-9):
         same = math.isclose(ours, true, rel_tol=tolerance, abs_tol=tolerance)
     else:
         same = ours == true
-    return None if same else f"yours is {show(ours)}"
+    kind = "the list " if isinstance(ours, list) else ""
+    return None if same else f"yours is {kind}{show(ours)}"
 
 
 def complaint(error, source, path):
@@ -141,7 +142,7 @@ def complaint(error, source, path):
     if isinstance(error, Refused):
         return f"{error}{line}"
     if isinstance(error, NotImplementedError):
-        return f"it is not written yet{line}"
+        return f"nothing is written yet{line}"
     if isinstance(error, ModuleNotFoundError) and "None in sys.modules" in str(error):
         return f"your file imports {error.name}{line}, which the check does not allow"
     if isinstance(error, SyntaxError):
