@@ -42,7 +42,6 @@ NEIGHBORS = {
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "comparison_losses": "pair_losses"}}
-NEIGHBORS = {pair: same for pair, same in NEIGHBORS.items() if SOURCES.keys() >= {*pair}}
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKDOWN = {file.stem.lower(): file for file in PROSE}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}
