@@ -3,8 +3,8 @@
     python site/build.py                   # writes site/pages/; open site/pages/index.html
     python site/build.py --output pages    # elsewhere
 
-All words come from the docstrings and comments of the scripts, from README.md, from docs/*.md, and
-from site/templates. The pages need no network.
+All words come from the docstrings and comments of the scripts, from README.md, from docs/*.md, from
+the catalogue of exercises, and from site/templates. The pages need no network.
 """
 import argparse
 import ast
@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tokenize
+import tomllib
 from difflib import SequenceMatcher
 from pathlib import Path
 from string import Template
@@ -42,6 +43,7 @@ NEIGHBORS = {
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "comparison_losses": "pair_losses"}}
+EXERCISES = tomllib.loads((ROOT / "tests/exercises/catalogue.toml").read_text())
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKDOWN = {file.stem.lower(): file for file in PROSE}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}
@@ -129,6 +131,27 @@ def copies(script, function):
     return html
 
 
+def exercises(script):
+    """The exercises of a script with their commands, folded; "" if it has none."""
+    mine = {name: entry for name, entry in EXERCISES.items() if name.split(".")[0] == script}
+    if not mine:
+        return ""
+    offers = {}
+    for name, entry in mine.items():
+        function = entry.get("function", name.split(".")[1])
+        title = f'<a href="#{function}">{inline(entry["title"])}</a>'
+        offers[name] = f"{title} ({entry['difficulty']}). {inline(entry['teaches'])}"
+    offers[f"--predict {script}"] = "three questions, each with a number or a word as the answer"
+    if any("bug" in entry for entry in mine.values()):
+        offers[f"--bug {script}"] = "a mistake to be found by its curves"
+    html = "".join(f"<dt>python exercise.py {words}</dt><dd><span>{said}</span></dd>"
+                   for words, said in offers.items())
+    study = link("learning", "How to study with this repository")
+    return f"""<details class="exercises"><summary>Exercises: write parts of this script
+        yourself, and have them checked</summary>
+        <p>{study} explains how the exercises work.</p><dl>{html}</dl></details>"""
+
+
 LEGEND = """<p class="legend">Left: docstrings and comments. Right: the code that they belong to,
 with the line numbers of the file. Links below the name of a function lead to the scripts with an
 identical copy of it, or with a different function of that name. Imports, flags and housekeeping are
@@ -139,7 +162,7 @@ def script_page(script):
     """The HTML of a script's page, and the links of its side index."""
     beside = [link(f"{a}-{b}", f"{a} | {b}") for a, b in NEIGHBORS if script in (a, b)]
     html = f"<h1>{script}.py</h1>" + f"<p>Side by side: {', '.join(beside)}</p>" * bool(beside)
-    html += LEGEND
+    html += LEGEND + exercises(script)
     index = folded = ""
     found = pieces(SOURCES[script])
     is_heading = [comment.startswith("# ----") for comment, _, _, _ in found]
@@ -168,7 +191,7 @@ def script_page(script):
             folded += row
         else:
             html += row
-    return html + "</details>" * (html.count("<details>") - html.count("</details>")), index
+    return html + "</details>" * (html.count("<details") - html.count("</details>")), index
 
 
 # ---- scripts side by side ------------------------------------------------------------------------

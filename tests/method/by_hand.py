@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,14 @@ def save_adapter(folder, **moved):
     move(model, **moved)
     common.save_model(model, tokenizer(), folder)
     return str(folder)
+
+
+def two_stops(folder):
+    """Saves tiny/chat with a second stop token, " =", in its generation_config.json."""
+    place = shutil.copytree("tiny/chat", Path(folder, "two_stops"))
+    stops = [tokenizer().eos_token_id, *tokenizer()(" =").input_ids]
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    return str(place)
 
 
 # ---- the run -------------------------------------------------------------------------------------

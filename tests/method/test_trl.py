@@ -42,29 +42,22 @@ def scored(script, x, mask):
     return script.token_logps(model, batch)
 
 
-def test_trl_is_the_version_of_the_design():
-    """The numbers come from TRL 1.16.0, and for PPO, which it has dropped, from TRL 1.12.0."""
-    versions = TRL["versions"]
-    assert (versions["trl"], versions["trl for ppo"]) == ("1.16.0", "1.12.0")
-
-
 def test_sft():
     """The loss of a micro-batch, too, is divided by the trained tokens of the whole step."""
     x = record_trl.sequences(10)
-    logps, tokens = scored(sft, x, x.loss_mask), x.loss_mask.sum()
-    assert equal(sft.sft_loss(logps, x.loss_mask, tokens), TRL["sft"]["whole"], x.hidden)
-    part = sft.sft_loss(logps[:2], x.loss_mask[:2], tokens)
-    assert equal(part, TRL["sft"]["part"], x.hidden)
+    logps = scored(sft, x, x.loss_mask)
+    for name, count in ("whole", 6), ("part", 2):
+        loss = sft.sft_loss(logps[:count], x.loss_mask[:count], x.loss_mask.sum())
+        assert equal(loss, TRL["sft"][name], x.hidden), name
 
 
 @pytest.mark.parametrize("name", record_trl.REWARDS)
 def test_reward_model(name):
     """With and without a margin, with and without centering."""
     margin, centering = record_trl.REWARDS[name]
-    margins = (margin or 0) * record_trl.normal(21, 5).abs()
-    rewards = record_trl.comparisons(20)
-    loss = reward_model.reward_loss(*rewards.chunk(2), margins, centering).mean()
-    assert equal(loss, TRL["reward_model"][name], rewards)
+    rewards, margins = record_trl.comparisons()
+    loss = reward_model.reward_loss(*rewards.chunk(2), (margin or 0) * margins, centering)
+    assert equal(loss.mean(), TRL["reward_model"][name], rewards)
 
 
 @pytest.mark.parametrize("name", record_trl.PREFERENCES)
@@ -104,7 +97,7 @@ def test_kto(name):
     For z, TRL pairs each prompt with the completion of the row before it, whatever its prompt. If
     two consecutive rows share a prompt, it is thus paired with one of its own completions.
     """
-    x, theirs = record_trl.unpaired(80), TRL["kto"][name]
+    x, theirs = record_trl.sequences(80), TRL["kto"][name]
     log_ratios = scored(kto, x, x.loss_mask).sum(1) - x.ref_logps
     mismatched = x.mismatched_logps - x.mismatched_ref_logps
     z = mismatched.mean().clamp(min=0)
@@ -113,13 +106,11 @@ def test_kto(name):
     def loss_of(rows, z):
         return kto.kto_loss(log_ratios[rows], x.labels[rows], z, *record_trl.KTO[name]).mean()
 
-    whole, first, second = slice(0, 6), slice(0, 3), slice(3, 6)
-    assert equal(loss_of(whole, z), theirs["whole"], x.hidden)
-    halves = (loss_of(first, z) + loss_of(second, z)) / 2
-    assert equal(halves, theirs["whole"], x.hidden)
-    assert not equal(halves, theirs["halves"], x.hidden)
-    halves = [loss_of(rows, mismatched[rows].mean().clamp(min=0)) for rows in (first, second)]
-    assert equal(sum(halves) / 2, theirs["halves"], x.hidden)
+    whole, halves = loss_of(slice(6), z), (slice(3), slice(3, 6))
+    assert equal(whole, theirs["whole"], x.hidden)
+    assert not equal(whole, theirs["halves"], x.hidden)
+    own = [loss_of(rows, mismatched[rows].mean().clamp(min=0)) for rows in halves]
+    assert equal(sum(own) / 2, theirs["halves"], x.hidden)
     assert TRL["kto"]["order"] == [5, 0, 1, 2, 3, 4]  # the completion that follows each prompt
 
 
@@ -150,13 +141,12 @@ def test_group_losses(loss, beta, drift):
         assert (clipped * x.mask).any() == (drift == 0.5)  # one of the distances is past the clip
 
 
-def test_advantages():
+@pytest.mark.parametrize("name, options", [
+    ("group", {}), ("unscaled", {"scale": False}), ("rloo", {"baseline": "rloo"})])
+def test_advantages(name, options):
     """Group baseline, with and without division by the std, and leave-one-out baseline (rloo)."""
-    rewards, theirs = record_trl.grouped_rewards(50), TRL["advantages"]
-    for name, options in (("group", {}), ("unscaled", {"scale": False}),
-                          ("rloo", {"baseline": "rloo"})):
-        ours = grpo.group_advantages(rewards, **options).flatten().tolist()
-        assert ours == pytest.approx(theirs[name], abs=1e-5), name
+    ours = grpo.group_advantages(record_trl.grouped_rewards(), **options).flatten().tolist()
+    assert ours == pytest.approx(TRL["advantages"][name], abs=1e-5)
 
 
 @pytest.mark.parametrize("drift", record_trl.DRIFTS)
@@ -187,23 +177,21 @@ def test_online_dpo(loss, tie):
     """
     x, theirs = record_trl.completions(80, 0.0), TRL["online_dpo"][f"{loss} tie {tie}"]
     four = [part for logps in (x.logps, x.ref_logps) for part in (logps * x.mask).sum(1).chunk(2)]
-    first, second = record_trl.pair_scores(81, tie).double().chunk(2)
-    lead = first - second
-    ours = online_dpo.online_loss(*four, lead.sigmoid(), loss, 0.2, 0.0)
-    assert equal(ours.mean(), theirs, x.logps) == (not tie)
-    lead[0] += 1.0 * tie
-    ours = online_dpo.online_loss(*four, lead.sigmoid(), loss, 0.2, 0.0)
-    assert equal(ours.mean(), theirs, x.logps)
+    first, second = record_trl.pair_scores(tie).double().chunk(2)
+    for lead in 0.0, 1.0 * tie:  # of the first answer of the tie
+        first[0] += lead
+        ours = online_dpo.online_loss(*four, (first - second).sigmoid(), loss, 0.2, 0.0)
+        assert equal(ours.mean(), theirs, x.logps) == (lead > 0 or not tie)
 
 
-@pytest.mark.parametrize("name, lengths", [("full", record_trl.FULL), ("short", record_trl.SHORT)])
-def test_ppo(name, lengths):
+@pytest.mark.parametrize("name", record_trl.LENGTHS)
+def test_ppo(name):
     """For answers of full length, TRL differs only in whitening, where it divides by N − 1, not N.
 
     After a shorter answer, TRL puts the score one token later. That token has a value, which counts
     in the returns and in the critic's loss.
     """
-    x, theirs = record_trl.rollout(70, lengths), TRL["ppo"][name]
+    x, theirs = record_trl.rollout(record_trl.LENGTHS[name]), TRL["ppo"][name]
     columns, ends = torch.arange(9), x.lengths[:, None]
     mask = (columns < ends).long()
     longer = (columns < ends + 1).long()  # as in TRL, one more token unless the length is full

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import runs_helper
 from conftest import ROOT, flags_of, metrics_of
-from runs_helper import SCRIPTS, command, small_args
+from runs_helper import SCRIPTS, arguments, command, small_args
 from test_readme import commands
 
 import evaluate
@@ -16,7 +16,6 @@ import pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 METRICS = (ROOT / "docs/metrics.md").read_text()
 TROUBLES = (ROOT / "docs/troubleshooting.md").read_text()
 
@@ -62,10 +61,9 @@ def test_every_logged_metric_has_a_row_and_no_row_is_made_up(name, data, tmp_pat
 
 
 def test_the_columns_of_evaluate_have_their_rows(data, tmp_path):
-    evaluate.main(flags_of(evaluate).parse_args([
-        str(data / "chat"), "--dataset", str(data / "prompt_heldout.jsonl"), "--best-of", "2",
-        "--samples-per-prompt", "2", "--k", "2", "--max-new-tokens", "4",
-        "--output", str(tmp_path / "table.json")]))
+    evaluate.main(arguments(
+        evaluate, data / "chat", dataset=data / "prompt_heldout.jsonl", best_of=2, k=2,
+        samples_per_prompt=2, max_new_tokens=4, output=tmp_path / "table.json"))
     columns = set(json.loads((tmp_path / "table.json").read_text())[0]) - {"checkpoint"}
     assert {column.removesuffix("_interval") for column in columns} == documented("evaluate")
 
@@ -116,15 +114,15 @@ def slug(title):
     return re.sub(r"[^\w\- ]", "", title.replace("`", "").lower()).replace(" ", "-")
 
 
-@each_page
-def test_commands_parse(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_parse_links_lead_somewhere_and_lines_are_short(page):
+    """Rows of tables may be longer, because they cannot be broken. A + would become a bullet."""
     for words in commands(page.read_text()):
         module = importlib.import_module(words[0].removesuffix(".py"))
         module.make_flags().parse_args(words[1:])
-
-
-@each_page
-def test_links_lead_somewhere(page):
+    for line in page.read_text().splitlines():
+        assert len(line) <= 100 or line.startswith(("|", "[")), line
+        assert not line.startswith("+"), line
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith("https://"):
             file, _, anchor = target.partition("#")
@@ -132,11 +130,3 @@ def test_links_lead_somewhere(page):
             assert path.exists(), target
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if anchor else []
             assert not anchor or anchor in map(slug, titles), target
-
-
-@each_page
-def test_lines_are_short_and_none_becomes_a_bullet(page):
-    """Rows of tables may be longer, because they cannot be broken."""
-    for line in page.read_text().splitlines():
-        assert len(line) <= 100 or line.startswith(("|", "[")), line
-        assert not line.startswith("+"), line

@@ -246,8 +246,11 @@ def test_each_method_has_three_questions_with_computed_answers(use, script, monk
 def test_what_does_not_exist_is_refused(use):
     assert "there is no exercise dpo.los" in use("dpo.los", fails=True)
     assert "no exercise is started" in use("--check", fails=True)
-    assert "no bug to find for grrpo" in use("--bug", "grrpo", fails=True)
+    assert "no bug is left to find (asked for: grrpo)" in use("--bug", "grrpo", fails=True)
     use("prm.step_losses")
+    exercise.FOLDER.joinpath("prm.py").write_text("def (")
+    assert "line 1 of the file is not Python" in use("--solution", fails=True)
+    assert "line 1 is not Python" in use("--check", fails=True)
     exercise.FOLDER.joinpath("prm.py").unlink()
     assert "exercises/prm.py does not exist" in use("--check", fails=True)
 

@@ -6,47 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 from conftest import ROOT
+from html_helper import Page
 from test_form import ROOM
 
 sys.path.insert(0, str(ROOT / "site"))
 import build  # noqa: E402
 import equations  # noqa: E402
-
-VOID = ("meta", "link", "img", "br", "hr", "input")
-
-
-class Page(HTMLParser):
-    """The contents of a page: ids, references, loaded files, TeX, and code as (number, text)."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.references, self.loaded, self.tex, self.lines = [], [], [], [], []
-        self.open = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.open += [] if tag in VOID else [(tag, found)]
-        self.ids += [found["id"]] if "id" in found else []
-        self.tex += [found["data-tex"]] if "data-tex" in found else []
-        self.references += [found[name] for name in ("href", "src") if name in found]
-        if tag in ("script", "link", "img"):
-            self.loaded.append(found.get("src") or found["href"])
-        if found.get("class") == "line":
-            self.lines.append([int(found["data-number"]), ""])
-
-    def handle_endtag(self, tag):
-        assert tag in VOID or self.open.pop()[0] == tag
-
-    def handle_data(self, text):
-        if any(found.get("class") == "line" for _, found in self.open):
-            self.lines[-1][1] += text
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +26,25 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(site):
-    return {path.name: Page(path.read_text()) for path in site.glob("*.html")}
+    return {path.name: Page(path) for path in site.glob("*.html")}
 
 
-def test_every_script_and_markdown_page_is_built_and_in_the_index(pages):
+def test_every_page_is_in_the_index_and_every_link_leads_somewhere(site, pages):
+    """Nothing is loaded from the network."""
     wanted = {*ROOM, "index", "readme", *("-".join(pair) for pair in build.NEIGHBORS)}
     wanted |= {path.stem for path in (ROOT / "docs").glob("*.md")}
     assert {f"{name}.html" for name in wanted} <= pages.keys()
-    assert all(name in pages["index.html"].references for name in pages if name != "index.html")
-
-
-def test_every_link_leads_somewhere_and_nothing_is_loaded_from_the_network(site, pages):
+    assert pages.keys() - {"index.html"} <= set(pages["index.html"].values("href"))
+    ids = {name: page.values("id") for name, page in pages.items()}
     for name, page in pages.items():
-        assert len(page.ids) == len(set(page.ids)), name
-        assert not [file for file in page.loaded if re.match("[a-z]+:|//", file)], name
-        for reference in page.references:
+        assert len(ids[name]) == len(set(ids[name])), name
+        for file in page.values("src", "href", tags=["script", "link", "img"]):
+            assert not re.match("[a-z]+:|//", file), (name, file)
+        for reference in page.values("href", "src"):
             path, _, anchor = reference.partition("#")
             if not re.match("[a-z]+:", reference):
                 assert not path or (site / path).is_file(), (name, reference)
-                assert not anchor or anchor in pages[path or name].ids, (name, reference)
+                assert not anchor or anchor in ids[path or name], (name, reference)
     for path in site.rglob("*.css"):
         for name in re.findall(r"url\(([^)]*)\)", path.read_text()):
             assert (path.parent / name.strip("'\"")).is_file(), name
@@ -84,15 +52,15 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_the_network(site,
 
 @pytest.mark.parametrize("script", sorted(build.SOURCES))
 def test_the_code_of_a_script_is_on_its_page_once_and_in_order(script, pages):
-    source = build.SOURCES[script]
-    code = {number: line for number, line in enumerate(source.splitlines(), 1)
-            if line.strip() and not line.strip().startswith("#")}
+    source, prose = build.SOURCES[script], set()
     for node in [ast.parse(source), *ast.parse(source).body]:
         if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
-            for number in range(node.body[0].lineno, node.body[0].end_lineno + 1):
-                code.pop(number, None)
-    shown = [(number, text.rstrip("\n")) for number, text in pages[f"{script}.html"].lines]
-    assert [(number, text) for number, text in shown if text.strip()] == list(code.items())
+            prose |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    code = [[number, line] for number, line in enumerate(source.splitlines(), 1)
+            if number not in prose and line.strip() and not line.strip().startswith("#")]
+    shown = [[int(x.attributes["data-number"]), x.text.rstrip("\n")]
+             for x in pages[f"{script}.html"].elements if x.attributes.get("class") == "line"]
+    assert [line for line in shown if line[1].strip()] == code
 
 
 def test_imports_flags_and_housekeeping_are_folded(site):
@@ -100,6 +68,16 @@ def test_imports_flags_and_housekeeping_are_folded(site):
     first, last = re.findall(r"<details>(.*?)</details>", text, re.S)
     assert "import torch" in re.sub("<[^>]*>", "", first) and 'id="make_flags"' in first
     assert '<h3 id="finish">' in last and '<h3 id="train">' not in first + last
+
+
+def test_the_page_of_a_script_offers_its_exercises(site):
+    for name, entry in build.EXERCISES.items():
+        script = name.partition(".")[0]
+        text = (site / f"{script}.html").read_text()
+        assert f"<dt>python exercise.py {name}</dt>" in text
+        assert (f"--bug {script}<" in text) or "bug" not in entry
+    assert 'class="exercises"' not in (site / "common.html").read_text()
+    assert "exercises that grade themselves" in (site / "index.html").read_text()
 
 
 @pytest.mark.parametrize("pair", build.NEIGHBORS, ids="-".join)
@@ -116,7 +94,7 @@ def test_katex_takes_all_of_it(pages):
     """KaTeX renders every piece of TeX on every page, with warnings as errors."""
     if not shutil.which("node"):
         pytest.skip("needs node to run KaTeX outside a browser")
-    tex = sorted({tex for page in pages.values() for tex in page.tex})
+    tex = sorted({tex for page in pages.values() for tex in page.values("data-tex")})
     assert len(tex) > 100
     program = ("const katex = require(process.argv[1]); JSON.parse(process.argv[2]).forEach("
                "(tex) => katex.renderToString(tex, {strict: 'error'}))")
@@ -137,22 +115,16 @@ def test_translations(text, tex):
     assert re.sub(r"(?<!\\) ", "", html.unescape(found)) == re.sub(r"(?<!\\) ", "", tex)
 
 
-@pytest.mark.parametrize("text", ["max_length", "min_new_tokens", "loss_mask", "p_values", "2 s"])
-def test_names_in_code_and_units_are_not_mathematics(text):
-    assert "data-tex" not in equations.symbols(f"the {text} of") + (
-        equations.inline(text) if "_" in text else "")
-
-
-@pytest.mark.parametrize("text", [
-    "logps = model(input_ids).logits[:, :-1]", "[([], False), ([17, 2], True)]", "python sft.py",
-    "a ──► b = c", "x    1    2    3    4"])
-def test_code_diagrams_and_tables_of_numbers_keep_their_spaces(text):
-    assert equations.apart(text) == f"<pre>{html.escape(text)}</pre>"
-
-
-@pytest.mark.parametrize("line", ["x = ∂y", "x = (y", "x = y)", "x = y /"])
-def test_what_cannot_be_translated_is_shown_as_it_is(line):
-    assert html.escape(line) in re.sub("<[^>]*>", "", equations.apart(line))
+def test_what_is_no_mathematics_or_cannot_be_translated_is_shown_as_it_is():
+    """Names and units; code, diagrams and tables, with their spaces; broken formulas."""
+    for text in "max_length", "min_new_tokens", "loss_mask", "p_values", "2 s":
+        inline = equations.inline(text) if "_" in text else ""
+        assert "data-tex" not in equations.symbols(f"the {text} of") + inline, text
+    for text in ("logps = model(input_ids).logits[:, :-1]", "[([], False), ([17, 2], True)]",
+                 "python sft.py", "a ──► b = c", "x    1    2    3    4"):
+        assert equations.apart(text) == f"<pre>{html.escape(text)}</pre>"
+    for text in "x = ∂y", "x = (y", "x = y)", "x = y /":
+        assert html.escape(text) in re.sub("<[^>]*>", "", equations.apart(text))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

@@ -67,6 +67,33 @@ def small_args(name, data, output_dir, **flags):
     return run_args(SCRIPTS[name], **(SMALL[name] | files | flags), output_dir=output_dir)
 
 
+def arguments(module, *words, **flags):
+    """The flags of a program as a command line with these words and flags gives them."""
+    words = [str(word) for word in words]
+    for name, value in flags.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return module.make_flags().parse_args(words)
+
+
+def scripted(answers, greedy=None):
+    """Replaces `sample`: {part of a prompt: answers}. "..." marks a truncated answer.
+
+    A single answer is taken from `greedy`. `calls` has (prompts, copies, temperature, seed).
+    """
+    def sample(model, tokenizer, prompts, copies, args, seed):
+        sample.calls.append((len(prompts), copies, args.temperature, seed))
+        ids = []
+        for prompt in prompts:
+            key = next(key for key in answers if key in tokenizer.decode(prompt))
+            texts = [greedy[key]] if greedy and copies == 1 else answers[key] * copies
+            for text in texts[:copies]:
+                end = "" if text.endswith("...") else tokenizer.eos_token
+                ids.append(tokenizer(text + end, add_special_tokens=False).input_ids)
+        return ids
+    sample.calls = []
+    return sample
+
+
 @contextlib.contextmanager
 def as_one_command():
     """A folder is locked until the process ends; here, until the command would have ended."""

@@ -64,12 +64,3 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(capsys):
     assert [x["row"]["prompt"] for x in strict] == ["1 + 1 =", chat]
     assert strict[1]["prompt"] == common.encode_prompt(tokenizer, chat)
     assert len(free) == 6 and free[4]["row"]["prompt"] == "5"
-
-
-def test_the_tools_of_a_row_reach_the_template(monkeypatch):
-    given = []
-    monkeypatch.setattr(common, "encode_prompt", lambda *args: given.append(args) or [1, 2])
-    tools = [{"type": "function", "function": {"name": "add"}}]
-    tokenizer = common.load_tokenizer("tiny/chat")
-    grpo.encode_row({"prompt": "1 + 1 =", "tools": tools}, tokenizer, 40, 8, False)
-    assert given[0][2] == tools

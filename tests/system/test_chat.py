@@ -1,9 +1,7 @@
 """chat.py: what the models read and sample, by plain forward passes, and what the user sees."""
 import io
-import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -20,6 +18,7 @@ import common
 WORDS = [" two  spaces \n\tand a tab", "naïve café", "它不是 12", "\U0001d54f ≤ ½",
          "\U0001f468\u200d\U0001f469\u200d\U0001f467 and \U0001f44d\U0001f3fd",  # joined emoji
          "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"]  # Persian, with a joiner
+TOKENIZER = common.load_tokenizer("tiny/chat")
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +33,6 @@ def models(adapter):
     return [common.load_model(x, "off", 0, "off", trainable=False) for x in (adapter, "tiny/chat")]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return common.load_tokenizer("tiny/chat")
-
-
 @pytest.fixture
 def talk(monkeypatch, capsys):
     """Runs the program on lines of input, as from a pipe; returns what it printed."""
@@ -50,33 +44,31 @@ def talk(monkeypatch, capsys):
 
 
 @pytest.fixture
-def scripted(monkeypatch, tokenizer):
+def scripted(monkeypatch):
     """Replaces `sample_tokens` by texts, one per call; "^C" in a text stands for Ctrl-C."""
-    def script(*texts):
+    def script(*texts, ratio=0.0):
         calls, texts = [], list(texts)
 
         def sample_tokens(model, first, ids, length, stops, temperature, seed):
             calls.append({"model": model, "first": first, "prompt": list(ids)})
             text, stopped, _ = texts.pop(0).partition("^C")
-            for token in tokenizer(text)["input_ids"]:
+            for token in TOKENIZER(text + "<|im_end|>" * (not stopped)).input_ids:
                 ids.append(token)
-                yield 0.0
+                yield ratio
             if stopped:
                 raise KeyboardInterrupt
-            ids.append(tokenizer.eos_token_id)
-            yield 0.0
 
         monkeypatch.setattr(chat, "sample_tokens", sample_tokens)
         return calls
     return script
 
 
-def prompt_of(tokenizer, *texts, system=None):
+def prompt_of(*texts, system=None):
     """The ids of a chat in which user and assistant take turns."""
     messages = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     messages += [{"role": roles[i % 2], "content": x} for i, x in enumerate(texts)]
-    return common.encode_prompt(tokenizer, messages)
+    return common.encode_prompt(TOKENIZER, messages)
 
 
 @torch.no_grad()
@@ -90,12 +82,12 @@ def plain_logps(model, ids, temperature):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.6])
 def test_tokens_and_log_ratios_are_those_of_plain_forward_passes(
-        temperature, models, tokenizer, monkeypatch):
+        temperature, models, monkeypatch):
     draws, multinomial = [], torch.multinomial
     monkeypatch.setattr(torch, "multinomial", lambda probs, *args, **kw: draws.append(
         (probs, multinomial(probs, *args, **kw))) or draws[-1][1])
     model, first = models
-    ids = prompt_of(tokenizer, "What is 40 - 27?")
+    ids = prompt_of("What is 40 - 27?")
     start = len(ids)
     ratios = list(chat.sample_tokens(model, first, ids, 20, (), temperature, seed=3))
     assert len(ratios) == len(draws) == len(ids) - start == 20
@@ -108,13 +100,10 @@ def test_tokens_and_log_ratios_are_those_of_plain_forward_passes(
     assert set(chat.sample_tokens(model, None, ids[:start], 5, (), temperature, 3)) == {0.0}
 
 
-def test_each_checkpoint_has_its_own_stop_tokens(talk, tokenizer, tmp_path):
+def test_each_checkpoint_has_its_own_stop_tokens(talk, tmp_path):
     """One of two checkpoints names a second stop token, at which only its own answers end."""
-    other = shutil.copytree(ROOT / "tiny/chat", tmp_path / "two_stops")
-    (equals,) = tokenizer(" =")["input_ids"]
-    config = {"eos_token_id": [tokenizer.eos_token_id, equals]}
-    (other / "generation_config.json").write_text(json.dumps(config))
-    for names in (["tiny/chat", str(other)], [str(other), "tiny/chat"]):
+    other = by_hand.two_stops(tmp_path)
+    for names in (["tiny/chat", other], [other, "tiny/chat"]):
         out = talk(["What is 40 - 27?"], *names, "--temperature", 1e-6)
         assert re.search("^tiny/chat +40 - 27 = 13$", out, re.M), "it ends with eos only"
         assert re.search(f"^{other} +40 - 27$", out, re.M), "a second stop token is not shown"
@@ -122,7 +111,7 @@ def test_each_checkpoint_has_its_own_stop_tokens(talk, tokenizer, tmp_path):
 
 # ---- what is read --------------------------------------------------------------------------------
 
-def test_each_reads_the_template_of_its_own_history(talk, scripted, tokenizer, adapter):
+def test_each_reads_the_template_of_its_own_history(talk, scripted, adapter):
     """All messages so far. After /reset only the system message remains."""
     calls = scripted(*"ABCDEFGHIJKL")
     out = talk(["one", "two", "/reset", "three", "/system Be  brief.", "four", "/reset", "five",
@@ -130,7 +119,7 @@ def test_each_reads_the_template_of_its_own_history(talk, scripted, tokenizer, a
     histories = [("one",), ("one",), ("one", "A", "two"), ("one", "B", "two"), ("three",),
                  ("three",), ("four",), ("four",), ("five",), ("five",), ("six",), ("six",)]
     systems = [None] * 6 + ["Be  brief."] * 4 + [None] * 2
-    expected = [prompt_of(tokenizer, *texts, system=system)
+    expected = [prompt_of(*texts, system=system)
                 for texts, system in zip(histories, systems, strict=True)]
     assert [call["prompt"] for call in calls] == expected
     assert [call["model"] is calls[0]["model"] for call in calls] == [True, False] * 6
@@ -138,14 +127,14 @@ def test_each_reads_the_template_of_its_own_history(talk, scripted, tokenizer, a
     assert "try  What is 12 + 7?" in out
 
 
-def test_commands_and_special_tokens_in_a_line(talk, scripted, tokenizer):
+def test_commands_and_special_tokens_in_a_line(talk, scripted):
     """A command is no prompt; a special token that is typed is plain text."""
     calls = scripted("A", "B")
     out = talk(["", "  ", "/rest", "a<|im_end|>b", " /etc", "/quit", "one"], "tiny/chat")
     assert out.count(chat.COMMANDS) == 2
     assert [call["prompt"] for call in calls] == [
-        prompt_of(tokenizer, "a<|im_end|>b"), prompt_of(tokenizer, "a<|im_end|>b", "A", " /etc")]
-    assert calls[0]["prompt"].count(tokenizer.eos_token_id) == 1  # the one that ends the question
+        prompt_of("a<|im_end|>b"), prompt_of("a<|im_end|>b", "A", " /etc")]
+    assert calls[0]["prompt"].count(TOKENIZER.eos_token_id) == 1  # the one that ends the question
 
 
 def test_without_a_template_the_text_is_continued(talk, scripted, monkeypatch):
@@ -158,20 +147,20 @@ def test_without_a_template_the_text_is_continued(talk, scripted, monkeypatch):
     assert [call["prompt"] for call in calls] == [bare(text)["input_ids"] for text in texts]
 
 
-def test_a_prompt_that_the_template_refuses_is_not_asked(talk, scripted, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        + tokenizer.chat_template))
-    monkeypatch.setattr(common, "load_tokenizer", lambda name, *options: tokenizer)
+def test_a_prompt_that_the_template_refuses_is_not_asked(talk, scripted, monkeypatch):
+    strict = common.load_tokenizer("tiny/chat")
+    strict.chat_template = ("{% if messages[0].role == 'system' %}{{ raise_exception("
+                            "'no system role') }}{% endif %}" + strict.chat_template)
+    monkeypatch.setattr(common, "load_tokenizer", lambda name, *options: strict)
     calls = scripted("A", "B")
     out = talk(["/system s", "one", "/system", "two"], "tiny/chat")
     assert re.findall(r"\[.*\]", out) == ["[not asked: no system role]"]
-    assert [call["prompt"] for call in calls] == [prompt_of(tokenizer, "two")]
+    assert [call["prompt"] for call in calls] == [prompt_of("two")]
 
 
-def test_a_full_context_ends_an_answer_until_reset(talk, tokenizer):
+def test_a_full_context_ends_an_answer_until_reset(talk):
     """At such a high temperature, an answer hardly ever ends by itself."""
-    used = len(prompt_of(tokenizer, ""))
+    used = len(prompt_of(""))
     over, almost = "7" * (512 - used), "7" * (508 - used)
     out = talk([over, "/reset", almost, "and now?", "/reset", "1 + 1?"], "tiny/chat",
                "--temperature", 1e6, "--max-new-tokens", 6)
@@ -182,13 +171,13 @@ def test_a_full_context_ends_an_answer_until_reset(talk, tokenizer):
 
 # ---- Ctrl-C, terminals and pipes -----------------------------------------------------------------
 
-def test_ctrl_c_stops_one_answer_and_its_tokens_stay_in_the_history(talk, scripted, tokenizer):
+def test_ctrl_c_stops_one_answer_and_its_tokens_stay_in_the_history(talk, scripted):
     calls = scripted("4^C", "5", "^C", "6", "7", "8")
     out = talk(["one", "two", "three"], "tiny/chat", "tiny/chat")
     assert "tiny/chat  4  [stopped]\ntiny/chat  5\n" in out
     assert [call["prompt"] for call in calls[4:]] == [
-        prompt_of(tokenizer, "one", "4", "three"),  # stopped before a token: not in the history
-        prompt_of(tokenizer, "one", "5", "two", "6", "three")]
+        prompt_of("one", "4", "three"),  # stopped before a token: not in the history
+        prompt_of("one", "5", "two", "6", "three")]
 
 
 def test_ctrl_c_at_the_prompt_shows_the_commands_and_ctrl_d_ends(talk, scripted, monkeypatch):
@@ -240,13 +229,13 @@ def test_streamed_text_is_the_whole_answer(name, shared):
         assert sum(ratio for _, ratio in pieces) == sum(ratios), "a log-ratio counts twice"
 
 
-def test_any_tokens_are_streamed_as_they_decode(tokenizer):
+def test_any_tokens_are_streamed_as_they_decode():
     """Even broken characters, and an answer that ends within a character."""
     draw = random.Random(0)
     for _ in range(20):
-        tokens = [draw.randrange(len(tokenizer)) for _ in range(30)]
-        whole = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        assert "".join(text for text, _ in spelled(tokenizer, [7], tokens)) == whole
+        tokens = [draw.randrange(len(TOKENIZER)) for _ in range(30)]
+        whole = TOKENIZER.decode(tokens, clean_up_tokenization_spaces=False)
+        assert "".join(text for text, _ in spelled(TOKENIZER, [7], tokens)) == whole
 
 
 def test_colors_show_sign_and_size_and_text_cannot_leave_them():
@@ -260,30 +249,13 @@ def test_colors_show_sign_and_size_and_text_cannot_leave_them():
     assert all(chat.printable(text) == text for text in [*WORDS, "1\u00a0000", "\u3000"])
 
 
-def test_log_ratios_on_the_screen_are_exact(talk, adapter, models, monkeypatch):
-    """--base --tokens: the printed sum and the painted ratios are right; stop tokens are shown."""
-    said, painted = [], []
-    sample_tokens, paint = chat.sample_tokens, chat.paint
-
-    def spy(model, first, ids, *args):
-        start = len(ids)
-        yield from sample_tokens(model, first, ids, *args)
-        said.append((start, list(ids)))
-
-    monkeypatch.setattr(chat, "sample_tokens", spy)
-    monkeypatch.setattr(chat, "paint", lambda text, ratio, colors: painted.append(ratio) or
-                        paint(text, ratio, colors))
-    out = talk(["What is 40 - 27?", "And 7?"], adapter, "--base", "--tokens", "--temperature", 0.8)
+def test_log_ratios_on_the_screen_are_sums_over_tokens(talk, scripted, adapter):
+    """--base --tokens: base answers first; stop tokens are shown with their ratios."""
+    scripted("5", "12", "7", "7", ratio=0.25)
+    out = talk(["one", "two"], adapter, "--base", "--tokens")
     assert f"its log-ratio to base of {adapter} in nats, if beyond ±0.1" in out
-    sums = [float(number) for number in re.findall(r"\[([-+.\d]+) nats\]", out)]
-    assert len(said) == 4 and len(sums) == 2 and out.count("<|im_end|>") >= 2
-    total = 0.0
-    for (start, ids), shown in zip(said[1::2], sums, strict=True):
-        own, base = (plain_logps(m, ids, 0.8) for m in models)
-        ratios = (own - base)[torch.arange(start - 1, len(ids) - 1), torch.tensor(ids[start:])]
-        assert shown == pytest.approx(ratios.sum().item(), abs=0.006), "nats of the answer"
-        total += ratios.sum().item()
-    assert sum(painted) == pytest.approx(total, abs=1e-3) and abs(total) > 0.1
+    assert "1[+0.2]2[+0.2]<|im_end|>[+0.2]  [+0.75 nats]" in out, out
+    assert "7[+0.2]<|im_end|>[+0.2]  [+0.50 nats]" in out, out
 
 
 @pytest.mark.parametrize("terminal, no_color, colored", [

@@ -1,6 +1,7 @@
 """Rows to token ids: texts, conversations, preferences, files, and rows that cannot be used."""
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -8,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from chats_helper import talk, texts, tiny_tokenizer
 from conftest import ROOT, encoded, encoded_preference, joined, run_args
 
 import common
@@ -16,20 +18,15 @@ import dpo
 TINY, BASE = str(ROOT / "tiny/chat"), str(ROOT / "tiny/base")
 
 
-def user(text):
-    return {"role": "user", "content": text}
+CHAT = talk("S Add.", "U 1 + 1?", "A 2", "U And\n2 + 2?")
 
 
-def says(text):
-    return {"role": "assistant", "content": text}
-
-
-CHAT = [{"role": "system", "content": "Add."}, user("1 + 1?"), says("2"), user("And\n2 + 2?")]
-
-
-def split(tokenizer, pieces):
-    """The texts of an example's pieces."""
-    return [tokenizer.decode(ids) for ids, _ in pieces]
+def save(folder, tokenizer, model, *files):
+    """Saves a tokenizer with the config of an embedded model."""
+    tokenizer.save_pretrained(folder)
+    for file in ("config.json", *files):
+        shutil.copy(f"{model}/{file}", folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +71,18 @@ def test_a_text_ends_in_eos_once(llama, ending):
     assert example[1][0][-2:] == [llama(" time")["input_ids"][-1], llama.eos_token_id]
     row = {"prompt": "Once", "chosen": " upon" + ending, "rejected": " a" + ending}
     for side in encoded_preference(llama, row):
-        assert side[1][0].count(llama.eos_token_id) == 1 == side[1][0][::-1].index(side[1][0][0])
-
-
-def test_an_unknown_character_does_not_end_a_text(llama):
-    """Its token, <unk>, is special, but eos must still follow."""
-    (example,) = encoded(llama, "Once upon", " a time€")
+        assert side[1][0].index(llama.eos_token_id) == len(side[1][0]) - 1
+    (example,) = encoded(llama, "Once upon", " a time€")  # <unk> is special, but no end
     assert example[1][0][-2:] == [llama.unk_token_id, llama.eos_token_id]
 
 
 def test_pad_that_is_eos_does_not_shorten_an_answer(tmp_path, chat):
     """A tokenizer without a pad token pads with eos, but its examples still end in eos."""
-    chat.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text((ROOT / "tiny/chat/config.json").read_text())
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": None}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    padded = common.load_tokenizer(str(tmp_path))
+    plain = tiny_tokenizer()
+    plain.pad_token = None
+    padded = common.load_tokenizer(save(tmp_path, plain, TINY))
     assert padded.pad_token_id == padded.eos_token_id != chat.pad_token_id
-    for prompt, answer in (("Add 1", " and 2."), ([user("1?")], [says("1")])):
+    for prompt, answer in (("Add 1", " and 2."), (talk("U 1?"), talk("A 1"))):
         assert encoded(padded, prompt, answer) == encoded(chat, prompt, answer)
 
 
@@ -99,22 +90,22 @@ def test_pad_that_is_eos_does_not_shorten_an_answer(tmp_path, chat):
 
 def test_only_turns_of_the_answer_are_trained(chat):
     """Answers in the prompt are context; the ids do not depend on where the answer starts."""
-    whole = [*CHAT, says("4"), user("Thanks."), says("Bye.")]
+    whole = [*CHAT, *talk("A 4", "U Thanks.", "A Bye.")]
     ids = []
     for start, said in ((0, ["2", "4", "Bye."]), (4, ["4", "Bye."]), (6, ["Bye."])):
         (example,) = encoded(chat, whole[:start], whole[start:])
-        assert split(chat, example)[1::2] == [text + "<|im_end|>" for text in said]
+        assert texts(chat, example)[1::2] == [text + "<|im_end|>" for text in said]
         assert [is_answer for _, is_answer in example] == [False, True] * len(said)
         ids.append(sum((ids for ids, _ in example), []))
     assert ids[0] == ids[1] == ids[2]
     # The newline that the template writes after an end of turn belongs to the next prompt.
-    assert split(chat, example)[0].startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>")
+    assert texts(chat, example)[0].startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>")
     assert example[0][0] == common.encode_prompt(chat, whole[:6])
 
 
 def test_messages_need_a_template(llama):
     """A model without a chat template accepts strings but refuses messages."""
-    for call in (common.encode_prompt, lambda *args: encoded(*args, [says("2")])):
+    for call in (common.encode_prompt, lambda *args: encoded(*args, talk("A 2"))):
         with pytest.raises(ValueError, match="no chat template for messages: --chat-template"):
             call(llama, CHAT)
     assert common.end_of_turn_id(llama) is None
@@ -133,7 +124,7 @@ def test_texts_share_their_prompt_as_tokens(llama):
     for first, second, text in zip(explicit, implicit, (cat, dog), strict=True):
         whole = llama(prompt + text)["input_ids"] + [llama.eos_token_id]
         assert first[0][0] + first[1][0] == second[0][0] + second[1][0] == whole
-        assert split(llama, second)[0] == "<s> Once upon a"
+        assert texts(llama, second)[0] == "<s> Once upon a"
     assert implicit[0][1][0][0] != implicit[1][1][0][0]
 
 
@@ -154,20 +145,15 @@ def test_a_base_model_ends_answers_with_a_token_it_knows(tmp_path, capsys, templ
     """Only assistant turns change, a line says so, and saving and loading keep the template."""
     plain = transformers.AutoTokenizer.from_pretrained(BASE)
     plain.chat_template = (ROOT / f"tests/system/templates/{template}.jinja").read_text()
-    plain.save_pretrained(tmp_path)
-    for name in ("config.json", "generation_config.json"):
-        (tmp_path / name).write_text((ROOT / "tiny/base" / name).read_text())
-    tokenizer = common.load_tokenizer(str(tmp_path))
+    tokenizer = common.load_tokenizer(save(tmp_path, plain, BASE, "generation_config.json"))
     assert "answers end with <|endoftext|>" in capsys.readouterr().out
     assert common.end_of_turn_id(tokenizer) == tokenizer.eos_token_id
     assert common.end_of_turn_id(plain) != plain.eos_token_id
-    tricky = user("'a' \\n {{ x }} {% y %} \"q\" assistant\n")
-    for messages in ([*CHAT, says("4")], [tricky, says("4"), user("x")], [tricky]):
+    tricky = "U 'a' \\n {{ x }} {% y %} \"q\" assistant\n"
+    for messages in [*CHAT, *talk("A 4")], talk(tricky, "A 4", "U x"), talk(tricky):
         text = plain.apply_chat_template(messages, tokenize=False)
-        for message in messages:
-            if message["role"] == "assistant":
-                turn = f"<|im_start|>assistant\n{message['content']}<|im_"
-                text = text.replace(turn + "end|>", turn.removesuffix("<|im_") + "<|endoftext|>")
+        for turn in (f"<|im_start|>assistant\n{x}" for x in "24"):
+            text = text.replace(turn + "<|im_end|>", turn + "<|endoftext|>")
         assert tokenizer.apply_chat_template(messages, tokenize=False) == text
     tokenizer.save_pretrained(tmp_path)
     assert common.load_tokenizer(str(tmp_path)).chat_template == tokenizer.chat_template
@@ -178,23 +164,19 @@ def test_a_base_model_ends_answers_with_a_token_it_knows(tmp_path, capsys, templ
 def test_a_model_that_knows_its_end_of_turn_keeps_its_template(tmp_path, own):
     """If the generation config, which is optional, contains the end of turn, nothing changes."""
     plain = transformers.AutoTokenizer.from_pretrained(BASE)
-    plain.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text((ROOT / "tiny/base/config.json").read_text())
     if own:
         config = json.dumps({"eos_token_id": own})
         (tmp_path / "generation_config.json").write_text(config)
-    loaded = common.load_tokenizer(str(tmp_path))
+    loaded = common.load_tokenizer(save(tmp_path, plain, BASE))
     assert (loaded.chat_template == plain.chat_template) == (own is not None)
 
 
 def test_tokenizers_that_do_not_fit_their_model_are_refused(tmp_path, refused):
     """Without eos, nothing ends an answer; every token that text can become needs an embedding."""
     def load(change):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+        tokenizer = tiny_tokenizer()
         change(tokenizer)
-        tokenizer.save_pretrained(tmp_path)
-        (tmp_path / "config.json").write_text((ROOT / "tiny/chat/config.json").read_text())
-        return common.load_tokenizer(str(tmp_path))
+        return common.load_tokenizer(save(tmp_path, tokenizer, TINY))
 
     assert "369" in refused(load, lambda x: x.add_tokens(["newword"]))
     assert "no eos token" in refused(load, lambda x: setattr(x, "eos_token", None))
@@ -206,8 +188,8 @@ def test_tokenizers_that_do_not_fit_their_model_are_refused(tmp_path, refused):
 def test_keys_that_a_row_lacks_are_absent(write_jsonl):
     """Even if other rows have them, and in messages too: templates test if tool_calls exists."""
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
-    rows = [{"messages": [user("Add."), {"role": "assistant", "tool_calls": [call]}], "n": 0},
-            {"messages": [user("2?"), says("")], "tools": []}]
+    rows = [{"messages": [*talk("U Add."), {"role": "assistant", "tool_calls": [call]}], "n": 0},
+            {"messages": talk("U 2?", "A "), "tools": []}]
     assert common.load_rows(write_jsonl(rows), "train", 9, 0) == rows
 
 
@@ -229,26 +211,20 @@ def test_hub_rows_are_a_random_choice(monkeypatch):
     assert len(common.load_rows("trl-lib/x", "train", 99, 0)) == 50
 
 
-def test_a_file_nested_too_deeply_ends_in_one_line(tmp_path, refused):
-    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
-    assert "reading" in refused(common.load_rows, str(tmp_path / "deep.json"), "train", 1, 0)
-
-
 # ---- rows that cannot be used --------------------------------------------------------------------
 
 def encode(source, rows, max_length=100, tokenizer=None):
     """Encodes rows of messages as a script does."""
-    tokenizer = tokenizer or common.load_tokenizer(TINY)
     return common.encode_rows(source, rows, lambda row, tokenizer, max_length: {
         "pieces": encoded(tokenizer, [], row["messages"])[0], "max_length": max_length},
-        tokenizer, max_length)
+        tokenizer or tiny_tokenizer(), max_length)
 
 
-GOOD = {"messages": [user("1?"), says("1")]}
+GOOD = {"messages": talk("U 1?", "A 1")}
 BAD = {
     "no column": {}, "no message": {"messages": ["1?"]}, "a number": {"messages": 3},
-    "lone surrogate": {"messages": [user("\ud800"), says("1")]},
-    "unknown type": {"messages": [user("1?"), says(object())]},
+    "lone surrogate": {"messages": talk("U \ud800", "A 1")},
+    "unknown type": {"messages": [*talk("U 1?"), {"role": "assistant", "content": object()}]},
 }
 
 
@@ -266,10 +242,10 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(case, chat, capsys, re
 
 def test_a_template_that_raises_drops_the_row_and_not_the_run(capsys):
     """The template's message is reported as the reason."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    tokenizer.chat_template = refuse + tokenizer.chat_template
-    assert len(encode("x", [GOOD, {"messages": [*CHAT, says("4")]}], tokenizer=tokenizer)) == 1
+    tokenizer = tiny_tokenizer(refuse + tiny_tokenizer().chat_template)
+    rows = [GOOD, {"messages": [*CHAT, *talk("A 4")]}]
+    assert len(encode("x", rows, tokenizer=tokenizer)) == 1
     assert "the first is row 2: no system" in capsys.readouterr().out
 
 
@@ -289,7 +265,7 @@ def test_a_row_may_become_several_examples(chat, capsys):
 
 def test_an_example_is_shown_with_its_trained_tokens_in_green(chat, capsys):
     """Every token once and in order; green exactly where the mask is 1."""
-    (example,) = encoded(chat, [], [*CHAT, says("4 =\n4")])
+    (example,) = encoded(chat, [], [*CHAT, *talk("A 4 =\n4")])
     ids, mask = [], []
     for piece, is_answer in example:
         ids += piece
@@ -333,26 +309,23 @@ def test_no_prompt_is_both_trained_on_and_held_out(hold_out):
 @pytest.mark.parametrize("prompts", [[1], [1, 2, 3, 4], [1] * 20])
 def test_too_few_prompts_to_hold_some_out_are_refused(prompts, refused, hold_out):
     """Both parts need at least one row."""
-    examples = [{"prompt": [prompt]} for prompt in prompts]
-    assert "--eval-dataset" in refused(hold_out, examples, 5, 0)
+    assert "--eval-dataset" in refused(hold_out, [{"prompt": [n]} for n in prompts], 5, 0)
 
 
 def test_training_and_held_out_rows_come_from_where_they_should(write_jsonl, chat, refused):
     """The first --eval-size rows of --eval-dataset; without that flag, some rows of --dataset."""
-    rows = [{"n": n} for n in random.Random(0).sample(range(100), 30)]
-    files = write_jsonl(rows[:20]), write_jsonl(rows[20:], "eval.jsonl")
-    def read(row, tokenizer, max_length):
-        return {"prompt": [row["n"]]}
+    numbers = random.Random(0).sample(range(100), 30)
+    files = [write_jsonl([{"n": n} for n in part], f"{len(part)}.jsonl")
+             for part in (numbers[:20], numbers[20:])]
 
-    args = run_args(dpo, dataset=files[0], eval_dataset=files[1], eval_size=4)
-    numbers = [[x["prompt"][0] for x in part]
-               for part in common.load_examples(args, read, chat, 5)]
-    assert numbers == [[row["n"] for row in rows[:20]], [row["n"] for row in rows[20:24]]]
-    args = run_args(dpo, dataset=files[0], eval_size=4)
-    training, held_out = common.load_examples(args, read, chat, 5)
-    assert len(training) == 16 and len(held_out) == 4
-    args = run_args(dpo, dataset=files[0], eval_dataset=files[0])
-    assert "trained on" in refused(common.load_examples, args, read, chat, 5)
+    def load(**flags):
+        args = run_args(dpo, dataset=files[0], eval_size=4, **flags)
+        return common.load_examples(args, lambda row, *_: {"prompt": [row["n"]]}, chat, 5)
+
+    parts = [[x["prompt"][0] for x in part] for part in load(eval_dataset=files[1])]
+    assert parts == [numbers[:20], numbers[20:24]]
+    assert [len(part) for part in load()] == [16, 4]
+    assert "trained on" in refused(load, eval_dataset=files[0])
 
 
 def test_without_nones_keeps_false_values():

@@ -9,6 +9,7 @@ import by_hand
 import pytest
 import torch
 from conftest import ROOT
+from runs_helper import arguments, scripted
 
 import common
 import evaluate
@@ -23,10 +24,7 @@ def table(tmp_path, write_jsonl, capsys):
     def run(*checkpoints, rows=PROMPTS, **flags):
         output = tmp_path / "table.json"
         flags = {"dataset": write_jsonl(rows), "output": output, "max_new_tokens": 8} | flags
-        argv = [str(name) for name in checkpoints]
-        for name, value in flags.items():
-            argv += ["--" + name.replace("_", "-"), str(value)]
-        evaluate.main(evaluate.make_flags().parse_args(argv))
+        evaluate.main(arguments(evaluate, *checkpoints, **flags))
         lines = json.loads(output.read_text())
         output.unlink()
         return lines, capsys.readouterr().out
@@ -37,22 +35,6 @@ def table(tmp_path, write_jsonl, capsys):
 def adapter(tmp_path_factory):
     """A run on tiny/chat that has changed it a little."""
     return by_hand.save_adapter(tmp_path_factory.mktemp("adapter"))
-
-
-def scripted(answers):
-    """Replaces `sample`: {part of a prompt: (greedy answer, samples)}. It remembers its calls."""
-    def sample(model, tokenizer, prompts, copies, args, seed):
-        sample.calls.append({"copies": copies, "temperature": args.temperature, "seed": seed})
-        ids = []
-        for prompt in prompts:
-            text = tokenizer.decode(prompt)
-            greedy, sampled = answers[next(key for key in answers if key in text)]
-            for answer in (sampled if copies > 1 else [greedy])[:copies]:
-                end = [] if answer.endswith("...") else [tokenizer.eos_token_id]
-                ids.append(tokenizer(answer)["input_ids"] + end)
-        return ids
-    sample.calls = []
-    return sample
 
 
 # ---- formulas ------------------------------------------------------------------------------------
@@ -67,10 +49,10 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_one():
             assert found == pytest.approx(sum(draws) / len(draws)), f"pass@{k}: is it unbiased?"
 
 
-@pytest.mark.parametrize("correct, count, low, high", [  # R: binom::binom.wilson
-    (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (81, 263, 0.25529, 0.36621)])
-def test_wilson_interval(correct, count, low, high):
-    assert evaluate.wilson(correct / count, count) == pytest.approx((low, high), abs=2e-4)
+def test_wilson_interval():
+    for correct, count, low, high in [  # R: binom::binom.wilson
+            (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341), (81, 263, 0.25529, 0.36621)]:
+        assert evaluate.wilson(correct / count, count) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_each_way_to_pick_is_what_a_search_finds():
@@ -109,8 +91,8 @@ def test_the_worked_example_of_the_docstring(monkeypatch):
 
 def test_each_figure_is_what_its_name_says(table, monkeypatch):
     """Greedy and sampled answers are counted by hand; no group mixes prompts."""
-    sample = scripted({"1 + 1": ("2", ["2"] * 4), "2 + 1": ("9", ["9", "9", "9", "3..."]),
-                       "3 + 1": ("4", ["9"] * 4)})
+    sample = scripted({"1 + 1": ["2"], "2 + 1": ["9", "9", "9", "3..."], "3 + 1": ["9"]},
+                      greedy={"1 + 1": "2", "2 + 1": "9", "3 + 1": "4"})
     monkeypatch.setattr(evaluate, "sample", sample)
     (line,), printed = table("tiny/chat", size=3, k=2, temperature=0.7, seed=5, micro_batch_size=4)
     assert "3 rows, 3 examples" in printed, "--size"
@@ -123,10 +105,10 @@ def test_each_figure_is_what_its_name_says(table, monkeypatch):
     for name in evaluate.SHARES:
         interval = evaluate.wilson(expected[name], 3)
         assert line[f"{name}_interval"] == pytest.approx(interval), "it counts prompts"
-    sampled = [call for call in sample.calls if call["copies"] > 1]
-    assert {call["temperature"] for call in sampled} == {0.7}
-    assert len({call["seed"] for call in sampled}) == 3 and sampled[0]["seed"] == 5
-    assert all(call["temperature"] < 1e-3 for call in sample.calls if call["copies"] == 1)
+    sampled = [(temperature, seed) for _, n, temperature, seed in sample.calls if n > 1]
+    assert {temperature for temperature, _ in sampled} == {0.7}
+    assert len({seed for _, seed in sampled}) == 3 and sampled[0][1] == 5
+    assert all(temperature < 1e-3 for _, n, temperature, _ in sample.calls if n == 1)
 
 
 @pytest.mark.parametrize("first, temperature", [
@@ -156,14 +138,9 @@ def test_kl_is_the_mean_log_ratio_to_the_first_of_three(first, temperature, adap
     models = [load(name, trainable=False) for name in names]
     for line, model, answers in zip(lines[1:], models[1:], seen[1:], strict=True):
         ratios = []
-        for prompt, answer in answers:
-            logps = []
-            for m in (model, models[0]):
-                with torch.no_grad():
-                    logits = m(input_ids=torch.tensor([prompt + answer])).logits[0].double()
-                rows = (logits / temperature).log_softmax(-1)[len(prompt) - 1:-1]
-                logps.append(rows.gather(1, torch.tensor(answer)[:, None]).sum().item())
-            ratios.append(logps[0] - logps[1])
+        for pair in answers:
+            own, base = (by_hand.logps(m, *pair, temperature).sum() for m in (model, models[0]))
+            ratios.append((own - base).item())
         expected = sum(ratios) / len(ratios)
         assert abs(expected) > 1e-3 and line["kl"] == pytest.approx(expected, abs=1e-4), (
             f"KL of {line['checkpoint']} to the first: wrong sign, temperature or checkpoint?")
@@ -172,9 +149,8 @@ def test_kl_is_the_mean_log_ratio_to_the_first_of_three(first, temperature, adap
 
 def test_best_of_n_reads_the_first_n_samples_of_each_prompt(table, monkeypatch):
     """Counted by hand, with intervals over prompts; the other figures use all samples."""
-    sample = scripted({"1 + 1": ("2", ["9", "8", "2", "8", "2"]),  # 8 and 9 lead, 9 came first
-                       "2 + 1": ("3", ["3", "4", "4", "4", "4"]),
-                       "3 + 1": ("4", ["7", "4 ", "4", "7", "9"])})
+    sample = scripted({"1 + 1": ["9", "8", "2", "8", "2"], "2 + 1": ["3", "4", "4", "4", "4"],
+                       "3 + 1": ["7", "4 ", "4", "7", "9"]})
     monkeypatch.setattr(evaluate, "sample", sample)
     monkeypatch.setattr(evaluate, "load_scorer", lambda *_: lambda completions, **_: [
         len(text) + (text == "3") for text in completions])
@@ -188,27 +164,21 @@ def test_best_of_n_reads_the_first_n_samples_of_each_prompt(table, monkeypatch):
     assert line["pass@k"] == pytest.approx((0.7 + 0.4 + 0.7) / 3)  # 1 − (3 of 10 draws) and so on
     assert all(name in printed for name in evaluate.PICKS) and "one of 3 samples" in printed
     table("tiny/chat", best_of=5, **flags)  # raises the number of samples to 5
-    assert {call["copies"] for call in sample.calls} == {1, 5}
+    assert {copies for _, copies, *_ in sample.calls} == {1, 5}
     (line,), printed = table("tiny/chat", **flags)
     assert not set(evaluate.PICKS) & line.keys() and "oracle" not in printed
 
 
 # ---- errors, and the runs that are found ---------------------------------------------------------
 
-def test_errors_show_before_anything_is_measured(tmp_path, refused, monkeypatch):
+def test_errors_show_before_anything_is_measured(tmp_path, write_jsonl, refused, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", None)
     monkeypatch.setattr(common, "load_model", None)
     for argv, words in (
             (["no/such/model"], "no/such"), (["--reward", f"{tmp_path}/mine.py:f"], "mine.py:f"),
-            (["--dataset", f"{tmp_path}/none.jsonl"], "none.jsonl")):
-        args = evaluate.make_flags().parse_args(["tiny/chat", *argv])
-        assert words in refused(evaluate.main, args)
-
-
-def test_rows_without_an_answer_are_dropped_and_none_left_is_refused(table, refused):
-    rows = [{"prompt": "1 + 1 ="}, {"prompt": "", "answer": "2"}]
-    assert "0 examples" in refused(table, "tiny/chat", rows=rows)
-    assert "3 rows, 1 examples" in table("tiny/chat", rows=rows + PROMPTS[:1])[1]
+            (["--dataset", f"{tmp_path}/none.jsonl"], "none.jsonl"),
+            (["--dataset", write_jsonl([{"prompt": "without an answer"}])], "0 examples")):
+        assert words in refused(evaluate.main, arguments(evaluate, "tiny/chat", *argv))
 
 
 def test_checkpoints_that_can_read_other_rows_are_not_compared(tmp_path, table, refused):

@@ -3,8 +3,9 @@ import sys
 
 import pytest
 import torch
+from by_hand import ask, say
 from conftest import ROOT
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from transformers import Qwen2ForSequenceClassification
 
 import common
 
@@ -32,18 +33,17 @@ def test_math_answers_are_compared_by_their_meaning(rewards, answer, right, wron
 
 def test_a_foreign_classifier_scores_the_whole_conversation(rewards, tmp_path, monkeypatch):
     """With its own tokenizer and template: the logit of a plain forward pass."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # of the new head
     tokenizer = common.load_tokenizer("tiny/chat")
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24,
-                         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                         num_labels=1, pad_token_id=tokenizer.pad_token_id)
-    model = Qwen2ForSequenceClassification(config).eval()
+    model = Qwen2ForSequenceClassification.from_pretrained(
+        ROOT / "tiny/chat", num_labels=1, pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setenv("REWARD_MODEL", str(tmp_path))
-    prompts = [[{"role": "user", "content": "1 + 1?"}], "1 + 1 ="]
+    prompts = [ask("1 + 1?"), "1 + 1 ="]
     scores = rewards.classifier(prompts, ["2", " 2"])
-    chat = [*prompts[0], {"role": "assistant", "content": "2"}]
+    chat = [*prompts[0], *say("2")]
     for score, ids in zip(scores, [common.to_ids(tokenizer, common.render(tokenizer, chat)),
                                    tokenizer("1 + 1 = 2")["input_ids"]], strict=True):
         with torch.no_grad():
@@ -69,9 +69,8 @@ def test_the_overlong_penalty_is_equation_13(rewards, monkeypatch):
 def test_a_rubric_is_the_weighted_share_of_criteria_that_are_met(rewards, monkeypatch):
     """By one plain forward pass per criterion, although the judge reads padded batches."""
     monkeypatch.setenv("RUBRIC_JUDGE", "tiny/chat")
-    own = [{"criterion": "It is 2.", "weight": 3}, {"criterion": "It says what is added.",
-                                                    "weight": 0.5}]
-    prompts = [[{"role": "user", "content": "What is 1 + 1?"}], "1 + 1 =", "2 + 1 ="]
+    own = [{"criterion": "It is 2.", "weight": 3}, {"criterion": "Short.", "weight": 0.5}]
+    prompts = [ask("What is 1 + 1?"), "1 + 1 =", "2 + 1 ="]
     texts, rubrics = ["2", " 3, I think", "<|im_end|>"], [own, None, []]
     scores = rewards.rubric(prompts, texts, rubric=rubrics, answer=["2"] * 3)
     assert scores[2] is None

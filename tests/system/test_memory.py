@@ -32,29 +32,28 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         inside = [x.untyped_storage() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
         made = function(*args, **kwargs or {})
-        for tensor in tree_leaves(made):
-            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
-            given = any(storage is other for other in inside)
-            if storage is not None and storage not in self.known and not given:
+        for tensor in filter(torch.is_tensor, tree_leaves(made)):
+            storage = tensor.untyped_storage()
+            if storage not in self.known and not any(storage is other for other in inside):
                 self.known.add(storage)
-                self.live += storage.nbytes()
-                self.most = max(self.most, self.live)
-                weakref.finalize(storage, self.release, storage.nbytes())
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
         return made
 
-    def release(self, size):
-        self.live -= size
+    def count(self, size):
+        self.live += size
+        self.most = max(self.most, self.live)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Saves a model of SHAPE with random weights and a vocabulary of that size."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "vocab_size", "tie_word_embeddings")
+
     def save(vocabulary=SHAPE[5]):
-        hidden, layers, heads, kv_heads, intermediate, _, tied = SHAPE
-        config = Qwen2Config(
-            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocabulary,
-            tie_word_embeddings=tied, max_position_embeddings=2048)
+        sizes = dict(zip(names, SHAPE, strict=True)) | {"vocab_size": vocabulary}
+        config = Qwen2Config(**sizes, max_position_embeddings=2048)
         place = str(tmp_path_factory.mktemp("model"))
         Qwen2ForCausalLM(config).save_pretrained(place)
         common.load_tokenizer("tiny/chat").save_pretrained(place)
@@ -62,24 +61,17 @@ def folder(tmp_path_factory):
     return save
 
 
-def example(length, shift):
-    asked = length // 4
-    return {"input_ids": [(7 * i + shift) % 60 for i in range(length)],
-            "attention_mask": [1] * length, "loss_mask": [0] * asked + [1] * (length - asked)}
-
-
 def loss_of(script, model, count, length):
     """The loss of `count` rows or pairs, all of them `length` tokens long."""
-    rows = [example(length, i) for i in range(2 * count)]
+    row = {"input_ids": [7 * i % 60 for i in range(length)], "attention_mask": [1] * length}
+    if script != "reward_model":
+        row["loss_mask"] = [0] * (length // 4) + [1] * (length - length // 4)
+    batch = [{"tokens": row, "chosen": row, "rejected": row, "margin": 0.0}] * count
     if script == "sft":
-        return sft.batch_loss(model, [{"tokens": row} for row in rows[:count]], 100, 0)
-    batch = [{"chosen": rows[2 * i], "rejected": rows[2 * i + 1], "margin": 0.0}
-             for i in range(count)]
+        return sft.batch_loss(model, batch, 100, 0)
     if script == "dpo":
         args = argparse.Namespace(loss="dpo", beta=0.1, label_smoothing=0.0, gamma=1.0)
         return dpo.pair_losses(model, batch, args, 0)[0].sum()
-    for row in rows:
-        del row["loss_mask"]
     args = argparse.Namespace(centering=0.01)
     return reward_model.comparison_losses(model, batch, args, 0)[0].sum()
 

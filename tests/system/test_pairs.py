@@ -8,10 +8,12 @@ import shutil
 from fractions import Fraction
 from pathlib import Path
 
+import by_hand
 import pytest
 import torch
 from conftest import ROOT
 from peft import PeftModel
+from runs_helper import arguments, scripted
 from transformers import AutoModelForSequenceClassification
 
 import common
@@ -37,29 +39,11 @@ def make(tmp_path, write_jsonl, capsys):
     def run(model="tiny/chat", rows=PROMPTS, **flags):
         flags = {"dataset": write_jsonl(rows), "output": tmp_path / "made.jsonl", "samples": 4,
                  "max_new_tokens": 16} | flags
-        argv = [str(model)]
-        for name, value in flags.items():
-            argv += ["--" + name.replace("_", "-"), str(value)]
-        pairs.main(pairs.make_flags().parse_args(argv))
+        pairs.main(arguments(pairs, model, **flags))
         lines = Path(flags["output"]).read_text().splitlines()
         Path(flags["output"]).unlink()
         return [json.loads(line) for line in lines], capsys.readouterr().out
     return run
-
-
-def scripted(answers):
-    """Replaces `sample`: {part of a prompt: answers}. "..." marks a truncated answer."""
-    def sample(model, tokenizer, prompts, copies, args, seed):
-        sample.calls.append((len(prompts), copies, args.temperature, seed))
-        ids = []
-        for prompt in prompts:
-            key = next(key for key in answers if key in tokenizer.decode(prompt))
-            for text in (answers[key] * copies)[:copies]:
-                end = [] if text.endswith("...") else [tokenizer.eos_token_id]
-                ids.append(tokenizer(text, add_special_tokens=False)["input_ids"] + end)
-        return ids
-    sample.calls = []
-    return sample
 
 
 def rows_of(*answers, row=None, **flags):
@@ -76,11 +60,10 @@ def with_tools_shown(tokenizer):
 
 # ---- which answers are kept ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("ratio", [1.0, 1.5, 1e9])
-def test_best_and_worst_are_what_a_search_finds(ratio):
+def test_best_and_worst_are_what_a_search_finds():
     draw = random.Random(0)
-    for _ in range(400):
-        size = draw.randint(1, 6)
+    for _ in range(1000):
+        size, ratio = draw.randint(1, 6), draw.choice([1.0, 1.5, 1e9])
         scores = [draw.choice([0.0, 0.5, 1.0]) for _ in range(size)]
         lengths = [draw.randint(1, 8) for _ in range(size)]
         found = [(-scores[i], scores[j], i, j) for i in range(size) for j in range(size)
@@ -148,11 +131,10 @@ def test_truncated_and_empty_answers_are_left_out(make, monkeypatch):
 @pytest.mark.parametrize("kind, as_text", itertools.product(ENCODE, [True, False]))
 def test_rows_are_read_back_as_the_tokens_that_were_sampled(kind, as_text, make, monkeypatch):
     """dpo.py, sft.py and kto.py read prompt, answer and end token as they were sampled."""
-    sampled = set()
-    sample = pairs.sample
+    sampled, sample = set(), pairs.sample
 
-    def keep(model, tokenizer, prompts, copies, args, seed):
-        answers = sample(model, tokenizer, prompts, copies, args, seed)
+    def keep(model, tokenizer, prompts, copies, *rest):
+        answers = sample(model, tokenizer, prompts, copies, *rest)
         sampled.update((*prompts[i // copies], *answer) for i, answer in enumerate(answers))
         return answers
 
@@ -195,11 +177,7 @@ def test_every_part_has_a_seed_of_its_own_and_size_limits_the_prompts(make, monk
 
 def test_an_answer_ends_with_any_stop_token_of_the_model_that_answers(make, monkeypatch, tmp_path):
     """generation_config.json may name several. Those of the judge, here in 4 bits, do not count."""
-    folder = shutil.copytree(ROOT / "tiny/chat", tmp_path / "two_stops")
-    tokenizer = common.load_tokenizer("tiny/chat")
-    (equals,) = tokenizer(" =")["input_ids"]
-    config = {"eos_token_id": [tokenizer.eos_token_id, equals]}
-    (folder / "generation_config.json").write_text(json.dumps(config))
+    folder = by_hand.two_stops(tmp_path)
     monkeypatch.setattr(pairs, "first_wins", lambda *args: [0.75, 0.25])
     rows = [{"prompt": row["prompt"]} for row in PROMPTS]  # a judge needs no answer
     rows, printed = make(folder, rows=rows, format="best", load_in_4bit="on", **TINY_JUDGE)

@@ -1,43 +1,24 @@
 """plot.py: picture and report show all that runs logged, and the report runs no code of theirs."""
 import base64
-import html.parser
 import json
 import re
 
 import pytest
+from html_helper import Page
 
 import plot
 
-ALONE = {"meta", "img"}  # these have no end tag
 EVIL = "</td><script>alert(1)</script><img src=x onerror=y> & \u202e \ud800"
 
 
-class Reader(html.parser.HTMLParser):
-    """Checks that tags close in order; keeps the text of cells and definitions, and attributes."""
+class Report(Page):
+    """A report: `cells` are the texts of its cells, definitions and summaries."""
 
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.cells, self.seen, self.attributes = [], [], [], []
-        self.text = page.read_text(encoding="utf-8")
-        self.feed(self.text)
-        self.close()
-        assert self.open == [] and self.seen[:3] == ["html", "head", "meta"]
-        self.cells = [cell.strip() for cell in self.cells]
-
-    def handle_starttag(self, tag, attributes):
-        self.seen.append(tag)
-        self.attributes += [(tag, *attribute) for attribute in attributes]
-        if tag not in ALONE:
-            self.open.append(tag)
-        if tag in ("th", "td", "dt", "dd", "summary"):
-            self.cells.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("th", "td", "dt", "dd", "summary"):
-            self.cells[-1] += data
+    def __init__(self, path):
+        super().__init__(path)
+        assert [element.tag for element in self.elements[:3]] == ["html", "head", "meta"]
+        self.cells = [element.text.strip() for element in self.elements
+                      if element.tag in ("th", "td", "dt", "dd", "summary")]
 
     def row(self, name, columns, which=0):
         start = [i for i, cell in enumerate(self.cells) if cell == name][which] + 1
@@ -79,7 +60,7 @@ def runs(tmp_path):
 def page(runs, tmp_path):
     write(*runs, "--output", tmp_path / "all.png")
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
-    return Reader(tmp_path / "all.html")
+    return Report(tmp_path / "all.html")
 
 
 def test_panels_have_titles_units_and_a_line_per_run(runs):
@@ -98,20 +79,16 @@ def test_panels_have_titles_units_and_a_line_per_run(runs):
     assert all(abs(y - 0.5) < 0.2 for y in noisy.lines[1].get_ydata()[10:-10])
 
 
-def test_the_report_compares_runs_of_different_methods(page):
-    """Settings that differ come first. A value that a run lacks is –, in the column of the run."""
-    assert page.row("method", 3) == ["dpo", "grpo", "–"]
-    assert page.row("beta", 3) == ["2", "–", "0.1"]
-    assert page.row("reward", 3) == ["–", "['a', 'b']", "–"]
-    assert page.row("data", 3) == ["–", "–", "01234567"]
-    assert page.cells.index("beta") < page.cells.index("The same in all runs") < min(
-        page.cells.index("seed"), page.cells.index("model"))
-    assert page.row("accuracy", 3) == ["0.500 → 0.988", "–", "–"]
+def test_the_report_compares_runs_and_shows_their_samples(page):
+    """Settings that differ come first. A value that a run lacks is –. Samples follow the steps."""
+    rows = {"method": ["dpo", "grpo", "–"], "beta": ["2", "–", "0.1"],
+            "reward": ["–", "['a', 'b']", "–"], "data": ["–", "–", "01234567"],
+            "accuracy": ["0.500 → 0.988", "–", "–"]}
+    assert {name: page.row(name, 3) for name in rows} == rows
     assert page.row("reward", 3, which=1) == ["–", "0.100 → 0.200", "–"]
-
-
-def test_samples_stand_in_the_order_of_the_steps_with_their_scores(page):
-    said = page.cells[page.cells.index("held out"):]
+    place = page.cells.index
+    assert place("beta") < place("The same in all runs") < min(place("seed"), place("model"))
+    said = page.cells[place("held out"):]
     assert said[:6] == ["held out", "prompt", "2+2?", "before", "5", "after"]
     expected = []
     for step, score in ((9, "0.1111"), (10, "0.1235"), (100, "1.235")):
@@ -121,13 +98,13 @@ def test_samples_stand_in_the_order_of_the_steps_with_their_scores(page):
 
 def test_text_from_data_is_escaped_and_the_page_needs_no_other_file(page):
     """Neither an answer nor the name of a folder becomes a tag. Pictures are inside the page."""
-    assert "script" not in page.seen and not any("onerror" in x for x in page.attributes)
+    assert not page.values("onerror") and "script" not in {x.tag for x in page.elements}
     assert page.cells[page.cells.index("after") + 1] == EVIL.replace("\ud800", "\ufffd")
     assert sum("<script>" in cell for cell in page.cells) > 1  # also the folder's name
-    assert not re.search(r"https?:|url\(|@import|<link|<script", page.text)
-    names = [value for tag, key, value in page.attributes if (tag, key) == ("img", "alt")]
-    sources = [value for tag, key, value in page.attributes if key in ("src", "href")]
-    assert names == ["loss", "margin", "kl", "rollout_seconds"] and len(set(sources)) == 4
+    assert not re.search(r"https?:|url\(|@import|<link|<script", page.source)
+    sources = page.values("src", "href")
+    assert page.values("alt", tags=["img"]) == ["loss", "margin", "kl", "rollout_seconds"]
+    assert len(set(sources)) == 4
     for source in sources:
         kind, _, data = source.partition("base64,")
         assert kind == "data:image/svg+xml;" and b"</svg>" in base64.b64decode(data)
@@ -135,8 +112,8 @@ def test_text_from_data_is_escaped_and_the_page_needs_no_other_file(page):
 
 def test_a_run_alone_shows_all_of_its_settings_and_no_empty_section(runs):
     write(runs[0])
-    page = Reader(plot.Path(runs[0], "report.html"))
-    assert page.row("beta", 1) == ["2"] and ("details", "open", None) in page.attributes
+    page = Report(plot.Path(runs[0], "report.html"))
+    assert page.row("beta", 1) == ["2"] and page.values("open", tags=["details"])
     write(runs[2])
     text = plot.Path(runs[2], "report.html").read_text()
     assert "Held-out" not in text and "Samples" not in text and "Curves" in text

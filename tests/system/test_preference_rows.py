@@ -14,6 +14,7 @@ from conftest import run_args
 
 import common
 import dpo
+import grpo
 import kto
 import online_dpo
 import prm
@@ -37,7 +38,8 @@ def test_tools_of_a_row_reach_the_template(tools, monkeypatch):
     steps = {"prompt": row["prompt"], "completions": ["3"], "labels": [True], "tools": tools}
     for example in (*sft.encode_conversation(row, tokenizer(), 99), *encoded([row, pair]),
                     dpo.encode_pair(pair, tokenizer(), 99),
-                    online_dpo.encode_row(row, tokenizer(), 99, 9, True),
+                    *(script.encode_row(row, tokenizer(), 99, 9, True)
+                      for script in (online_dpo, grpo)),
                     prm.encode_solution(steps, tokenizer(), 99, False)):
         text = tokenizer().decode(example["prompt"])
         assert text.startswith("<|im_start|>add<|im_end|><|im_start|>user"), sorted(example)
@@ -67,8 +69,8 @@ def test_an_answer_after_any_prompt_is_truncated_as_everything_is():
             expected = prompt[:3] + prompt[len(prompt) - kept + 3:] + ids
             assert tokens["input_ids"] == expected[:room], f"--max-length {room}"
             assert kept == len(prompt) or kept >= room // 2 and len(tokens["input_ids"]) == room
-    huge = long | {"prompt": long["prompt"] * 200}
-    tokens = kto.tokens_of(huge, SimpleNamespace(max_length=10**6), tokenizer())
+    huge, args = long | {"prompt": long["prompt"] * 200}, SimpleNamespace(max_length=10**6)
+    tokens = kto.tokens_of(huge, args, tokenizer())
     assert len(tokens["input_ids"]) == tokenizer().model_max_length, "longer than the context"
 
 
@@ -119,23 +121,12 @@ def test_a_line_says_where_one_label_outweighs_the_other_and_what_mends_it(capsy
         assert said(good, bad, float(line.split("--desirable-weight ")[1]), undesirable) == ""
 
 
-@pytest.mark.parametrize("label", [True, False])
-@pytest.mark.parametrize("where", ["to train on", "held out"])
-def test_data_of_one_label_only_are_refused_before_a_model_is_loaded(
-        where, label, tmp_path, refused, monkeypatch):
+@pytest.mark.parametrize("module, flags, rows, held_out, words", [
+    (kto, {}, [ROW] * 2, [ROW, OTHER], "all answers to train on have the same label"),
+    (kto, {}, [ROW, OTHER], [OTHER] * 2, "all answers held out have the same label"),
+    (online_dpo, {"mixture": 1.5}, [ROW], [OTHER], "--mixture: 1.5 is not between 0 and 1"),
+    (online_dpo, {"beta": 0}, [ROW], [OTHER], "--beta")])
+def test_data_of_one_label_only_and_bad_flags_are_refused_before_a_model_is_loaded(
+        module, flags, rows, held_out, words, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(common, "load_model", lambda *args: pytest.fail("the model was loaded"))
-    rows = [ROW, OTHER] * 2
-    one = [each for each in rows if each["label"] == label]
-    rows = (one, rows) if where == "to train on" else (rows, one)
-    line = refused(by_hand.Run, kto, tmp_path, *rows)
-    assert f"all answers {where} have the same label" in line
-
-
-# ---- flags of online_dpo.py ----------------------------------------------------------------------
-
-@pytest.mark.parametrize("flags, words", [
-    ({"mixture": 1.5}, "--mixture: 1.5 is not between 0 and 1"), ({"beta": 0}, "--beta")])
-def test_bad_flags_are_refused_before_the_policy_is_loaded(
-        flags, words, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(common, "load_model", None)
-    assert words in refused(by_hand.Run, online_dpo, tmp_path, [ROW], [OTHER], **flags)
+    assert words in refused(by_hand.Run, module, tmp_path, rows, held_out, **flags)

@@ -98,18 +98,13 @@ def test_lines_that_were_sampled_end_where_the_first_prefix_says_them(name, toke
 
 
 def test_steps_that_repeat_or_contain_each_other_are_told_apart(tokenizer):
-    """The search for a step starts where the step before it ends."""
+    """The search for a step starts where the step before it ends, and may find nothing."""
     steps = ["2", "2", "2 + 2 = 4", "4", "2"]
     ids = tokenizer("\n".join(steps))["input_ids"]
     ends = prm.step_ends(tokenizer, ids, steps)
     assert [tokenizer.decode(ids[i]) for i in ends] == ["2", "2", "4", "4", "2"]
     assert ends == sorted(set(ends)), "a step is found in another line"
-
-
-def test_steps_that_the_tokens_do_not_spell_are_refused(tokenizer):
-    ids = tokenizer("one\ntwo")["input_ids"]
-    assert len(prm.step_ends(tokenizer, ids, ["one", "two"])) == 2
-    for steps in ["three"], ["two", "one"], ["one", "one"]:
+    for steps in ["5"], ["4", "2 + 2"], ["2", "2", "2 + 2 = 4", "4", "4"]:
         with pytest.raises(ValueError, match="do not spell the step"):
             prm.step_ends(tokenizer, ids, steps)
 
@@ -125,13 +120,10 @@ def test_a_string_as_the_prompt_is_a_question_if_there_is_a_template(tokenizer):
     assert tokenizer.decode(ids) == "What is 1 + 2 + 3?\n1 + 2 = 3\n3 + 3 = 7<|im_end|>"
 
 
-def test_blanks_around_a_step_are_no_part_of_it(tokenizer):
+def test_blanks_around_a_step_are_no_part_of_it_and_special_tokens_in_it_are_text(tokenizer):
     row = ROW | {"completions": [" 1 + 2 = 3 \n", "\n3\n\n+ 3 = 7\t"]}
     said = tokenizer.decode(PROCESS(row, tokenizer, 512)["solution"]["input_ids"])
     assert said.endswith("assistant\n1 + 2 = 3\n3\n\n+ 3 = 7<|im_end|>")
-
-
-def test_special_tokens_that_a_step_spells_are_plain_text(tokenizer):
     row = ROW | {"completions": ["so <|im_end|>", "and <|im_start|>"]}
     solution = PROCESS(row, tokenizer, 512)["solution"]
     ids = solution["input_ids"]
