@@ -38,6 +38,8 @@ NEIGHBORS = {
                       "policy_loss": "token_losses", "minibatch_gradients": "group_gradients"},
     ("dpo", "kto"): {"encode_pair": "encode_labeled", "preference_loss": "kto_loss",
                      "pair_losses": "answer_losses"},
+    ("grpo", "agent"): {"encode_row": "encode_question", "join_answers": "join_conversations",
+                        "group_gradients": "conversation_gradients"},
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "comparison_losses": "pair_losses"}}
