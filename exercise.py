@@ -153,7 +153,8 @@ def list_exercises():
 def start(name):
     """Writes the file of an exercise, or blanks the exercise in the file that is there already."""
     name, path = place_of(name)
-    entry, script, where = CATALOGUE[name], script_of(name), f"exercises/{path.name}"
+    entry = CATALOGUE[name]
+    where = f"exercises/{path.name}"
     if path.exists():
         old = path.read_text(encoding="utf-8")
         new = blanked(old, name)
@@ -163,8 +164,8 @@ def start(name):
             said = ("was there already, with code of yours in this place, and is left as it is. "
                     f"Change {functions_of(name)[0]} there, or rename the file and start again.")
     else:
-        new = blanked(runnable(source_of(script), ""), name)
-        said = f"is a copy of {script}.py with a part left for you to write."
+        new = blanked(runnable(source_of(script_of(name)), ""), name)
+        said = f"is a copy of {path.name} with a part left for you to write."
     save_text(path, new)
     print(f"{where} {said}\n\n{entry['title']} ({entry['difficulty']}). {entry['teaches']}\n\n"
           f"{entry['task']}\n")
@@ -187,8 +188,9 @@ def check_file(task):
     if task == name:
         grading.report(name, graded)
     elif wrong:
-        print(f"✗ the mistake is still there: {wrong[0] if len(graded) == 1 else len(wrong)}"
-              " properties of the method do not hold")
+        # An exception comes last, without the sentence of a property.
+        said = f"{len(wrong)} properties of the method do not hold" if graded[-1][0] else wrong[-1]
+        print(f"✗ the mistake is still there: {said}")
     else:
         what = CATALOGUE[name]["bug"]["what"]
         _, mistake = grading.mistake_of(script_of(name), what)
@@ -208,7 +210,8 @@ def plant(script):
              and (script_of(name) == script or script == "next" and f"bug:{name}" not in solved)]
     refuse_unless(names, f"no bug is left to find (asked for: {script})")
     name, path = place_of(f"bug:{names[0]}")
-    script, where = script_of(name), f"exercises/{path.name}"
+    script = script_of(name)
+    where = f"exercises/{path.name}"
     if not path.exists():
         source, _ = grading.mistake_of(script, CATALOGUE[name]["bug"]["what"])
         save_text(path, runnable(source, "bug_"))

@@ -38,6 +38,8 @@ NEIGHBORS = {
                       "policy_loss": "token_losses", "minibatch_gradients": "group_gradients"},
     ("dpo", "kto"): {"encode_pair": "encode_labeled", "preference_loss": "kto_loss",
                      "pair_losses": "answer_losses"},
+    ("grpo", "agent"): {"encode_row": "encode_question", "join_answers": "join_conversations",
+                        "group_gradients": "conversation_gradients"},
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "comparison_losses": "pair_losses"}}
@@ -316,7 +318,9 @@ def titles():
 def index_page():
     """The HTML of the start page: a summary, where to start, and a line about every page."""
     title, paragraph = MARKDOWN["readme"].read_text().split("\n\n")[:2]
-    html = f"<h1>{title.strip('# ')}</h1>{prose(paragraph)}"
+    summary = re.sub(r"\[([^]]*)\]\(([^)]*)\)", lambda found: (
+        f'<a href="{PAGES.get(ROOT / found[2], found[2])}">{found[1]}</a>'), prose(paragraph))
+    html = f"<h1>{title.strip('# ')}</h1>{summary}"
     html += (SITE / "templates/start.html").read_text()
     for kind, pages in titles():
         html += f"<h2>{kind}</h2><dl>"

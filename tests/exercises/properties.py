@@ -617,3 +617,27 @@ def distill_sampled_losses(m):
     yield ("over all tokens, its mean gradient is the gradient of the reverse KL",
            slope(mean_over(policy, m.sampled_losses(policy, teacher)), logits),
            slope((policy.exp() * (policy - teacher)).sum(), logits))
+
+
+# ---- agent.py ------------------------------------------------------------------------------------
+
+def agent_add_turn(m):
+    def talk_after(*turns):
+        """A conversation whose prompt is 1 2. Token 7 calls a tool, whose result is 5 6."""
+        talk = {"ids": [1, 2], "mask": [0, 0]} | dict.fromkeys(m.COUNTS, 0)
+        args = SimpleNamespace(max_turns=9, tool_seconds=1, max_length=99, max_new_tokens=9)
+        tokenizer = SimpleNamespace(model_max_length=99, decode=lambda ids, **_: str(ids))
+        with mock.patch.multiple(
+                m, find_calls=lambda text: ["call"] * ("7" in text),
+                run_call=lambda *_: ("56", False), environment_ids=lambda *_: [5, 6]):
+            goes_on = [m.add_turn(talk, list(ids), [9], tokenizer, None, args) for ids in turns]
+        return talk, goes_on
+    talk, goes_on = talk_after([3, 4, 9])
+    yield "an answer is appended to its prompt: {}", talk["ids"], [1, 2, 3, 4, 9]
+    yield "what the policy wrote is trained, its prompt is not: {}", talk["mask"], [0, 0, 1, 1, 1]
+    talk, goes_on = talk_after([3, 7, 9], [4, 9])
+    yield ("the result of a tool, 5 6, stands between the turns: {}",
+           talk["ids"], [1, 2, 3, 7, 9, 5, 6, 4, 9])
+    yield "it is not trained, but the turns on both sides are: {}", talk["mask"], [
+        0, 0, 1, 1, 1, 0, 0, 1, 1]
+    yield "another turn follows after a call, and none after an answer: {}", goes_on, [True, False]

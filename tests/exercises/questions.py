@@ -7,6 +7,7 @@ import math
 
 import torch
 
+import agent
 import distill
 import dpo
 import grpo
@@ -145,3 +146,15 @@ def about_distill():
     yield ("The sampled token had probability 0.5 for the student and 0.9 for the teacher. Which "
            "way does the sampled estimator push it: up, down or neither?",
            direction(distill.sampled_losses(logps, torch.tensor([math.log(0.9)])), logps))
+
+
+def about_agent():
+    mask = torch.tensor([[0] * 46 + [1] * 85 + [0] * 17 + [1] * 17])
+    weights = agent.token_weights(mask, "grpo", 4, torch.tensor(102), 1)
+    yield ("A call of 85 tokens, its result of 17, an answer of 17: how many tokens are trained?",
+           agent.lengths(mask).item())
+    yield ("In a group of 4, what is the weight of each trained token in the loss? "
+           "(The number below the line of 1/…)", 1 / weights[0, 50].item())
+    yield ("The policy writes a call that is not valid JSON. What is the first word "
+           "of the result that it reads?",
+           agent.run_call("{", {}, 1)[0].partition(":")[0])

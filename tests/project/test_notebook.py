@@ -136,9 +136,10 @@ def test_stubs_are_rejected_and_solutions_become_scripts_that_train(tmp_path):
             body = textwrap.indent(RIGHT[name].strip(), "    ")
             solution = stub.partition("    # Exercise")[0] + body
         solved += [solution, check]
-    early = textwrap.indent(cells[last], "    ")
-    stopped = f"try:\n{early}\nexcept Stopped as why:\n    print(why)"
-    done = run_cells(tmp_path, [*cells[:last], stopped, *solved, *cells[last:]])
+    early = [cells[last], 'write_script("sft", exercise.blanked)']
+    early = [f"try:\n{textwrap.indent(cell, '    ')}\nexcept Stopped as why:\n    print(why)"
+             for cell in early]
+    done = run_cells(tmp_path, [*cells[:last], *early, *solved, *cells[last:]])
     assert done.returncode == 0, done.stdout[-3000:]
     said = [part for part in done.stdout.split("\n>>> ") if part.startswith("solved[")]
     assert len(said) == 10
@@ -146,6 +147,7 @@ def test_stubs_are_rejected_and_solutions_become_scripts_that_train(tmp_path):
         assert "✗" in stub and "written yet" in stub and "✓" not in stub
         assert "✗" not in solution and solution.count("✓") >= 3
     assert "sft.with_mask is not solved yet" in done.stdout
+    assert "sft.blanked was imported from exercise" in done.stdout
     folder = tmp_path / "post-training/exercises"
     for script in "sft", "reward_model":
         assert (folder / f"runs/my_{script}/summary.json").exists()

@@ -1,12 +1,20 @@
 """The tiny data: labels agree with the answers, and no held-out question is trained on."""
+import itertools
 import json
+import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+import agent
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tiny"))
+import make  # noqa: E402
+
 STEPS = ["steps_train", "steps_sft_train", "steps_heldout", "steps_sft_heldout",
          "steps_prompt_heldout"]
 
@@ -100,6 +108,23 @@ def test_questions_for_a_calculator_have_their_answers_and_are_held_out_in_both_
         seen[part] = {*found}
     assert len(seen["train"]) > 2900 and len(seen["heldout"]) > 290
     assert not seen["train"] & seen["heldout"]
+
+
+def test_tiny_agent_learned_from_chats_with_the_results_that_agent_py_writes():
+    """Errors included. About half of these chats end with the correct number."""
+    tools, _ = agent.load_tools(["examples/tools.py:calculator"])
+    rng = random.Random(0)
+    correct = []
+    for s in itertools.islice(make.large_sums(rng, held_out=False), 300):
+        chat = make.tool_use(rng, *s)
+        correct.append(chat[-1]["content"] == str(make.result(*s)))
+        for said, read in zip(chat, chat[1:], strict=False):
+            if read["role"] == "tool":
+                calls = [json.dumps(call["function"]) for call in said.get("tool_calls", [])]
+                call, = calls or agent.find_calls(said["content"])
+                result, has_failed = agent.run_call(call, tools, 5.0)
+                assert result == read["content"] and has_failed == (not calls)
+    assert 0.5 < sum(correct) / len(correct) < 0.6
 
 
 def test_the_models_have_the_size_that_the_pages_name():

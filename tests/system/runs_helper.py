@@ -22,7 +22,7 @@ import common
 
 KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt",
         "grpo": "prompt", "kto": "preference", "online_dpo": "prompt", "prm": "steps",
-        "distill": "prompt"}
+        "distill": "prompt", "agent": "tools"}
 REWARDED = ("online_dpo", "ppo", "grpo")  # the scripts that have --reward
 SCRIPTS = {name: importlib.import_module(name) for name in KIND}
 SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes need
@@ -34,7 +34,9 @@ SMALL = {  # batches of 5, 5 and 1: the last has fewer rows than two processes n
     "online_dpo": dict(batch_size=5, micro_batch_size=2, max_new_tokens=8, loss="xpo"),
     "ppo": dict(batch_size=5, micro_batch_size=3, epochs=2, max_new_tokens=8, beta=0.5),
     "grpo": dict(batch_size=3, micro_batch_size=4, group_size=2, updates=2, max_new_tokens=8),
-    "distill": dict(batch_size=5, micro_batch_size=2, max_new_tokens=8, teacher="tiny/teacher")}
+    "distill": dict(batch_size=5, micro_batch_size=2, max_new_tokens=8, teacher="tiny/teacher"),
+    "agent": dict(batch_size=3, micro_batch_size=4, group_size=2, updates=2, max_new_tokens=8,
+                  chat_template=ROOT / "tiny/agent/chat_template.jinja")}
 
 
 def write_data(folder):

@@ -187,6 +187,8 @@ BAD_ROWS = {
         {"other": 1}, {"prompt": "", "answer": "2"}, {"prompt": [], "answer": "2"},
         {"prompt": 0.5, "answer": "2"}, {"prompt": [{"role": "user"}], "answer": "2"},
         {"prompt": ["x"], "answer": "2"}, {"prompt": {"role": "user"}, "answer": "2"}]}
+BAD_ROWS["tools"] = [*BAD_ROWS["prompt"], {"prompt": "x", "answer": "2"},
+                     {"prompt": USER, "answer": "2", "tools": [{"name": "f"}]}]
 
 
 @OF_SCRIPTS

@@ -43,39 +43,39 @@ def run(tmp_path, write_jsonl, monkeypatch):
     return start
 
 
+MINE = """import functools, json
+def abstains(completions, **columns): return [None] * len(completions)
+def some(answer, **columns): return [float(x) if int(x) % 2 else None for x in answer]
+def large(completions, **columns): return [1e37] * len(completions)
+def fails(completions, **columns):
+    return [json.loads('{') for text in completions] # mine
+async def waits(**columns): return [1.0]
+async def yields(**columns): yield 1.0
+class Waits:
+    async def __call__(self, **columns): return [1.0]
+called = Waits()
+partial = functools.partial(waits, x=1.0)
+"""
+
+
 @pytest.fixture
-def reward_file(tmp_path):
-    """Writes a reward file and returns its name."""
-    def write(source, name="mine.py"):
-        (tmp_path / name).write_text(source)
-        return str(tmp_path / name)
-    return write
+def mine(tmp_path):
+    """A file with reward functions of a user."""
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path / "mine.py"
 
 
-SCRIPTS = [*ONLINE, "pairs", "evaluate"]
+# ---- functions -----------------------------------------------------------------------------------
 
-
-# ---- None ----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["ppo", "online_dpo", "pairs"])
-def test_the_only_reward_must_apply_to_every_answer(name, run, refused, reward_file):
-    file = reward_file("def abstains(prompts, completions, **columns):\n"
-                       "    return [None] * len(prompts)\n")
-    line = refused(run, name, f"{file}:abstains")
-    assert re.search("return(s|ed) None", line) and "mine.py:abstains" in line
-
-
-def test_the_mean_reward_leaves_out_answers_without_one(run, reward_file, tmp_path, refused):
-    file = reward_file("def some(prompts, completions, answer, **columns):\n"
-                       "    return [float(x) if int(x) % 2 else None for x in answer]\n"
-                       "def no(prompts, completions, **columns):\n"
-                       "    return [None] * len(prompts)\n")
-    run("evaluate", f"{file}:some", output=tmp_path / "some.json")
-    (line,) = json.loads((tmp_path / "some.json").read_text())
-    assert line["reward"] == pytest.approx((3 + 5 + 7) / 3)
-    run("evaluate", f"{file}:no", output=tmp_path / "no.json")
-    assert json.loads((tmp_path / "no.json").read_text())[0]["reward"] is None
-    assert "must not return None" in refused(run, "evaluate", f"{file}:some", best_of=2)
+@pytest.mark.parametrize("name, reward, flags, words", [
+    *((name, "abstains", {}, "(?=.*mine.py:abstains).*return(s|ed) None")
+      for name in ("ppo", "online_dpo", "pairs")),
+    ("evaluate", "some", {"best_of": 2}, "must not return None"),
+    ("grpo", "large", {"reward_weights": [1e9]}, "weighted sum of rewards is too large")])
+def test_scores_that_cannot_be_used_are_refused(name, reward, flags, words, run, refused, mine):
+    """The only reward must apply to every answer, and a sum must be finite."""
+    line = refused(run, name, f"{mine}:{reward}", **flags)
+    assert re.search(words, line), line
 
 
 @pytest.mark.parametrize("score", [1e39, -1e39, float("nan"), float("inf")])
@@ -86,55 +86,47 @@ def test_a_score_that_fp32_turns_into_infinity_is_refused(score, refused):
     assert f"expected 2 numbers below 1e38 (or None), got [{score}, 0.0]" in line
 
 
-def test_a_weighted_sum_that_overflows_is_refused_before_training(run, reward_file, refused):
-    file = reward_file("def f(prompts, completions, **columns):\n"
-                       "    return [1e37] * len(completions)\n")
-    line = refused(run, "grpo", [f"{file}:f"], reward_weights=[1e9])
-    assert "weighted sum of rewards is too large" in line
+def test_the_mean_reward_leaves_out_answers_without_one(run, mine, tmp_path):
+    for reward, mean in ("some", (3 + 5 + 7) / 3), ("abstains", None):
+        run("evaluate", f"{mine}:{reward}", output=tmp_path / f"{reward}.json")
+        line, = json.loads((tmp_path / f"{reward}.json").read_text())
+        assert line["reward"] == (mean and pytest.approx(mean))
 
 
-# ---- a user's own function -----------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_an_error_shows_the_line_of_the_users_file(name, run, reward_file, refused):
+@pytest.mark.parametrize("name", [*ONLINE, "pairs", "evaluate"])
+def test_an_error_shows_the_line_of_the_users_file(name, run, mine, refused):
     """Even if a library that the function calls raises it."""
-    file = reward_file("import json\n\ndef f(prompts, completions, **columns):\n"
-                       "    return [json.loads('{') for text in completions] # mine\n")
-    line = refused(run, name, f"{file}:f")
-    assert f"{file}:4: return [json.loads('{{') for text in completions] # mine: " in line
+    line = refused(run, name, f"{mine}:fails")
+    assert f"{mine}:6: return [json.loads('{{') for text in completions] # mine: " in line
     assert "(completions are strings)" in line
     assert line.endswith("JSONDecodeError: Expecting property name enclosed in double quotes: "
                          "line 1 column 2 (char 1)")
 
 
-@pytest.mark.parametrize("source", [
-    "async def f(**columns):\n    return [1.0]\n",
-    "class Waits:\n    async def __call__(self, **columns):\n        return [1.0]\nf = Waits()\n",
-    "async def f(**columns):\n    yield 1.0\n",
-    "import functools\n"
-    "async def g(x, **columns):\n    return [x]\nf = functools.partial(g, 1.0)\n"])
-def test_an_async_function_is_refused_when_it_is_loaded(source, reward_file, refused):
-    line = refused(common.load_function, f"{reward_file(source)}:f")
-    assert "plain function, not async" in line and "mine.py:f" in line
+@pytest.mark.parametrize("name", ["waits", "yields", "called", "partial"])
+def test_an_async_function_is_refused_when_it_is_loaded(name, mine, refused):
+    line = refused(common.load_function, f"{mine}:{name}")
+    assert "plain function, not async" in line and f"mine.py:{name}" in line
 
 
-def test_a_reward_can_import_files_beside_it(reward_file, monkeypatch):
+def test_a_reward_can_import_files_beside_it(tmp_path, monkeypatch):
     """When it is loaded and when it is called. A file beside it hides no library."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    reward_file("def double(x):\n    return 2.0 * x\n", "beside_a_reward.py")
-    reward_file("raise ImportError\n", "peft.py")
-    file = reward_file("from beside_a_reward import double\ndef f(completions, **columns):\n"
-                       "    import beside_a_reward, peft\n"
-                       "    return [beside_a_reward.double(double(len(x))) for x in completions]\n")
-    assert common.load_function(f"{file}:f")(completions=["abc"]) == [12.0]
+    (tmp_path / "beside_a_reward.py").write_text("def double(x):\n    return 2.0 * x\n")
+    (tmp_path / "peft.py").write_text("raise ImportError\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_a_reward import double\ndef f(completions, **columns):\n"
+        "    import beside_a_reward, peft\n"
+        "    return [beside_a_reward.double(double(len(x))) for x in completions]\n")
+    assert common.load_function(f"{tmp_path}/mine.py:f")(completions=["abc"]) == [12.0]
 
 
 def test_a_column_may_have_any_name():
     """Even those of the arguments of a reward model and of a judge."""
     args = flags_of(pairs).parse_args(["--output", "x.jsonl", "--judge", "tiny/chat",
                                        "--judge-template", f"{ROOT}/examples/judge_tiny.txt"])
-    columns = ["model", "tokenizer", "args", "template", "outcome", "flips", "by_steps",
-               "principles", "prompts", "completions", "name"]
+    columns = ("model tokenizer args template outcome flips by_steps principles prompts "
+               "completions name").split()
     examples = [{"row": ROWS[0] | dict.fromkeys(columns, "x")}] * 2
     texts = ["1 + 1 = 2", "1 + 1 = 3"]
     for scorer in pairs.load_judge(args, []), pairs.load_scorer(str(ROOT / "tiny/reward"), args):
@@ -144,19 +136,16 @@ def test_a_column_may_have_any_name():
 
 # ---- reward models -------------------------------------------------------------------------------
 
-def copy_reward(folder, summary):
-    shutil.copytree(ROOT / "tiny/reward", folder)
-    (folder / "summary.json").unlink(missing_ok=True)
-    if summary is not None:
-        (folder / "summary.json").write_text(summary)
-    return str(folder)
-
-
 def test_a_process_reward_model_does_not_score_whole_answers(tmp_path, refused):
-    folder = copy_reward(tmp_path / "r", '{"method": "prm"}')
-    assert "prm.py saved it" in refused(grpo.check_reward, folder, "tiny/chat")
-    for name, summary in enumerate((None, "[]", "{}", '{"method": "reward_model"}')):
-        common.reward_config(copy_reward(tmp_path / str(name), summary), "tiny/chat")
+    shutil.copytree(ROOT / "tiny/reward", tmp_path / "r")
+    summary = tmp_path / "r/summary.json"
+    summary.write_text('{"method": "prm"}')
+    assert "prm.py saved it" in refused(grpo.check_reward, str(tmp_path / "r"), "tiny/chat")
+    for other in "[]", "{}", '{"method": "reward_model"}':
+        summary.write_text(other)
+        common.reward_config(str(tmp_path / "r"), "tiny/chat")
+    summary.unlink()
+    common.reward_config(str(tmp_path / "r"), "tiny/chat")
 
 
 def test_a_reward_model_of_the_hub_is_refused_with_advice(run, refused, monkeypatch):

@@ -33,7 +33,8 @@ STEPS = dict(max_steps=5, save_every=2)  # checkpoints after steps 2, 4 and 5
 TWO_STEPS = dict(max_steps=2, save_every=1)
 EXTRA = dict.fromkeys(("sft", "dpo", "reward_model", "prm"), dict(epochs=2)) | {
     "kto": {}, "online_dpo": dict(batch_size=3), "ppo": dict(batch_size=4, minibatches=2),
-    "grpo": dict(batch_size=2), "distill": dict(batch_size=3)}
+    "grpo": dict(batch_size=2), "distill": dict(batch_size=3),
+    "agent": dict(batch_size=2)}
 CLOCK = {"seconds", "rollout_seconds", "tokens_per_second", "peak_memory_gib"}
 
 
