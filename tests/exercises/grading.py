@@ -1,6 +1,7 @@
 """How `python exercise.py --check` grades a file: its properties, in sentences with numbers."""
 import contextlib
 import functools
+import linecache
 import math
 import os
 import sys
@@ -174,6 +175,9 @@ def grade(name, source, path, function=None):
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also SystemExit, in the student's file
+        cell = linecache.getlines(function.__code__.co_filename) if function else []
+        if cell:  # the lines to name are those of the notebook
+            source, path = "".join(cell), function.__code__.co_filename
         graded.append(("", complaint(error, source, path), type(error).__name__))
     return graded
 
