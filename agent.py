@@ -88,6 +88,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -197,10 +198,23 @@ def load_tools(names):
     for name in names:
         function = common.load_function(name)
         with common.phase(f"--tools {name}"):
-            schemas.append(common.transformers.utils.get_json_schema(function))
+            schemas.append(schema_of(function))
             common.need(function.__name__ not in tools, "another tool has the same name")
         tools[function.__name__] = function
     return tools, schemas
+
+
+def schema_of(function):
+    """The schema of a tool. A function is refused if no call can run it, or if it has no result."""
+    common.need(not inspect.isclass(function) and not inspect.isgeneratorfunction(function),
+                "it must be a function that returns a value, not a class and not a generator")
+    for parameter in inspect.signature(function).parameters.values():
+        common.need(parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY),
+                    f"a call names its arguments, so {parameter} cannot be *, ** or before /")
+    try:
+        return common.transformers.utils.get_json_schema(function)
+    except NameError as error:  # in an annotation; `phase` would take it for a bug in this script
+        raise ValueError(f"the type of an argument cannot be read: {error}") from None
 
 
 def find_calls(text):
@@ -213,8 +227,9 @@ def run_call(text, tools, seconds):
     outcome = []
     # A daemon thread does not keep the program alive if the tool never returns.
     thread = threading.Thread(target=run_tool, args=(text, tools, outcome), daemon=True)
-    # What a tool prints would disturb the progress bar.
-    with contextlib.redirect_stdout(io.StringIO()):
+    # What a tool prints would disturb the progress bar, and a tool that changes the current folder
+    # would move the checkpoints.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir("."):
         thread.start()
         thread.join(seconds)
     return outcome[0] if outcome else (f"error: no result after {seconds:g} seconds", True)

@@ -1,7 +1,9 @@
 """agent.py around its method: calls that fail, tools, templates, rows, the sampling of turns."""
+import os
 import re
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import by_hand
@@ -39,6 +41,7 @@ def leaves():
 
 def prints(text="{}"):
     print("noise")
+    os.chdir("/")
     return text
 
 
@@ -63,7 +66,7 @@ def test_the_result_of_a_call(text, result, has_failed, capsys):
     began = time.time()
     found, failed = agent.run_call(*agent.find_calls(text), ALL, 0.2 if "hangs" in text else 5.0)
     assert found.startswith(result) and failed is has_failed and time.time() - began < 15
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and Path.cwd() != Path("/")
 
 
 def test_the_calls_of_a_turn():
@@ -76,12 +79,18 @@ def test_tools_need_types_a_docstring_and_names_of_their_own(tmp_path, refused):
     said = '    """Says.\n\n    Args:\n        x: A thing.\n    """\n'
     file = tmp_path / "mine.py"
     file.write_text(f"def bare(x):\n    return x\ndef untyped(x):\n{said}"
-                    f"def calculator(x: int):\n{said}")
+                    f"def calculator(x: int):\n{said}def star(*x: int):\n{said}"
+                    f"def before(x: int, /):\n{said}def odd(x: 'Nope'):\n{said}"
+                    f"def yields(x: int):\n{said}    yield x\nclass Kind:\n    x: int\n{said}")
     names = ["examples/tools.py:calculator", "examples/tools.py:look_up"]
     found, schemas = agent.load_tools(names)
     assert list(found) == ["calculator", "look_up"] == [x["function"]["name"] for x in schemas]
-    for name, reason in ("bare", "no docstring"), ("untyped", "type hint"), ("none", "KeyError"):
+    for name, reason in (
+            ("bare", "no docstring"), ("untyped", "type hint"), ("none", "KeyError"),
+            ("star", "names its arguments"), ("before", "names its arguments"),
+            ("odd", "'Nope' is not defined"), ("yields", "a generator"), ("Kind", "a class")):
         assert reason in refused(agent.load_tools, [f"{file}:{name}"])
+    assert "FILE.py:function" in refused(agent.load_tools, [str(file)])
     assert "same name" in refused(agent.load_tools, [names[0], f"{file}:calculator"])
 
 
