@@ -903,9 +903,9 @@ def finish(args, state, model, tokenizer, after):
         common.write_card(args.output_dir, summary)
         write(Path(args.output_dir, "summary.json"), json.dumps(summary, indent=2))
         Path(args.output_dir, "resume.pt").unlink(missing_ok=True)
-    print(f"\n{'held out':<16}{'before':>9}{'after':>9}")
+    print(f"\n{'held out':<20}{'before':>9}{'after':>9}")
     for name, value in after.items():
-        print(f"{common.visible(name):<16}{state['before'][name]:9.3f}{value:9.3f}")
+        print(f"{common.visible(name):<20}{state['before'][name]:9.3f}{value:9.3f}")
 
 
 def show_next(args):
