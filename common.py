@@ -667,8 +667,7 @@ def run_file(path: str, changed: int) -> dict:
 def load_function(name: str):
     """Loads a function, FILE.py:function. It may import modules that lie beside the file."""
     file, _, function = name.rpartition(":")
-    with phase(f"loading {name}"):
-        need(file.endswith(".py") and function, "its form must be FILE.py:function")
+    with phase(f"loading {name} (the form is FILE.py:function)"):
         path = Path(find(file)).resolve()
         loaded = run_file(str(path), path.stat().st_mtime_ns)[function]
         # Whether a call of a callable object is async shows only in its class.

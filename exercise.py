@@ -113,17 +113,30 @@ def blanked(source, name):
     return source
 
 
+def read_text(path):
+    """The text of the student's file. Some editors begin it with a byte-order mark."""
+    with common.phase(f"reading {path}"):
+        return path.read_text(encoding="utf-8-sig")
+
+
 def save_text(path, text):
     """Writes atomically: a killed program leaves either the old file or the new one."""
-    path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
-    path.with_suffix(".new").replace(path)
+    with common.phase(f"writing {path}"):
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".new").write_text(text, encoding="utf-8")
+        path.with_suffix(".new").replace(path)
 
 
 def read_state():
     path = FOLDER / "progress.json"
-    state = json.loads(path.read_text()) if path.exists() else {}
-    return {"current": None, "solved": [], "hints": {}} | state
+    state = {"current": None, "solved": [], "hints": {}}
+    if path.exists():
+        with common.phase(f"reading {path} (your progress begins anew if you delete it)"):
+            state |= json.loads(path.read_text(encoding="utf-8"))
+            common.need(isinstance(state["current"], str | None)
+                        and isinstance(state["solved"], list)
+                        and isinstance(state["hints"], dict), "it has values of another type")
+    return state
 
 
 def save_state(**changes):
@@ -140,6 +153,15 @@ def place_of(task):
     return name, FOLDER / (f"{script}.py" if name == task else f"bug_{script}.py")
 
 
+def written(task):
+    """The text of the student's file for a task."""
+    name, path = place_of(task)
+    begin = name if name == task else f"--bug {script_of(name)}"
+    refuse_unless(path.exists(), f"exercises/{path.name} does not exist: begin with "
+                  f"python exercise.py {begin}")
+    return read_text(path)
+
+
 def list_exercises():
     solved = read_state()["solved"]
     for name, entry in CATALOGUE.items():
@@ -152,11 +174,12 @@ def list_exercises():
 
 def start(name):
     """Writes the file of an exercise, or blanks the exercise in the file that is there already."""
+    refuse_unless(not name.startswith("bug:"), "--bug SCRIPT plants a mistake in a script")
     name, path = place_of(name)
     entry = CATALOGUE[name]
     where = f"exercises/{path.name}"
     if path.exists():
-        old = path.read_text(encoding="utf-8")
+        old = read_text(path)
         new = blanked(old, name)
         said = ("was there already. The part that this exercise is about was still the original "
                 "and is blank now; the rest is as you left it.")
@@ -166,7 +189,8 @@ def start(name):
     else:
         new = blanked(runnable(source_of(script_of(name)), ""), name)
         said = f"is a copy of {path.name} with a part left for you to write."
-    save_text(path, new)
+    if not path.exists() or new != old:
+        save_text(path, new)
     print(f"{where} {said}\n\n{entry['title']} ({entry['difficulty']}). {entry['teaches']}\n\n"
           f"{entry['task']}\n")
     blank = f'raise NotImplementedError("exercise {name}")'
@@ -181,9 +205,9 @@ def check_file(task):
     """Grades the student's file, and remembers what is solved."""
     name, path = place_of(task)
     where = f"exercises/{path.name}"
-    refuse_unless(path.exists(), f"{where} does not exist: begin with python exercise.py {name}")
+    source = written(task)
     with grading.time_limit(path):
-        graded = grading.grade(name, path.read_text(encoding="utf-8"), path)
+        graded = grading.grade(name, source, path)
     wrong = [said for _, said, _ in graded if said]
     if task == name:
         grading.report(name, graded)
@@ -241,9 +265,8 @@ def give_hint(task):
 
 def show_solution(task):
     """Prints the difference between the student's functions and those of the script."""
-    name, path = place_of(task)
-    refuse_unless(path.exists(), f"{path} does not exist: begin with python exercise.py {name}")
-    source = path.read_text(encoding="utf-8")
+    name, _ = place_of(task)
+    source = written(task)
     solved = source
     for function in functions_of(name):
         original = function_of(source_of(script_of(name)), function)

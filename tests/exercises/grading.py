@@ -165,6 +165,8 @@ def grade(name, source, path, function=None):
         with guarded():
             module = load(source, path)
             main = functions_of(name)[0]
+            if main not in vars(module):
+                raise Refused(f"the file has no function {main} any more")
             setattr(module, main, not_none(function or getattr(module, main)))
             found = getattr(properties, name.replace(".", "_"))(module)
             for sentence, ours, true, *tolerance in found:

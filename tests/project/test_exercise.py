@@ -252,8 +252,23 @@ def test_what_does_not_exist_is_refused(use):
     exercise.FOLDER.joinpath("prm.py").write_text("def (")
     assert "line 1 of the file is not Python" in use("--solution", fails=True)
     assert "line 1 is not Python" in use("--check", fails=True)
+    exercise.FOLDER.joinpath("prm.py").write_bytes("\ufeffstep = 'é'\r\n".encode())
+    assert "was there already" in use("prm.step_losses")
+    assert exercise.FOLDER.joinpath("prm.py").read_bytes().endswith(b"\r\n")  # as it was
+    assert "✗ the file has no function step_losses" in use("--check", fails=True)
+    exercise.FOLDER.joinpath("prm.py").write_bytes(b"\xff")
+    assert "can't decode" in use("--check", fails=True)
     exercise.FOLDER.joinpath("prm.py").unlink()
     assert "exercises/prm.py does not exist" in use("--check", fails=True)
+    said = use("--check", "bug:prm.step_losses", fails=True)
+    assert "begin with python exercise.py --bug prm" in said
+    assert "--bug SCRIPT" in use("bug:prm.step_losses", fails=True)
+    for state in "{", '{"current": 5}', '{"hints": []}':
+        exercise.FOLDER.joinpath("progress.json").write_text(state)
+        assert "your progress begins anew if you delete it" in use(fails=True)
+    exercise.FOLDER.joinpath("progress.json").unlink()
+    exercise.FOLDER.joinpath("prm.new").mkdir()
+    assert "error: writing" in use("prm.step_losses", fails=True)
 
 
 def test_a_notebook_checks_a_function(capsys):
