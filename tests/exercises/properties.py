@@ -62,6 +62,20 @@ def tiny_model():
         return Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
 
 
+class InRun(torch.nn.Module):
+    """The model as a run hands it over: inside a wrapper, as peft's, whose `model` has the head."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self):
+        return self.model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
 ROWS = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 1, 10, 3]]
 RAGGED = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]])  # a loss mask
 NOTHING = torch.zeros(3, 6).double()
@@ -92,7 +106,7 @@ def rounding(function, batch, columns):
     with torch.autocast("cpu", torch.bfloat16):
         ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
         hidden = tiny_model().model(**ids, use_cache=False)[0][:, columns]
-        ours = function(tiny_model(), batch, head)
+        ours = function(InRun(tiny_model()), batch, head)
     return ("under autocast, the product is still in fp32, so that close numbers can be compared",
             ours, (hidden.float() * head.weight[0]).sum(-1), 1e-2)
 
@@ -124,15 +138,15 @@ def sft_token_logps(m):
     even = copy.deepcopy(model)
     even.lm_head.weight.data.zero_()
     yield ("if all 11 tokens are equally likely, a trained token has log 1/11 = −2.398, others 0",
-           m.token_logps(even, batch),
+           m.token_logps(InRun(even), batch),
            -math.log(11) * torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0.0]]), 1e-5)
-    logps, true = m.token_logps(model, batch), one_by_one(1)
+    logps, true = m.token_logps(InRun(model), batch), one_by_one(1)
     yield "column t is the log-prob of token t + 1 after the tokens up to t", logps, true, 1e-4
     every = padded([[1, 2, last] for last in range(11)], loss_mask=[[0, 0, 1]] * 11)
     yield ("the probabilities of all 11 possible last tokens add up to {}",
-           m.token_logps(model, every)[:, 1].exp().sum(), torch.tensor(1.0), 1e-4)
+           m.token_logps(InRun(model), every)[:, 1].exp().sum(), torch.tensor(1.0), 1e-4)
     yield ("at temperature 2, logits are halved before the softmax",
-           m.token_logps(model, batch, 2.0), one_by_one(2), 1e-4)
+           m.token_logps(InRun(model), batch, 2.0), one_by_one(2), 1e-4)
     yield ("the gradient reaches the weights of the model",
            slope(logps, model.lm_head.weight), slope(true, model.lm_head.weight), 1e-3)
 
@@ -152,7 +166,7 @@ def sft_sft_loss(m):
 # ---- reward_model.py -----------------------------------------------------------------------------
 
 def reward_model_sequence_rewards(m):
-    model, head, batch = tiny_model(), make_head(), padded(ROWS)
+    model, head, batch = InRun(tiny_model()), make_head(), padded(ROWS)
     true = torch.stack([read_alone(row, head) for row in ROWS])
     rewards = m.sequence_rewards(model, batch, head)
     yield "the reward is the head times the last real hidden state: {}", rewards, true, 1e-4
@@ -561,10 +575,10 @@ def prm_step_logits(m):
     batch = padded(ROWS) | {"step_ends": torch.tensor(ends)}
     true = torch.stack([read_alone(ids[:end + 1], head)
                         for ids, row in zip(ROWS, ends, strict=True) for end in row]).view(3, 3)
-    logits = m.step_logits(tiny_model(), batch, head)
+    logits = m.step_logits(InRun(tiny_model()), batch, head)
     yield "a logit is the head times the hidden state at its step's end: {}", logits, true, 1e-4
     batch["input_ids"][0, 3] = 7
-    moved = (m.step_logits(tiny_model(), batch, head)[0] - logits[0]).abs() > 1e-4
+    moved = (m.step_logits(InRun(tiny_model()), batch, head)[0] - logits[0]).abs() > 1e-4
     yield "a token of the third step changes the third logit only: {}", moved, [False, False, True]
     short = padded([row[:3] for row in ROWS]) | {"step_ends": torch.tensor([[0, 2]] * 3)}
     yield rounding(m.step_logits, short, [0, 2])

@@ -95,7 +95,8 @@ logps = (logits[:, :-1].float() / temperature).log_softmax(-1)
 return logps.gather(2, batch["input_ids"][:, 1:, None])[:, :, 0] * batch["loss_mask"][:, 1:]""",
     "sft.sft_loss": "return -logps[loss_mask[:, 1:].bool()].sum() / trained_tokens",
     "reward_model.sequence_rewards": """
-hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+hidden = common.causal_lm(model).model(
+    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
 last = batch["attention_mask"].sum(1, keepdim=True)[:, :, None] - 1
 hidden = hidden.take_along_dim(last, dim=1)[:, 0].float()
 return torch.einsum("bd,d->b", hidden.double(), head.weight[0].double()).float()""",
