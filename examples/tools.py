@@ -3,10 +3,10 @@
     python agent.py --tools examples/tools.py:calculator examples/tools.py:look_up
 
 A tool is a plain function. The chat template shows the model its name, its docstring and its type
-hints, so all of them are required, and Args must describe each argument. The model reads the
-function's return value next, or the message of an exception that the function raises. Tools run in
-the training process, with its privileges, so never give the model a tool that runs code or commands
-outside a sandbox.
+hints, so all of them are required, and Args must describe each argument. After a call, the model
+reads the function's return value, or the message of the exception that the function raised. Tools
+run in the training process, with its privileges, so never give the model a tool that runs code or
+commands outside a sandbox.
 """
 import ast
 import operator
