@@ -1,11 +1,12 @@
 """RL with tools: GRPO where an answer may call tools and read their results, over several turns.
 
-The one new idea is the mask. The result of a tool stands in the middle of an answer, but it is
-read, not trained, because the environment wrote it. The loss mask is 1 on every token that the
-policy sampled, and 0 on every other token. Everything else is grpo.py (Shao et al. 2024,
-DeepSeekMath, arXiv:2402.03300). ReTool (Feng et al. 2025, arXiv:2504.11536) trains a policy in this
-way to use a Python interpreter, Search-R1 (Jin et al. 2025, arXiv:2503.09516) to use a search
-engine, and RAGEN (Wang et al. 2025, arXiv:2504.20073) to act in games.
+The one new idea is the mask. The result of a tool stands in the middle of an answer, but the
+policy is not trained on it, because the environment wrote it. The loss mask is 1 on every token
+that the policy sampled, and 0 on every other token. The rest of the method is the same as in
+grpo.py (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300). Search-R1 (Jin et al. 2025,
+arXiv:2503.09516) trains a policy with such a mask, by GRPO or PPO, to use a search engine, and
+ReTool (Feng et al. 2025, arXiv:2504.11536), by PPO, to use a Python interpreter. RAGEN (Wang et al.
+2025, arXiv:2504.20073) trains policies that act in games over several turns.
 
 Why it works. An answer is now a conversation. The policy π writes a turn, which may contain tool
 calls. The tools run, their results are appended, and π writes the next turn. A turn without a call
@@ -14,36 +15,37 @@ environment wrote it. Then the probability of the answer is
 
     p(o) = Π_t π(o_t | o_<t)^{m_t} env(o_t | o_<t)^{1 − m_t}
 
-The factors of the environment do not depend on the weights of the policy. They drop out of the
-gradient of log p, and with it out of the policy gradient, which ppo.py derives:
+The factors of the environment do not depend on the weights of the policy, so they drop out of the
+gradient of log p, and therefore out of the policy gradient, which ppo.py derives:
 
     ∇ E[r(o)] = E[(r(o) − b) ∇ log p(o)] = E[(r(o) − b) Σ_t m_t ∇ log π(o_t | o_<t)]
 
-So nobody needs to know the distribution env, or to differentiate through a tool. Without the mask,
-the sum would also contain log π of tokens that π did not sample. The policy would learn to predict
-what its tools reply in good answers, although it never has to write that, and to find unlikely what
-they reply in bad ones. Nor would the baseline b be harmless, because E[∇ log π(o_t)] is in general
-0 only for tokens that are drawn from π.
+So the distribution env need not be known, and no gradient has to flow through a tool. Without the
+mask, the sum would also contain log π of tokens that π did not sample. The policy would learn to
+assign high probability to the replies of its tools in good answers, and low probability to those in
+bad answers, although it never has to write any of them. The baseline b would also add a bias,
+because E[∇ log π(o_t)] is guaranteed to be 0 only for tokens that are drawn from π.
 
-The objective is that of GRPO, with the mask in the sum over tokens and in the length |o_i|:
+The objective is GRPO's, with the mask in the sum over tokens and in the length |o_i|:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)       mean and std of its group; std over G − 1
     J = E 1/G Σ_i 1/|o_i| Σ_t m_t { min[ρ_t A_i, clip(ρ_t, 1 − ε, 1 + ε) A_i] − β k3_t }
     |o_i| = Σ_t m_t,   ρ_t = π(o_t) / π_old(o_t),   k3_t = q − log q − 1 with q = π_ref / π
 
-All turns of an answer share one advantage. A useful call in an answer that ends wrong becomes less
-likely, too; it gains in the mean over many answers, because more of them end well after it. The
-losses (--loss), the advantages (--baseline) and the KL penalty are the functions of grpo.py. Left
-out are reward models, sums of several rewards, and the resampling of --loss dapo, so that a group
-of equal rewards counts for nothing.
+All turns of an answer share one advantage, so a useful call in an answer that turns out wrong also
+becomes less likely. On average over many answers, it becomes more likely, because answers that
+contain it are correct more often. The losses (--loss), the advantages (--baseline) and the KL
+penalty are the functions of grpo.py. This script leaves out reward models, sums of several rewards,
+and the resampling of --loss dapo: here, dapo drops a group of equal rewards without replacing it.
 
     prompt ──► turn ── calls ──► tools ── results ──► turn ── … ──► last turn ──► reward
     mask 0     mask 1                     mask 0      mask 1        mask 1
 
-The second idea is practical: ids are appended, and never re-tokenized. What the policy sampled
-stays as it is, and after its end-of-turn token come the ids of what the chat template writes next.
-If the whole conversation were rendered again, the template might write a call with other spaces,
-and the tokenizer might split it into other tokens, for which π_old gave no probability.
+The second idea is practical: ids are appended, and never re-tokenized. The ids that the policy
+sampled stay as they are, and the ids of the text that the chat template writes next are appended
+after the end-of-turn token. If the whole conversation were rendered again, the template might write
+a call with different whitespace, and the tokenizer might split it into different tokens, which
+π_old never sampled.
 
 Worked example: an answer of the tiny model, in a group with the rewards 1, 0, 0 and 1.
 
@@ -55,34 +57,36 @@ Worked example: an answer of the tiny model, in a group with the rewards 1, 0, 0
 
 Its advantage is 0.866, and |o| = 20 + 6 = 26. At ratio 1 and without the KL, the gradient of the
 loss with respect to log π is −0.866 / (4 · 26) = −0.00833 for each of the 26 sampled tokens, and 0
-for the 17 tokens between the turns. Without the mask, these 17 would take 40% of the gradient.
+for the 17 tokens between the turns. Without the mask, these 17 tokens would make up 40% of the
+trained tokens.
 
     python agent.py                                           # the tiny model and a calculator
     python agent.py --model Qwen/Qwen2.5-1.5B-Instruct        # GSM8K, in 4 bits on a GPU
     python agent.py --tools examples/tools.py:calculator examples/tools.py:look_up
 
-A tool is a plain Python function with types and a docstring, from which the chat template tells the
-policy how to call it. A call that is not valid JSON, an unknown tool, wrong arguments, an exception
-and a time-out all become a result that begins with "error:", which the policy can read and react
-to. Tools run one after another in this process, with all its rights, so give a policy no tool that
-runs code or commands outside a sandbox. Python cannot stop a tool that exceeds --tool-seconds, so
-the tool runs on in its thread until the program ends.
+A tool is a plain Python function with type hints and a docstring. The chat template writes them
+into the prompt, and so the policy knows how to call the tool. A call that is not valid JSON, an
+unknown tool, wrong arguments, an exception and a time-out all become a result that begins with
+"error:", which the policy can read and react to. Tools run one after another in this process, with
+all its privileges, so never give a policy a tool that runs code or commands outside a sandbox.
+Python cannot stop a tool that exceeds --tool-seconds, so the tool keeps running in its thread until
+it returns or the program ends.
 
-What to watch: the reward rises, and failed_calls falls. If calls falls to 0, the policy gives the
-tools up: either their results do not help, or it calls them too rarely for a group to show that
-they do. An answer that uses up --max-turns or finds no room below --max-length ends without a last
-turn, and stopped falls. environment_tokens counts the tokens that are read and not trained. If the
-reward does not rise, read the conversation that is printed at the first step and with every
-checkpoint: trained tokens are green, those of the environment are grey, and its error messages say
-what fails.
+What to watch: the reward rises, and failed_calls falls. If calls falls to 0, the policy has given
+up on the tools: either their results do not help, or it calls them too rarely for a group to show
+that they do. An answer that uses up --max-turns, or runs out of room below --max-length, ends with
+a call instead of an answer to the question, and stopped falls. environment_tokens counts the tokens
+that the policy reads but is not trained on. If the reward does not rise, read the conversation that
+is printed at the first step and with every checkpoint. Trained tokens are green and tokens of the
+environment are gray, and the error messages in gray say what fails.
 
 Try `--max-turns 1 --max-steps 3` on the tiny model: no call is run, because no turn follows that
-could read the result. What remains are the questions that the policy answers in its head. All of
-these answers are wrong, so the reward is 0, zero_spread is 1, and nothing is learned.
+could read the result. Only an answer without a call could still earn a reward, but all of these
+answers are wrong, so the reward is 0, zero_spread is 1, and nothing is learned.
 
 Shapes: P prompts × G answers = B rows (b in a micro-batch) of T columns, of which L ≤ T hold a
 token in some row; N sampled tokens in all, C of them at a time; D the width of the model, V the
-size of its vocabulary, alive the turns that have not ended.
+size of its vocabulary, alive the sampled turns that have not ended.
 """
 import argparse
 import contextlib
@@ -116,9 +120,9 @@ def make_flags():
     add("--model", default="tiny/agent", help="Hub name, folder or LoRA adapter to start from")
     add("--tools", nargs="+", default=["examples/tools.py:calculator"],
         help="one or more tools, FILE.py:function")
-    add("--tool-seconds", type=common.positive, default=5.0, help="time limit of a tool call")
+    add("--tool-seconds", type=common.positive, default=5.0, help="time limit of a call in seconds")
     add("--max-turns", type=common.count, default=4,
-        help="most turns of an answer; calls in the last one are not run")
+        help="maximum number of turns of an answer; calls in the last turn are not run")
     add("--reward", default="correct_answer", help="correct_answer or FILE.py:function")
     add("--dataset", default="openai/gsm8k:main", help="prompts: Hub name[:config] or local file")
     add("--split", default="train", help="split of a Hub dataset")
@@ -144,7 +148,7 @@ def make_flags():
     add("--sample-batch-size", type=common.count, default=128, help="turns sampled at a time")
     add("--temperature", type=common.positive, default=1.0, help="sampling temperature")
     add("--max-length", type=common.count, default=2048,
-        help="longest conversation, in tokens, results of tools included")
+        help="longest conversation, in tokens, including the results of tools")
     add("--max-new-tokens", type=common.count, default=512, help="longest turn, in tokens")
     add("--learning-rate", type=common.positive, default=2e-5, help=common.PEAK)
     add("--max-steps", type=common.count, default=250, help="number of rollouts")
@@ -171,7 +175,7 @@ COUNTS = ("calls", "failed_calls", "turns", "environment_tokens")  # of each con
 # ---- data: prompts that show the tools -----------------------------------------------------------
 
 def encode_question(row, tokenizer, max_length, schemas, max_new_tokens, needs_answer):
-    """The row and the token ids of its prompt, in which the chat template shows the tools."""
+    """The row and the token ids of its prompt, into which the chat template writes the tools."""
     prompt = common.prompt_of(row, tokenizer)
     common.need(not row.get("tools"), "it has tools of its own, but only those of --tools can run")
     common.need(isinstance(prompt, list),
@@ -188,11 +192,11 @@ def encode_question(row, tokenizer, max_length, schemas, max_new_tokens, needs_a
 # ---- tools ---------------------------------------------------------------------------------------
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
-LONGEST_RESULT = 2000  # characters of a result that the policy reads; the rest is cut
+LONGEST_RESULT = 2000  # characters of a result that the policy reads; the rest is cut off
 
 
 def load_tools(names):
-    """The functions FILE.py:function by name, and the schemas that the chat template shows."""
+    """The tools, {name: function}, and their schemas, which the chat template shows."""
     tools = {}
     schemas = []
     for name in names:
@@ -218,7 +222,7 @@ def schema_of(function):
 
 
 def find_calls(text):
-    """The tool calls in the text of a turn, as strings. What stands in a thought is no call."""
+    """The tool calls in the text of a turn, as strings. Text inside a thought is not a call."""
     return CALL.findall(text.rpartition("</think>")[2])
 
 
@@ -227,8 +231,8 @@ def run_call(text, tools, seconds):
     outcome = []
     # A daemon thread does not keep the program alive if the tool never returns.
     thread = threading.Thread(target=run_tool, args=(text, tools, outcome), daemon=True)
-    # What a tool prints would disturb the progress bar, and a tool that changes the current folder
-    # would move the checkpoints.
+    # The output that a tool prints is discarded, because it would disturb the progress bar. And a
+    # tool that changes the current folder would move the checkpoints.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir("."):
         thread.start()
         thread.join(seconds)
@@ -250,8 +254,8 @@ def run_tool(text, tools, outcome):
 def environment_ids(tokenizer, results):
     """The ids that follow a turn with tool calls: their results, and the header of the next turn.
 
-    They are what the chat template writes after the end-of-turn token of the turn. The call that
-    is rendered is a dummy, because the sampled turn is never rendered or tokenized again.
+    They are the ids of the text that the chat template writes after the end-of-turn token. The call
+    that is rendered here is a dummy, because the sampled turn is never rendered or tokenized again.
     """
     call = {"name": "f", "arguments": {"x": common.MARK}}
     chat = [{"role": "user", "content": "Q"},
@@ -267,7 +271,7 @@ def environment_ids(tokenizer, results):
 
 
 def check_template(tokenizer, schemas):
-    """Refuses a chat template whose tool calls have another form than `find_calls` reads."""
+    """Refuses a chat template that writes tool calls in a form that `find_calls` cannot read."""
     call = {"name": schemas[0]["function"]["name"], "arguments": {"x": "y"}}
     chat = [{"role": "user", "content": "Q" + common.MARK},
             {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -278,7 +282,7 @@ def check_template(tokenizer, schemas):
         text = common.render(tokenizer, chat, schemas)
         calls = find_calls(text.rpartition(common.MARK)[2])
         common.need(len(calls) == 1 and json.loads(calls[0]) == call, "it must write a call as "
-                    '<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as that of Qwen2.5')
+                    '<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Qwen2.5 does')
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -413,7 +417,7 @@ def mean(x):
 def converse(model, examples, copies, tokenizer, tools, args, seed):
     """Samples `copies` answers to each prompt. Returns one conversation per answer.
 
-    `ids` are all tokens of a conversation, and `mask` is 1 on those that the policy sampled.
+    Its `ids` are all its tokens, and its `mask` is 1 on the tokens that the policy sampled.
     """
     prompts = [list(example["prompt"]) for example in examples for _ in range(copies)]
     talks = [{"ids": ids, "mask": [0] * len(ids), "stopped": False} | dict.fromkeys(COUNTS, 0)
@@ -424,7 +428,7 @@ def converse(model, examples, copies, tokenizer, tools, args, seed):
     while alive:
         turns = []
         for i in range(0, len(alive), args.sample_batch_size):
-            # Each turn reads its conversation from the start, because no KV cache is kept.
+            # Each turn reads its conversation from the start: no KV cache is kept between turns.
             prompts = [talk["ids"] for talk in alive[i:i + args.sample_batch_size]]
             with common.autocast(model):
                 turns += sample(model, tokenizer, prompts, 1, args, next(seeds))
@@ -444,9 +448,9 @@ def add_turn(talk, ids, stop_ids, tokenizer, tools, args):
     talk["ids"] += ids
     talk["mask"] += [1] * len(ids)
     talk["turns"] += 1
-    # The reward judges the text of the last turn, in which a call is not an answer.
+    # The reward reads the text of the last turn, without its calls: a call is not an answer.
     talk["text"] = CALL.sub("", tokenizer.decode(ids, skip_special_tokens=True))
-    # A truncated turn ends the answer. Its calls are not run, because they may be cut as well.
+    # A truncated turn ends the answer. Its calls are not run, because they may be cut off, too.
     if ids[-1] not in stop_ids:
         return False
     calls = find_calls(tokenizer.decode(ids[:-1]))
@@ -511,7 +515,7 @@ def sample(model, tokenizer, prompts, copies, args, seed):
 
 
 def join_conversations(talks, tokenizer, model):
-    """Conversations as tensors [B, T], padded on the right. The loss mask is 1 on sampled ones."""
+    """Conversations as tensors [B, T], padded on the right. The mask is 1 on sampled tokens."""
     batch = tokenizer.pad({"input_ids": [talk["ids"] for talk in talks]}, padding_side="right",
                           return_tensors="pt")
     batch["loss_mask"] = torch.zeros_like(batch["input_ids"])  # [B, T]
@@ -608,7 +612,7 @@ def describe(batch):
 
 
 def evaluate(model, reward, held_out, tokenizer, tools, args):
-    """Means over one conversation per held-out prompt. kl is KL(π ‖ π_ref), in nats for each.
+    """Means over one conversation per held-out prompt. kl is KL(π ‖ π_ref), in nats per answer.
 
     Prompts and random numbers are the same each time, so that before and after can be compared.
     """
@@ -650,7 +654,7 @@ def conversation_gradients(model, batch, scaler, args):
 
 
 def in_colors(tokenizer, talk):
-    """A whole conversation as text: sampled tokens in green, those of the environment in grey."""
+    """A conversation as text: sampled tokens in green, tokens of the environment in gray."""
     text = ""
     tokens = zip(talk["mask"], talk["ids"], strict=True)
     for is_sampled, group in itertools.groupby(tokens, lambda token: token[0]):
@@ -714,7 +718,7 @@ def train(args):
         spread = has_spread(grouped)  # [P]
         batch["kept"] = torch.ones_like(batch["stopped"])  # [B]
         if args.loss == "dapo":
-            # A truncated answer counts for nothing, nor does a group of equal rewards.
+            # Truncated answers and groups of equal rewards count for nothing.
             batch["kept"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
         # 6. Take one or more optimizer steps on these answers. After the first, π differs from
@@ -743,8 +747,8 @@ def train(args):
                       "score": batch["rewards"][0].item()}
             state["samples"].append(sample)
             save(args, state, weights, optimizer, scaler)
-            tqdm.write(f"\na conversation of step {step}: trained tokens are green, those of the "
-                       "environment are grey\n"
+            tqdm.write(f"\na conversation of step {step}: trained tokens are green, tokens of the "
+                       "environment are gray\n"
                        f"{in_colors(tokenizer, talks[0])}\nscore {sample['score']:.2f}\n")
 
     # 8. Evaluate again on the same held-out prompts, and save the adapter.

@@ -1,25 +1,25 @@
 """Exercises that grade themselves: write a loss, find a bug, predict a number.
 
-    python exercise.py                        # lists the exercises in the order of the path
+    python exercise.py                        # lists the exercises in the order to do them
     python exercise.py dpo.preference_loss    # writes exercises/dpo.py, with one function to write
     python exercise.py --check                # which properties hold, in sentences with numbers
     python exercise.py --hint                 # one more hint each time, at most three
     python exercise.py --solution             # shows the difference to the solution
     python exercises/dpo.py                   # trains the tiny model with your own loss
 
-    python exercise.py --bug                  # plants a mistake: run it, look at the plot, mend it
+    python exercise.py --bug                  # plants a bug: run it, look at the plot, fix it
     python exercise.py --predict dpo          # asks three questions about a method
 
-A check calls your function with small tensors and compares what it returns with facts: closed
-forms, limits, invariances, sums over all possible answers. It never compares your code with the
-solution, so any correct form passes. If a property does not hold, your function is also compared
+A check calls your function with small tensors and compares the results with facts: closed forms,
+limits, invariances, sums over all possible answers. It never compares your code with the solution,
+so any correct implementation passes. If a property does not hold, your function is also compared
 with common mistakes (those in tests/mutants/). While a check runs, the solved scripts cannot be
 read or imported, because copying from them would teach nothing.
 
 exercises/ is your own folder, and git ignores it. Nothing that you have written there is ever
 overwritten: if an exercise needs a script that is already there, only code that is still identical
-to the original is blanked. Run everything in the root of the repository. docs/learning.md suggests
-how to study with the exercises; tests/exercises/ holds their texts and properties.
+to the original is blanked. Run everything from the root of the repository. docs/learning.md
+suggests how to study with the exercises; tests/exercises/ holds their texts and properties.
 """
 import argparse
 import ast
@@ -43,7 +43,7 @@ def make_flags():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
-    add("name", nargs="?", help="exercise to start, or to check; default: the one started last")
+    add("name", nargs="?", help="exercise to start or check; default: the one started last")
     add("--check", action="store_true", help="properties of your solution, each with ✓ or ✗")
     add("--hint", action="store_true", help="one more hint")
     add("--solution", action="store_true", help="difference between your file and the solution")
@@ -61,7 +61,7 @@ def refuse_unless(condition, message):
 # ---- the student's file --------------------------------------------------------------------------
 
 def runnable(source, name):
-    """A script as a file in exercises/: it finds common.py, and writes its runs beside itself."""
+    """A script as a file in exercises/, which finds common.py and writes its runs beside itself."""
     path = "import sys\nsys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py\n"
     source = source.replace("\nimport common\n", f"\n{path}import common\n", 1)
     return source.replace('default="runs/', f'default="exercises/runs/{name}', 1)
@@ -76,11 +76,11 @@ def function_of(source, name):
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
-    common.fail(f"the file has no function {name} any more")
+    common.fail(f"the file no longer has a function {name}")
 
 
 def pieces_of(name):
-    """The texts of the original script that an exercise blanks: whole bodies, or some lines."""
+    """The parts of the original script that an exercise blanks: whole bodies, or some lines."""
     source = source_of(script_of(name))
     main, *others = [function_of(source, function) for function in functions_of(name)]
     lines = main.splitlines(keepends=True)
@@ -181,14 +181,14 @@ def start(name):
     if path.exists():
         old = read_text(path)
         new = blanked(old, name)
-        said = ("was there already. The part that this exercise is about was still the original "
-                "and is blank now; the rest is as you left it.")
+        said = ("already exists. The part for this exercise was still the original and is blank "
+                "now; the rest is as you left it.")
         if new == old:
-            said = ("was there already, with code of yours in this place, and is left as it is. "
+            said = ("already has code of yours in this place, and is left as it is. "
                     f"Change {functions_of(name)[0]} there, or rename the file and start again.")
     else:
         new = blanked(runnable(source_of(script_of(name)), ""), name)
-        said = f"is a copy of {path.name} with a part left for you to write."
+        said = f"is a copy of {path.name}, with a part left out for you to write."
     if not path.exists() or new != old:
         save_text(path, new)
     print(f"{where} {said}\n\n{entry['title']} ({entry['difficulty']}). {entry['teaches']}\n\n"
@@ -222,7 +222,7 @@ def check_file(task):
     if wrong:
         raise SystemExit(1)
     if task == name:
-        print("\nAll properties hold. Now train the tiny model with your own code:\n"
+        print("\nAll properties hold. Now train the tiny model with your code:\n"
               f"python {where} {CATALOGUE[name].get('run', '')}")
     save_state(solved=[*dict.fromkeys([*read_state()["solved"], task])])
 
@@ -242,7 +242,7 @@ def plant(script):
     print(f"One line of {where} is wrong, and the curves show it. Which one is it?\n\n"
           f"    python {where}\n    python plot.py exercises/runs/bug_{script}\n\n"
           f"docs/metrics.md says what healthy curves look like; python {script}.py draws them.\n"
-          "Mend the line, then: python exercise.py --check")
+          "Fix the line, then: python exercise.py --check")
     save_state(current=f"bug:{name}")
 
 
@@ -277,7 +277,7 @@ def show_solution(task):
 
 
 def is_right(said, answer):
-    """Whether an answer is the right word, or a number within 2% or 0.01 of the right one."""
+    """Whether an answer is the correct word, or a number within 2% or 0.01 of the correct one."""
     if isinstance(answer, str):
         return said.strip().lower() == answer
     try:
@@ -298,7 +298,7 @@ def predict(script):
             said = ""
         right += is_right(said, answer)
         print(f"{'✓' if is_right(said, answer) else '✗'} {grading.show(answer)}")
-    print(f"\n{right} right. The calls that gave the answers are in tests/exercises/questions.py.")
+    print(f"\n{right} correct. The calls that gave the answers: tests/exercises/questions.py.")
 
 
 def main(args):

@@ -52,7 +52,7 @@ The variants change a line or two. --loss selects how the loss of a token is com
              completions solve, and dividing by |o_i| penalizes the tokens of a long wrong
              completion less (Liu et al. 2025, 2503.20783)
     dapo     weights all tokens alike, raises the upper clip, leaves out truncated completions, and
-             replaces groups of equal rewards by groups of other prompts (Yu et al. 2025,
+             replaces groups of equal rewards with groups of other prompts (Yu et al. 2025,
              2503.14476; their soft length penalty is examples/rewards.py:overlong)
     gspo     has one ratio per sequence, because there is one reward per sequence (Zheng et al.
              2025, 2507.18071)
@@ -135,7 +135,7 @@ def make_flags():
     add("--epsilon-high", type=common.positive, default=0.2,
         help="upper clip, at ratio 1 + ε; in cispo, at this number itself")
     add("--max-rounds", type=common.count, default=10,
-        help="dapo: rounds of sampling per step, each for the groups that still have equal rewards")
+        help="dapo: most rounds of sampling per step, to replace groups of equal rewards")
     add("--updates", type=common.count, default=1,
         help="optimizer steps per rollout; with 1, no clip binds, and gspo equals grpo")
     add("--group-size", type=common.number(int, 2), default=8, help="completions per prompt, G")
@@ -494,9 +494,10 @@ def rollout(model, rewards, examples, copies, tokenizer, args, seed):
 def pick_prompts(examples, order, step, number, args):
     """The prompts that this process answers in a round of sampling, and the seed of the answers.
 
-    Both depend only on the seed, the step, the round and the process, so a resumed run sees the
-    same ones. Round 0 of the steps reads `order` from its start, a batch per step. Round 1 begins
-    where the last step's round 0 ends, so that no prompt is read twice before all have been read.
+    Both depend only on --seed, the step, the round and the process, so a resumed run sees the same
+    prompts and the same random numbers. Round 0 reads `order` from the start, one batch per step.
+    Round 1 begins where round 0 of the last step ends, and so on for later rounds, so no place in
+    `order` is read twice.
     """
     batch = number * args.max_steps + step
     picked = order[(batch - 1) * args.batch_size:batch * args.batch_size]
@@ -508,14 +509,15 @@ def pick_prompts(examples, order, step, number, args):
 def resample(model, rewards, batch, examples, order, step, tokenizer, args):
     """Replaces groups of equal rewards; returns the batch and the number of completions sampled.
 
-    This is the dynamic sampling of DAPO (section 3.2). A group of equal rewards has no gradient,
-    so the more of them a batch has, the noisier is its gradient. DAPO keeps sampling prompts until
-    it has P groups whose rewards differ. Here, each of the P places of the batch is filled on its
-    own: as long as its group has equal rewards, the next prompt takes its place, and so the
-    processes need not wait for each other. A place that no round fills counts for nothing. To
-    sample the same prompt again, with another seed, would be something else: it would give each
-    prompt more than one chance, and the batch more of the prompts that are almost solved or almost
-    unsolvable.
+    This is the dynamic sampling of DAPO (section 3.2). A group of equal rewards has no gradient, so
+    the more such groups a batch contains, the noisier its gradient is. DAPO keeps sampling prompts
+    until it has P groups whose rewards differ. Here, each of the P places in the batch is filled
+    independently: as long as the group in a place has equal rewards, each further round replaces it
+    with a group for another prompt. So the processes need not wait for each other between rounds. A
+    place whose group still has equal rewards after the last round counts for nothing. Sampling the
+    same prompt again, with another seed, would be a different method: prompts that are almost
+    always or almost never solved would get several chances, so the batch would contain more of
+    them.
     """
     count = len(batch["rewards"])
     for number in range(1, args.max_rounds):
@@ -532,7 +534,7 @@ def resample(model, rewards, batch, examples, order, step, tokenizer, args):
 
 
 def replace_rows(batch, rows, new):
-    """The batch with the rows of another batch in place of some of its own."""
+    """The batch, with those of its rows whose indices are `rows` replaced by the rows of `new`."""
     replaced = {}
     for name, values in batch.items():
         others = new[name]
@@ -600,14 +602,14 @@ def group_gradients(model, batch, scaler, args):
         weights = token_weights(mask, args.loss, sequences, kept_tokens, args.max_new_tokens)
         losses = losses * weights * micro["kept"][:, None]  # [b, T-1]
         scaler.scale(losses.sum()).backward()
-        # In the first update, π is still the policy that sampled, so |ρ − 1| above 0 is an error.
-        # Here it can only be rounding, because the same model samples and is trained. If another
-        # engine samples, such as vLLM, its kernels and its precision differ, and so do its
-        # probabilities, even with the same weights. The completions then come from a policy
-        # π_sampler, and the update is off-policy. Truncated importance sampling corrects this: it
-        # multiplies the loss of each token by the constant min(π_old / π_sampler, C), where the
-        # bound C limits the variance (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
-        # You Off-Policy RL Training").
+        # In the first update, π is still π_old, so |ρ − 1| above 0 is an error, such as rounding.
+        # In this script, π_old is also the policy that sampled, because the same model samples and
+        # is trained. If another engine such as vLLM samples, its kernels and its precision differ,
+        # and therefore its probabilities, even with the same weights. The completions then come
+        # from a different policy, π_sampler, and the update is off-policy. Truncated importance
+        # sampling corrects for this: it multiplies the loss of each token by the constant
+        # min(π_old / π_sampler, C), where the bound C limits the variance (Yao et al. 2025, "Your
+        # Efficient RL Framework Secretly Brings You Off-Policy RL Training").
         ratio_error = ((logps - old_logps).exp() - 1).abs()
         # The logged kl is the mean of k1, summed over a completion; the loss has k3 of each token.
         add_up(sums, {"loss": losses, "kl": logps - micro["ref_logps"], "entropy": -logps,
@@ -662,7 +664,8 @@ def train(args):
     state = restore(args, weights, optimizer, scaler)
     if "before" not in state:
         state["before"] = evaluate(model, rewards, held_out, tokenizer, args)
-    # `pick_prompts` reads this order, and --loss dapo reads it further, in later rounds of a step.
+    # `pick_prompts` takes the prompts in this order. --loss dapo needs more of them, for the later
+    # rounds of a step.
     generator = torch.Generator().manual_seed(args.seed)
     passes = range(math.ceil(wanted / len(examples)))
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in passes])
@@ -678,8 +681,8 @@ def train(args):
         if args.loss == "dapo":
             batch, sampled = resample(
                 model, rewards, first, examples, order, step, tokenizer, args)
-        # What is logged about the answers is about those to the first prompts, before DAPO replaces
-        # groups, so that it describes the policy and not the selection.
+        # These metrics describe the completions of the first round, before DAPO replaces groups, so
+        # that they show the policy and not the selection.
         metrics = {"step": step, **describe(first), "rollout_seconds": time.time() - began}
 
         # 5. Compute the advantages: how much better is each completion than its group?
@@ -689,7 +692,7 @@ def train(args):
         spread = has_spread(grouped)  # [P]
         batch["kept"] = torch.ones_like(batch["stopped"])  # [B]
         if args.loss == "dapo":
-            # A truncated completion counts for nothing, nor does a group that was not replaced.
+            # Truncated completions and groups that still have equal rewards count for nothing.
             batch["kept"] = batch["stopped"] & spread.repeat_interleave(args.group_size)
 
         # 6. Take one or more optimizer steps on these completions. After the first, π differs from

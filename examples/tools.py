@@ -2,18 +2,18 @@
 
     python agent.py --tools examples/tools.py:calculator examples/tools.py:look_up
 
-A tool is a plain function. The model reads its name, its docstring and the types of its arguments
-through the chat template, so all of them are required, and each argument is described under Args.
-What the function returns, or the message of an exception that it raises, is what the model reads
-next. Tools run in the process that trains, with its rights: never give the model a tool that runs
-code or commands outside a sandbox.
+A tool is a plain function. The chat template shows the model its name, its docstring and its type
+hints, so all of them are required, and Args must describe each argument. After a call, the model
+reads the function's return value, or the message of the exception that the function raised. Tools
+run in the training process, with its privileges, so never give the model a tool that runs code or
+commands outside a sandbox.
 """
 import ast
 import operator
 from fractions import Fraction
 
 LONGEST = 200  # characters of an expression
-MOST_BITS = 4000  # size of a power; Python could spend hours on 9 ** 9 ** 9
+MOST_BITS = 4000  # of a power; without a limit, 9 ** 9 ** 9 could keep Python busy for hours
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
              ast.USub: operator.neg, ast.UAdd: operator.pos}
@@ -41,7 +41,7 @@ def calculator(expression: str) -> str:
 def value_of(node: ast.AST) -> Fraction:
     """The exact value of a parsed expression. It is computed here; no code is ever evaluated."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        # The text of a float, not its binary value, is what was meant: 0.1 is one tenth.
+        # The text of a float is exact, its binary value is rounded: 0.1 means one tenth.
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
         return OPERATORS[type(node.op)](value_of(node.operand))

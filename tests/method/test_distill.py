@@ -36,9 +36,9 @@ def test_the_worked_example_of_the_docstring():
     reverse, forward, jsd = (distill.divergences(student, teacher, x, 0.5) for x in DIVERGENCES)
     first, second = (teacher - student)[0]
     by_hand.documented(
-        distill, ("Reverse KL {:.3f}", reverse), ("forward KL {:.3f}", forward),
-        ("JSD with β = 0.5 {:.3f}", jsd), ("A = log 0.9 − log 0.5 = {:.3f}", first),
-        ("a second one {:.3f}", second), ("their mean is {:.3f}", (first + second) / 2))
+        distill, ("reverse KL is {:.3f}", reverse), ("forward KL is {:.3f}", forward),
+        ("JSD with β = 0.5 is {:.3f}", jsd), ("A = log 0.9 − log 0.5 = {:.3f}", first),
+        ("if the second is, A is {:.3f}", second), ("their mean is {:.3f}", (first + second) / 2))
     by_hand.close((first + second) / 2, -reverse, "the mean advantage is minus the reverse KL")
 
 

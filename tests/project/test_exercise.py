@@ -198,7 +198,7 @@ def test_a_student_solves_two_exercises_in_one_file(use, tmp_path, monkeypatch):
     said = use("--check", fails=True)
     assert "the loss is 1/(4β²) = 25.000" in said and "✗" in said
     assert "behaves like this mistake: IPO's margin is scaled by β" in said
-    assert use("dpo.ipo").startswith("exercises/dpo.py was there already, with code of yours")
+    assert use("dpo.ipo").startswith("exercises/dpo.py already has code of yours")
     assert path.read_text().splitlines() == lines
     lines[blank] = first.replace("margins", "margins / beta")
     path.write_text("\n".join(lines) + "\n")
@@ -241,7 +241,7 @@ def test_each_method_has_three_questions_with_computed_answers(use, script, monk
     answers = iter([str(answer) for _, answer in asked[:2]] + ["no idea"])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
     said = use("--predict", script)
-    assert "2 right" in said and said.count("✓") == 2 and said.count("✗") == 1
+    assert "2 correct" in said and said.count("✓") == 2 and said.count("✗") == 1
 
 
 def test_what_does_not_exist_is_refused(use):
@@ -253,7 +253,7 @@ def test_what_does_not_exist_is_refused(use):
     assert "line 1 of the file is not Python" in use("--solution", fails=True)
     assert "line 1 is not Python" in use("--check", fails=True)
     exercise.FOLDER.joinpath("prm.py").write_bytes("\ufeffstep = 'é'\r\n".encode())
-    assert "was there already" in use("prm.step_losses")
+    assert "left as it is" in use("prm.step_losses")
     assert exercise.FOLDER.joinpath("prm.py").read_bytes().endswith(b"\r\n")  # as it was
     assert "✗ the file has no function step_losses" in use("--check", fails=True)
     exercise.FOLDER.joinpath("prm.py").write_bytes(b"\xff")

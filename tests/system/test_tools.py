@@ -154,12 +154,12 @@ def test_a_reward_must_apply_to_every_answer(monkeypatch, refused):
 
 
 def test_a_conversation_is_shown_in_colors():
-    """The prompt is plain, the policy's turns are green, and what the environment wrote is grey."""
+    """The prompt is plain, the policy's turns are green, and what the environment wrote is gray."""
     played = play(tiny_tokenizer(), [ids_of(tiny_tokenizer(), x + END) for x in (call("1"), "1")])
     text = agent.in_colors(tiny_tokenizer(), played.talk)
-    prompt, first, grey, last = re.split("\033\\[(?:32|90)m", text)
+    prompt, first, gray, last = re.split("\033\\[(?:32|90)m", text)
     assert [color for color in re.findall("\033\\[([1-9]+0?)m", text)] == ["32", "90", "32"]
-    assert first == call("1") + END + "\033[0m" and last == f"1{END}\033[0m" and "tool\n1" in grey
+    assert first == call("1") + END + "\033[0m" and last == f"1{END}\033[0m" and "tool\n1" in gray
     assert prompt.endswith("What is 123 * 456?<|im_end|>\n<|im_start|>assistant\n")
     args = SimpleNamespace(max_turns=9, max_length=9999, max_new_tokens=9, tool_seconds=1.0)
     talk = {"ids": [], "mask": [], "stopped": False} | dict.fromkeys(agent.COUNTS, 0)
