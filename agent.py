@@ -178,9 +178,13 @@ def encode_question(row, tokenizer, max_length, schemas, max_new_tokens, needs_a
     """The row and the token ids of its prompt, into which the chat template writes the tools."""
     prompt = common.prompt_of(row, tokenizer)
     common.need(not row.get("tools"), "it has tools of its own, but only those of --tools can run")
-    common.need(isinstance(prompt, list),
+    common.need(not prompt or isinstance(prompt, list),
                 "its prompt is a string, and tools need messages: see --columns question=prompt")
     ids = common.encode_prompt(tokenizer, prompt, schemas)
+    last = common.standard_message(prompt[-1])
+    # Only what the policy samples is searched for calls.
+    common.need(last["role"] != "assistant" or not find_calls(last["content"]),
+                "it ends in the beginning of a tool call, which the policy must write itself")
     common.need(len(ids) + max_new_tokens <= max_length,
                 f"prompt and first turn exceed {max_length} tokens")
     common.need(not needs_answer or plain_number(row.get("answer")) is not None,

@@ -134,6 +134,8 @@ def test_other_templates_are_refused(name, refused):
 
 @pytest.mark.parametrize("row, reason", [
     ({"tools": "[]"}, "tools of its own"), ({"prompt": "What is 1 + 1?"}, "question=prompt"),
+    ({"prompt": ""}, "a prompt must be"),
+    ({"prompt": by_hand.ask("1 + 1?") + by_hand.say("<tool_call>")}, "beginning of a tool call"),
     ({"answer": "two"}, "not a plain number"), ({"prompt": by_hand.ask("1 + " * 99)}, "exceed")])
 def test_rows_that_cannot_be_used(row, reason):
     good = {"prompt": by_hand.ask("What is 1 + 1?"), "answer": "2"}
