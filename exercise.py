@@ -25,7 +25,6 @@ import argparse
 import ast
 import difflib
 import json
-import math
 import sys
 import textwrap
 from pathlib import Path
@@ -113,20 +112,6 @@ def blanked(source, name):
     return source
 
 
-def read_text(path):
-    """The text of the student's file. Some editors begin it with a byte-order mark."""
-    with common.phase(f"reading {path}"):
-        return path.read_text(encoding="utf-8-sig")
-
-
-def save_text(path, text):
-    """Writes atomically: a killed program leaves either the old file or the new one."""
-    with common.phase(f"writing {path}"):
-        path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".new").write_text(text, encoding="utf-8")
-        path.with_suffix(".new").replace(path)
-
-
 def read_state():
     path = FOLDER / "progress.json"
     state = {"current": None, "solved": [], "hints": {}}
@@ -140,7 +125,7 @@ def read_state():
 
 
 def save_state(**changes):
-    save_text(FOLDER / "progress.json", json.dumps(read_state() | changes, indent=1))
+    grading.save_text(FOLDER / "progress.json", json.dumps(read_state() | changes, indent=1))
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -159,7 +144,7 @@ def written(task):
     begin = name if name == task else f"--bug {script_of(name)}"
     refuse_unless(path.exists(), f"exercises/{path.name} does not exist: begin with "
                   f"python exercise.py {begin}")
-    return read_text(path)
+    return grading.read_text(path)
 
 
 def list_exercises():
@@ -179,7 +164,7 @@ def start(name):
     entry = CATALOGUE[name]
     where = f"exercises/{path.name}"
     if path.exists():
-        old = read_text(path)
+        old = grading.read_text(path)
         new = blanked(old, name)
         said = ("already exists. The part for this exercise was still the original and is blank "
                 "now; the rest is as you left it.")
@@ -190,7 +175,7 @@ def start(name):
         new = blanked(runnable(source_of(script_of(name)), ""), name)
         said = f"is a copy of {path.name}, with a part left out for you to write."
     if not path.exists() or new != old:
-        save_text(path, new)
+        grading.save_text(path, new)
     print(f"{where} {said}\n\n{entry['title']} ({entry['difficulty']}). {entry['teaches']}\n\n"
           f"{entry['task']}\n")
     blank = f'raise NotImplementedError("exercise {name}")'
@@ -238,7 +223,7 @@ def plant(script):
     where = f"exercises/{path.name}"
     if not path.exists():
         source, _ = grading.mistake_of(script, CATALOGUE[name]["bug"]["what"])
-        save_text(path, runnable(source, "bug_"))
+        grading.save_text(path, runnable(source, "bug_"))
     print(f"One line of {where} is wrong, and the curves show it. Which one is it?\n\n"
           f"    python {where}\n    python plot.py exercises/runs/bug_{script}\n\n"
           f"docs/metrics.md says what healthy curves look like; python {script}.py draws them.\n"
@@ -276,17 +261,6 @@ def show_solution(task):
     print("\n".join(lines) or "Your code is the same as the solution.")
 
 
-def is_right(said, answer):
-    """Whether an answer is the correct word, or a number within 2% or 0.01 of the correct one."""
-    if isinstance(answer, str):
-        return said.strip().lower() == answer
-    try:
-        number = float(said.replace("−", "-"))
-    except ValueError:
-        return False
-    return math.isclose(number, answer, rel_tol=0.02, abs_tol=0.01)
-
-
 def predict(script):
     """Asks three questions about a method; the answers are computed by its functions."""
     import questions  # it imports all scripts
@@ -296,8 +270,8 @@ def predict(script):
             said = input(f"\n{question}\n> ")
         except EOFError:
             said = ""
-        right += is_right(said, answer)
-        print(f"{'✓' if is_right(said, answer) else '✗'} {grading.show(answer)}")
+        right += grading.is_right(said, answer)
+        print(f"{'✓' if grading.is_right(said, answer) else '✗'} {grading.show(answer)}")
     print(f"\n{right} correct. The calls that gave the answers: tests/exercises/questions.py.")
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import properties
 import torch
 
+import common
+
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = tomllib.loads((ROOT / "tests/exercises/catalogue.toml").read_text(encoding="utf-8"))
 SCRIPTS = list(dict.fromkeys(name.partition(".")[0] for name in CATALOGUE))
@@ -34,6 +36,20 @@ def functions_of(name):
     """The names of the functions that belong to an exercise; the first is the one to call."""
     entry = CATALOGUE[name]
     return [entry.get("function", name.partition(".")[2]), *entry.get("also", [])]
+
+
+def read_text(path):
+    """The text of the student's file. Some editors begin it with a byte-order mark."""
+    with common.phase(f"reading {path}"):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def save_text(path, text):
+    """Writes atomically: a killed program leaves either the old file or the new one."""
+    with common.phase(f"writing {path}"):
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".new").write_text(text, encoding="utf-8")
+        path.with_suffix(".new").replace(path)
 
 
 class Refused(Exception):
@@ -104,6 +120,17 @@ def show(value):
         inner = ", ".join(map(show, value))
         return inner if len(value) == 1 else f"[{inner}]"
     return f"{value:.200}" if isinstance(value, str) else f"{value!r:.200}"
+
+
+def is_right(said, answer):
+    """Whether an answer is the correct word, or a number within 2% or 0.01 of the correct one."""
+    if isinstance(answer, str):
+        return said.strip().lower() == answer
+    try:
+        number = float(said.replace("−", "-"))
+    except ValueError:
+        return False
+    return math.isclose(number, answer, rel_tol=0.02, abs_tol=0.01)
 
 
 def difference(ours, true, tolerance=1e-9):
