@@ -251,6 +251,8 @@ def report(name, graded):
 def check(name, function):
     """For notebooks: prints the properties of a function; returns whether all hold."""
     script = script_of(name)
+    if function.__module__ in SCRIPTS:
+        return report(name, [("", f"this is the original, imported from {script}.py", "")])
     return report(name, grade(name, source_of(script), ROOT / f"{script}.py", function))
 
 

@@ -116,6 +116,8 @@ def rounding(function, batch, columns):
 def sft_with_mask(m):
     chat = [([], False), ([1, 2], False), ([3, 4, 5], True), ([6], False), ([7, 8], True)]
     made = m.with_mask(chat)
+    yield ("each of the three is a {}, because rows of different lengths are padded later",
+           ", ".join({type(value).__name__ for value in made.values()}), "list")
     yield "the pieces are joined in order: {}", made["input_ids"], [1, 2, 3, 4, 5, 6, 7, 8]
     yield ("the loss mask is 1 on both answers and 0 on all context: {}",
            made["loss_mask"], [0, 0, 1, 1, 1, 0, 1, 1])
