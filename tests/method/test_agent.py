@@ -138,7 +138,7 @@ def test_the_gradient_of_the_worked_example_is_0_on_what_the_environment_wrote(m
         agent, ("mask tokens 0 {:.0f} <", prompt), ("1 {:.0f} <", first), ("0 {:.0f} <", written),
         ("1 {:.0f} 56088", last), ("advantage is {:.3f}", advantages[0]),
         ("= {:.0f}. At ratio 1", first + last), ("= {:.5f} for each", gradients[0]),
-        ("take {:.0%} of", written / (first + last + written)))
+        ("make up {:.0%} of", written / (first + last + written)))
 
 
 # ---- a run, recomputed by hand -------------------------------------------------------------------

@@ -20,7 +20,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 T4 = ROOT / "notebooks/t4.ipynb"
 EXERCISES = ROOT / "notebooks/exercises.ipynb"
-LEFT_OUT = shutil.ignore_patterns(".*", "runs", "__pycache__", "benchmarks", "*.pt")
+# Also what the commands of the README leave in a checkout.
+LEFT_OUT = shutil.ignore_patterns(".*", "runs", "__pycache__", "benchmarks", "*.pt", "pairs.jsonl",
+                                  "own.jsonl", "ai.jsonl", "both.*")
 
 
 def sources(notebook, *replacements):
