@@ -208,7 +208,7 @@ def check_file(task):
         raise SystemExit(1)
     if task == name:
         print("\nAll properties hold. Now train the tiny model with your code:\n"
-              f"python {where} {CATALOGUE[name].get('run', '')}")
+              f"python {where} {CATALOGUE[name].get('run', '')}".rstrip())
     save_state(solved=[*dict.fromkeys([*read_state()["solved"], task])])
 
 

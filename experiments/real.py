@@ -1,6 +1,6 @@
 """Trains a real chat model of 135 million parameters on a laptop's CPU, one method after another.
 
-    python experiments/real.py              # all runs: about two hours on one core
+    python experiments/real.py              # all runs: 50 CPU minutes, and evaluation
     python experiments/real.py grpo         # one run, and the runs that it starts from
     python experiments/real.py --table      # only prints the table of the recorded results, and
                                             # draws the curves of docs/real_model.md
