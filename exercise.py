@@ -19,7 +19,7 @@ read or imported, because copying from them would teach nothing.
 exercises/ is your own folder, and git ignores it. Nothing that you have written there is ever
 overwritten: if an exercise needs a script that is already there, only code that is still identical
 to the original is blanked. Run everything from the root of the repository. docs/learning.md
-suggests how to study with the exercises; tests/exercises/ holds their texts and properties.
+suggests how to study with the exercises; checks/ holds their texts and properties.
 """
 import argparse
 import ast
@@ -33,7 +33,7 @@ import common
 
 ROOT = Path(__file__).resolve().parent
 FOLDER = ROOT / "exercises"
-sys.path[:0] = [str(ROOT / "tests/exercises")]
+sys.path[:0] = [str(ROOT / "checks")]
 import grading  # noqa: E402
 from grading import CATALOGUE, SCRIPTS, functions_of, script_of, source_of  # noqa: E402
 
@@ -272,7 +272,7 @@ def predict(script):
             said = ""
         right += grading.is_right(said, answer)
         print(f"{'✓' if grading.is_right(said, answer) else '✗'} {grading.show(answer)}")
-    print(f"\n{right} correct. The calls that gave the answers: tests/exercises/questions.py.")
+    print(f"\n{right} correct. The calls that gave the answers: checks/questions.py.")
 
 
 def main(args):

@@ -43,7 +43,7 @@ NEIGHBORS = {
     ("reward_model", "dpo"): {"encode_comparison": "encode_pair", "reward_loss": "preference_loss",
                               "sequence_rewards": "token_logps",
                               "comparison_losses": "pair_losses"}}
-EXERCISES = tomllib.loads((ROOT / "tests/exercises/catalogue.toml").read_text())
+EXERCISES = tomllib.loads((ROOT / "checks/catalogue.toml").read_text())
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKDOWN = {file.stem.lower(): file for file in PROSE}
 PAGES = {file: f"{name}.html" for name, file in MARKDOWN.items()}

@@ -83,6 +83,27 @@ def refused(capsys):
     return run
 
 
+@pytest.fixture
+def draws(monkeypatch):
+    """All calls of torch.multinomial: probabilities and tokens of the rows that are sampled."""
+    recorded, multinomial = [], torch.multinomial
+
+    def draw(probs, *args, **options):
+        recorded.append((probs, multinomial(probs, *args, **options)))
+        return recorded[-1][1]
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    return recorded
+
+
+def drawn_logps(draws, answers):
+    """The log-probs with which the tokens of each answer were drawn: a tensor for each answer."""
+    chosen = [probs.gather(1, token)[:, 0].double().log() for probs, token in draws]
+    # Answers that ended earlier have left the batch.
+    return [torch.stack([chosen[t][sum(len(x) > t for x in answers[:row])]
+                         for t in range(len(answer))]) for row, answer in enumerate(answers)]
+
+
 def metrics_of(folder):
     """What a run logged, step by step."""
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]

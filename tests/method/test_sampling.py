@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from conftest import drawn_logps
 
 import common
 import grpo
@@ -96,20 +97,13 @@ def with_adapter(name):
 
 @pytest.mark.parametrize("temperature", [0.8, 1.5])
 @pytest.mark.parametrize("shape", CONFIGS)
-def test_what_is_scored_is_what_was_sampled(shape, temperature, monkeypatch, tmp_path):
+def test_what_is_scored_is_what_was_sampled(shape, temperature, draws, tmp_path):
     """The sampler's log-prob of each token equals its score, and that of a plain forward pass.
 
     Prompts differ in length, answers leave the batch, and some exceed the sliding window.
     """
     make_model(shape).save_pretrained(tmp_path)
-    model, tokenizer, chosen = with_adapter(tmp_path), make_tokenizer(), []
-    multinomial = torch.multinomial
-
-    def spy(probs, number, generator):
-        token = multinomial(probs, number, generator=generator)
-        chosen.append(probs.gather(1, token)[:, 0].double().log())
-        return token
-    monkeypatch.setattr(torch, "multinomial", spy)
+    model, tokenizer = with_adapter(tmp_path), make_tokenizer()
     answers = sample(model, PROMPTS, 4, 9, temperature)
     assert len({len(answer) for answer in answers}) > 2 and max(map(len, answers)) == 9 > WINDOW
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
@@ -117,14 +111,12 @@ def test_what_is_scored_is_what_was_sampled(shape, temperature, monkeypatch, tmp
     model.eval()
     with torch.no_grad():
         scored = grpo.token_logps(model, batch, temperature)
+        sampled = drawn_logps(draws, answers)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            # Answers that ended earlier have left the batch.
-            sampled = [chosen[t][sum(len(x) > t for x in answers[:row])]
-                       for t in range(len(answer))]
             ours = scored[row, len(prompt) - 1:len(prompt) - 1 + len(answer)].double()
             plain = by_hand.logps(model, prompt, answer, temperature).double()
-            by_hand.same(ours, torch.stack(sampled), f"{shape}, answer {row}: score, sample", 2e-5)
-            by_hand.same(plain, torch.stack(sampled), f"{shape}, answer {row}: plain, sample", 2e-5)
+            by_hand.same(ours, sampled[row], f"{shape}, answer {row}: score, sample", 2e-5)
+            by_hand.same(plain, sampled[row], f"{shape}, answer {row}: plain, sample", 2e-5)
         assert torch.equal(scored != 0, batch["loss_mask"][:, 1:].bool()), "outside the answers"
         with common.reference(model):  # the adapter has an effect
             assert (grpo.token_logps(model, batch, temperature) - scored).abs().max() > 0.1

@@ -178,7 +178,7 @@ def test_an_endless_loop_is_ended_and_located(tmp_path):
     code = ("import grading, pathlib, sys; path = pathlib.Path(sys.argv[1])\n"
             "with grading.time_limit(path, 1):\n"
             "    grading.grade('grpo.token_kl', path.read_text(), path)")
-    places = os.pathsep.join([str(ROOT), str(ROOT / "tests/exercises")])
+    places = os.pathsep.join([str(ROOT), str(ROOT / "checks")])
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True,
                           timeout=100, env=os.environ | {"PYTHONPATH": places})
     assert done.returncode == 1 and "has not returned after 1 seconds in line " in done.stdout

@@ -61,7 +61,7 @@ def depth(node):
 
 
 def python_files():
-    folders = ["tests", "tiny", "benchmarks", "examples", "experiments", "site"]
+    folders = ["tests", "checks", "tiny", "benchmarks", "examples", "experiments", "site"]
     return [ROOT / f"{name}.py" for name in ROOM] + [
         path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -75,6 +75,12 @@ def test_code_lines_count_neither_prose_nor_blank_lines():
 @each_script
 def test_a_script_has_its_room(name):
     assert code_lines(source_of(name)) <= ROOM[name]
+
+
+def test_the_tests_have_their_room():
+    """Proofs that nobody can read through prove less."""
+    files = (ROOT / "tests").rglob("*.py")
+    assert sum(code_lines(path.read_text()) for path in files) <= 8000
 
 
 def test_lines_are_short_and_identifiers_can_be_typed():

@@ -65,14 +65,12 @@ def adapter(tmp_path_factory):
 
 # ---- number formats and machines -----------------------------------------------------------------
 
-@pytest.mark.parametrize("capability, dtype", [
-    ((7, 5), torch.float16), ((7, 0), torch.float16), ((8, 0), torch.bfloat16),
-    ((9, 0), torch.bfloat16)])
-def test_dtype_goes_by_compute_capability(monkeypatch, capability, dtype):
+def test_dtype_goes_by_compute_capability(monkeypatch):
     """A T4 gets fp16, although torch says that it supports bf16; Ampere gets bf16, a CPU fp32."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    assert common.choose_dtype(torch.device("cuda", 0)) == dtype
+    for capability, dtype in ((7, 5), torch.float16), ((8, 0), torch.bfloat16):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        assert common.choose_dtype(torch.device("cuda", 0)) == dtype
     assert common.choose_dtype(torch.device("cpu")) == torch.float32
 
 

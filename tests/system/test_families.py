@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from conftest import drawn_logps
 from transformers.integrations import sdpa_attention
 
 import common
@@ -121,34 +122,22 @@ def test_log_probs_and_gradients_are_those_of_a_plain_forward_pass(name, folders
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sampled_log_probs_are_those_that_are_scored(name, folders, monkeypatch):
+def test_sampled_log_probs_are_those_that_are_scored(name, folders, draws):
     """With prompts of two lengths, left padding, several copies, and rows that leave the batch."""
-    model, tokenizer, steps = with_adapter(folders(name)), make_tokenizer(), []
+    model, tokenizer = with_adapter(folders(name)), make_tokenizer()
     model.generation_config.eos_token_id = list(range(40, 48))
-    multinomial = torch.multinomial
-
-    def spy(probs, number, generator):
-        token = multinomial(probs, number, generator=generator)
-        steps.append(probs.gather(1, token)[:, 0].log().tolist())
-        return token
-
-    monkeypatch.setattr(torch, "multinomial", spy)
     args = Namespace(max_new_tokens=10, temperature=1.0)
     answers = grpo.sample(model, tokenizer, [ROWS[0][:7], ROWS[1][:3]], 4, args, 0)
-    drawn = [[] for _ in answers]
-    for t, logps in enumerate(steps):  # rows leave the batch when they end
-        alive = [i for i, answer in enumerate(answers) if len(answer) > t]
-        for i, logp in zip(alive, logps, strict=True):
-            drawn[i].append(logp)
     assert len({len(answer) for answer in answers}) > 2
     prompts = [ROWS[0][:7]] * 4 + [ROWS[1][:3]] * 4
     with torch.no_grad():
         scored = grpo.token_logps(model, grpo.join_answers(prompts, answers, tokenizer, model))
         model.eval()
+        drawn = drawn_logps(draws, answers)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             plain = naive_logps(model, prompt + answer)[len(prompt) - 1:]
             ours = scored[i, len(prompt) - 1:len(prompt) - 1 + len(answer)]
-            torch.testing.assert_close(torch.tensor(drawn[i]), plain, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(drawn[i].float(), plain, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 

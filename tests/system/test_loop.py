@@ -13,16 +13,11 @@ import peft
 import pytest
 import runs_helper
 import torch
+import transformers
 from by_hand import Run, answer_to, ask, close, logps, move, prompt_ids, say, tokenizer
 from conftest import ROOT
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedConfig
 
 import common
 import distill
@@ -44,7 +39,7 @@ OF_SCRIPTS = pytest.mark.parametrize("script", OFFLINE + ONLINE, ids=lambda x: x
 def small_model(tied=False, train_head=False):
     """A model with large weights, so that attention to a wrong token would show."""
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
         initializer_range=0.5))
@@ -167,7 +162,7 @@ def test_answers_are_sampled_from_the_model_until_a_stop_token():
         temperature=5.0, top_k=1, top_p=0.1, min_p=0.9, typical_p=0.2, repetition_penalty=3.0,
         no_repeat_ngram_size=1, do_sample=False, num_beams=3, max_length=3, bad_words_ids=[[plus]])
     for own, stops in (end, {end}), ([plus, end], {plus, end}):
-        model.generation_config = GenerationConfig(eos_token_id=own, **awkward)
+        model.generation_config = transformers.GenerationConfig(eos_token_id=own, **awkward)
         ours = sft.sample_answers(model, tokenizer, prompts, 24, 3)
         assert model.training, "left in evaluation mode"
         stops.add(tokenizer.eos_token_id)
@@ -440,7 +435,7 @@ def test_training_all_weights_saves_a_plain_model(train, tmp_path):
     """With --lora-rank 0. The head is tied to the embeddings and trained with them."""
     run = train(sft, tmp_path, double=False, lora_rank=0, learning_rate=1e-3)
     assert not list(run.folder.glob("adapter*"))
-    saved = dict(AutoModelForCausalLM.from_pretrained(run.folder).named_parameters())
+    saved = dict(transformers.AutoModelForCausalLM.from_pretrained(run.folder).named_parameters())
     for name, weight in run.model.named_parameters():
         assert torch.equal(weight, saved[name]), name
     assert not any(torch.equal(a, b)

@@ -8,23 +8,10 @@ from types import SimpleNamespace
 
 import by_hand
 import pytest
+import test_agent
 import torch
-from conftest import run_args
-from test_agent import (
-    CALCULATOR,
-    CPU,
-    END,
-    HERMES,
-    SCHEMAS,
-    call,
-    ids_of,
-    play,
-    reads,
-    says,
-    template_of,
-    tiny_tokenizer,
-    whole,
-)
+from conftest import drawn_logps, run_args
+from test_agent import CALCULATOR, CPU, END, SCHEMAS, call, ids_of, play, tiny_tokenizer, whole
 from test_templates import FAMILIES, tokenizer_of
 
 import agent
@@ -170,47 +157,39 @@ def test_a_conversation_is_shown_in_colors():
     assert talk["text"] == "7 " and not talk["stopped"], "a call is no answer"
 
 
-@pytest.mark.parametrize("name", HERMES[:3])
+@pytest.mark.parametrize("name", test_agent.HERMES[:3])
 def test_what_was_sampled_is_never_rendered_or_tokenized_again(name):
     """A call without spaces, in tokens of one letter: a whole rendering differs in both."""
-    tokenizer = template_of(name, None)
+    tokenizer = test_agent.template_of(name, None)
     text = call("1").replace(": ", ":").replace(", ", ",")
     letters = sum([ids_of(tokenizer, letter) for letter in text + "."], [])
     end = [tokenizer.eos_token_id]
     played = play(tokenizer, [letters + end, ids_of(tokenizer, "1") + end])
     ids, mask = played.batch["input_ids"][0], played.batch["loss_mask"][0]
     assert ids[mask > 0].tolist() == letters + end + ids_of(tokenizer, "1") + end
-    rendered = whole(tokenizer, says("1"), reads("1"), says(content="1"))
+    rendered = whole(tokenizer, test_agent.says("1"), test_agent.reads("1"),
+                     test_agent.says(content="1"))
     assert call("1") in rendered and text not in rendered and text in tokenizer.decode(ids)
     # Without a thought, Qwen3's template adds an empty one to the last turn of a whole rendering.
     assert ("<think>" in rendered) == (name == "qwen3") and "<think>" not in tokenizer.decode(ids)
 
 
-def test_what_is_scored_is_what_was_sampled_in_every_turn(monkeypatch):
+def test_what_is_scored_is_what_was_sampled_in_every_turn(draws, monkeypatch):
     """The sampler's log-prob of a token equals its score in the whole conversation."""
     torch.manual_seed(0)
     model = common.load_model("tiny/agent", lora_rank=4)
     by_hand.move(model, std=0.05)
     tokenizer = tiny_tokenizer()
-    chosen, turns, seeds = [], {}, []
-    multinomial, sample = torch.multinomial, agent.sample
-
-    def spy(probs, number, generator):
-        token = multinomial(probs, number, generator=generator)
-        chosen.append(probs.gather(1, token)[:, 0].log())
-        return token
+    sample, turns, seeds = agent.sample, {}, []
 
     def watched(model, tokenizer, prompts, *rest):
-        chosen.clear()
+        draws.clear()
         seeds.append(rest[-1])
         answers = sample(model, tokenizer, prompts, *rest)
-        for row, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
-            # Turns that ended earlier have left the batch.
-            turns[str(prompt + ids)] = [chosen[t][sum(len(x) > t for x in answers[:row])].item()
-                                        for t in range(len(ids))]
+        for prompt, ids, logps in zip(prompts, answers, drawn_logps(draws, answers), strict=True):
+            turns[str(prompt + ids)] = logps.tolist()
         return answers
 
-    monkeypatch.setattr(torch, "multinomial", spy)
     monkeypatch.setattr(agent, "sample", watched)
     monkeypatch.setattr(agent, "find_calls", lambda text: [call("2 * 3")[11:-12]])
     questions = [by_hand.ask(x) for x in ("What is 36 - 25?", "Add 5 and 6.")]

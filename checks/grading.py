@@ -18,8 +18,8 @@ import torch
 
 import common
 
-ROOT = Path(__file__).resolve().parents[2]
-CATALOGUE = tomllib.loads((ROOT / "tests/exercises/catalogue.toml").read_text(encoding="utf-8"))
+ROOT = Path(__file__).resolve().parents[1]
+CATALOGUE = tomllib.loads((ROOT / "checks/catalogue.toml").read_text(encoding="utf-8"))
 SCRIPTS = list(dict.fromkeys(name.partition(".")[0] for name in CATALOGUE))
 LIMIT = 15  # CPU seconds that a check may take; a correct solution takes a fraction of one
 
