@@ -280,7 +280,8 @@ def check_template(tokenizer, schemas):
     chat = [{"role": "user", "content": "Q" + common.MARK},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "name": call["name"], "content": "R"}]
-    with common.phase("the chat template cannot be used with tools; --chat-template names another"):
+    with common.phase("the chat template cannot be used with tools; --chat-template names another, "
+                      "such as examples/tools.jinja for a ChatML model"):
         common.need(common.end_of_turn_id(tokenizer) is not None, "no special token ends a turn")
         common.check_printed(tokenizer, chat, schemas)
         text = common.render(tokenizer, chat, schemas)

@@ -1,18 +1,22 @@
 """Grade-school word problems of one and two steps, with answers, for the runs on a real model.
 
-    python experiments/wordproblems.py     # writes examples/wordproblems_{train,test}.jsonl
+    python experiments/wordproblems.py     # writes examples/wordproblems_{train,test,calls}.jsonl
 
 A row has a prompt (one question), its `answer` (a number, for rewards) and a `solution` (its steps
 and the answer in a sentence, for SFT: --columns completion=solution). Names, things and numbers
 vary. The test file has only forms of problems that no training row has, so that it measures whether
-a model has learned to solve problems, not forms. Everything follows from SEED.
+a model has learned to solve problems, not forms. The rows of the third file are conversations in
+which the assistant calls a calculator, for SFT before agent.py. Everything follows from SEED.
 """
 import json
 import random
+import runpy
 from pathlib import Path
 
+from transformers.utils import get_json_schema
+
 SEED = 0
-TRAIN_ROWS, TEST_ROWS = 2000, 300
+TRAIN_ROWS, TEST_ROWS, CALL_ROWS = 2000, 300, 200
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = ["Ada", "Ali", "Amir", "Bea", "Carl", "Chen", "Dina", "Emil", "Fay", "Hugo", "Ines", "Ivan",
          "Jada", "Kofi", "Lena", "Lucas", "Mara", "Nils", "Omar", "Priya", "Rosa", "Sara", "Theo",
@@ -91,23 +95,30 @@ TEST_FORMS = [
 
 
 def solve(steps, numbers):
-    """Lines such as "3 * 4 = 12", and the last result; None unless all are whole and positive."""
+    """Lines such as "3 * 4 = 12", the last result, and all steps as one expression.
+
+    It returns None if a result is not whole and positive.
+    """
     lines = []
     result = None
+    expression = ""
     for step in steps:
         left, operator, right = step.split()
         x, y = (result if name == "_" else numbers[name] for name in (left, right))
         if operator == "/" and x % y:
             return None
+        written = [f"({expression})" if name == "_" else str(numbers[name])
+                   for name in (left, right)]
+        expression = f"{written[0]} {operator} {written[1]}"
         result = {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[operator]
         if result < 1:
             return None
         lines.append(f"{x} {operator} {y} = {result}")
-    return lines, result
+    return lines, result, expression
 
 
 def problem(rng, forms):
-    """A row of a random form. Draws again until the numbers fit the story."""
+    """A row of a random form and its expression. Draws again until the numbers fit the story."""
     question, steps = rng.choice(forms)
     while True:
         numbers = {"a": rng.randint(3, 60), "b": rng.randint(2, 40), "c": rng.randint(2, 12),
@@ -119,22 +130,42 @@ def problem(rng, forms):
     first, second, third = rng.sample(NAMES, 3)
     text = question.format(A=first, B=second, C=third, things=rng.choice(THINGS),
                            place=rng.choice(PLACES), **numbers)
-    lines, result = solved
-    return {"prompt": [{"role": "user", "content": text}], "answer": str(result),
-            "solution": f"{'. '.join(lines)}. The answer is {result}."}
+    lines, result, expression = solved
+    row = {"prompt": [{"role": "user", "content": text}], "answer": str(result),
+           "solution": f"{'. '.join(lines)}. The answer is {result}."}
+    return row, expression
 
 
-def write(name, forms, count, seed):
+def with_call(row, expression, schema):
+    """The row as a conversation in which the assistant calls the calculator."""
+    call = {"name": "calculator", "arguments": {"expression": expression}}
+    return {"messages": [
+        *row["prompt"],
+        {"role": "assistant", "content": "",
+         "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "name": "calculator", "content": row["answer"]},
+        {"role": "assistant", "content": f"The answer is {row['answer']}."}], "tools": [schema]}
+
+
+def problems(forms, count, seed):
+    """Different problems, as pairs (row, expression)."""
     rng = random.Random(seed)
-    rows = {}
-    while len(rows) < count:
-        row = problem(rng, forms)
-        rows[row["prompt"][0]["content"]] = row
-    path = EXAMPLES / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    print(f"examples/{name}: {count} problems of {len(forms)} forms")
+    found = {}
+    while len(found) < count:
+        row, expression = problem(rng, forms)
+        found[row["prompt"][0]["content"]] = row, expression
+    return list(found.values())
+
+
+def write(name, rows):
+    path = EXAMPLES / f"wordproblems_{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"examples/{path.name}: {len(rows)} rows")
 
 
 if __name__ == "__main__":
-    write("wordproblems_train.jsonl", TRAINING_FORMS, TRAIN_ROWS, SEED)
-    write("wordproblems_test.jsonl", TEST_FORMS, TEST_ROWS, SEED + 1)
+    train = problems(TRAINING_FORMS, TRAIN_ROWS, SEED)
+    write("train", [row for row, _ in train])
+    write("test", [row for row, _ in problems(TEST_FORMS, TEST_ROWS, SEED + 1)])
+    calculator = get_json_schema(runpy.run_path(str(EXAMPLES / "tools.py"))["calculator"])
+    write("calls", [with_call(*pair, calculator) for pair in train[:CALL_ROWS]])

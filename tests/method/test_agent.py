@@ -42,12 +42,15 @@ def ids_of(tokenizer, text):
 
 # ---- the mask, and ids that are appended ---------------------------------------------------------
 
-HERMES = ["tiny/agent", "qwen2.5", "qwen3", "tokenizers/Qwen2.5-0.5B-Instruct"]
+HERMES = ["tiny/agent", "qwen2.5", "qwen3", "examples/tools.jinja",
+          "tokenizers/Qwen2.5-0.5B-Instruct"]
 
 
 def template_of(name, request):
     if name == "tiny/agent":
         return tiny_tokenizer()
+    elif name == "examples/tools.jinja":
+        tokenizer = common.load_tokenizer("tiny/chat", name)
     elif name in FAMILIES:
         tokenizer = tokenizer_of(name)
     else:
