@@ -105,7 +105,7 @@ def copy_project(folder):
     for path in ROOT.glob("[!.]*"):
         if path.is_file():
             shutil.copy(path, folder)
-    for part in "tests", "tiny", "examples", "docs":
+    for part in "tests", "checks", "tiny", "examples", "docs":
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
 
 
