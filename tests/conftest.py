@@ -46,8 +46,9 @@ def run_args(module, **overrides):
 
 
 @pytest.fixture(autouse=True)
-def fresh_attention(monkeypatch):
-    """What load_model() does to SDPA on an fp16 GPU holds for the process; here, for a test."""
+def fresh_start(monkeypatch):
+    """Each test draws the same numbers, and what load_model() does to SDPA holds for one test."""
+    torch.manual_seed(0)
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", USE_GQA)
 
 
