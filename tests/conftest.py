@@ -29,6 +29,12 @@ def pytest_configure():
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Each test, with the fixtures that it is the first to use, draws the same numbers."""
+    torch.manual_seed(0)
+
+
 def flags_of(module):
     """The argument parser of a script."""
     return module.make_flags() if hasattr(module, "make_flags") else module.flags
@@ -46,9 +52,8 @@ def run_args(module, **overrides):
 
 
 @pytest.fixture(autouse=True)
-def fresh_start(monkeypatch):
-    """Each test draws the same numbers, and what load_model() does to SDPA holds for one test."""
-    torch.manual_seed(0)
+def fresh_attention(monkeypatch):
+    """What load_model() does to SDPA on an fp16 GPU holds for the process; here, for a test."""
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", USE_GQA)
 
 

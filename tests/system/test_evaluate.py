@@ -34,7 +34,7 @@ def table(tmp_path, write_jsonl, capsys):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A run on tiny/chat that has changed it a little."""
-    return by_hand.save_adapter(tmp_path_factory.mktemp("adapter"))
+    return by_hand.save_adapter(tmp_path_factory.mktemp("adapter"), std=0.1)
 
 
 # ---- formulas ------------------------------------------------------------------------------------
