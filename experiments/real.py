@@ -1,8 +1,8 @@
 """Trains a real chat model of 135 million parameters on a laptop's CPU, one method after another.
 
-    python experiments/real.py              # all runs: 50 CPU minutes, and evaluation
+    python experiments/real.py              # all runs: 3.5 CPU hours, and evaluation
     python experiments/real.py grpo         # one run, and the runs that it starts from
-    python experiments/real.py --table      # only prints the table of the recorded results, and
+    python experiments/real.py --table      # only prints the tables of the recorded results, and
                                             # draws the curves of docs/real_model.md
 
 Each run is a command that you can type yourself, and this program prints it. The same command
@@ -26,7 +26,12 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+
 RESULTS = ROOT / "experiments/results"
+PAPER, COLORS = "#f3f1ec", ("#D55E00", "#0072B2")
 # A checkpoint every few steps, because a step takes up to a minute.
 PROMPTS = ("--dataset examples/wordproblems_train.jsonl"
            " --eval-dataset examples/wordproblems_test.jsonl --eval-size 64 --max-new-tokens 48"
@@ -41,9 +46,38 @@ RUNS = {
                        " --max-new-tokens 48 --micro-batch-size 64 --output {runs}/pairs.jsonl"),
     "dpo": (["pairs"], "dpo.py --model {runs}/sft --dataset {runs}/pairs.jsonl --eval-size 20"
                        " --learning-rate 1e-4 --epochs 2 " + ROWS),
+    "dpo_seed1": (["pairs"], "dpo.py --model {runs}/sft --dataset {runs}/pairs.jsonl"
+                             " --eval-size 20 --learning-rate 1e-4 --epochs 2 --seed 1 " + ROWS),
+    "kto": (["pairs"], "kto.py --model {runs}/sft --dataset {runs}/pairs.jsonl --eval-size 40"
+                       " --learning-rate 1e-4 --epochs 2 " + ROWS),
+    "best": (["sft"], "pairs.py {runs}/sft --dataset examples/wordproblems_train.jsonl --size 500"
+                      " --samples 4 --format best --min-score 1 --max-new-tokens 48"
+                      " --micro-batch-size 64 --output {runs}/best.jsonl"),
+    "raft": (["best"], "sft.py --model {runs}/sft --dataset {runs}/best.jsonl --eval-size 20"
+                       " --learning-rate 5e-4 --epochs 2 --max-new-tokens 48 " + ROWS),
+    "online_dpo": (["sft"], "online_dpo.py --model {runs}/sft --batch-size 16"
+                            " --learning-rate 1e-4 --max-steps 16 " + PROMPTS),
     "grpo": (["sft"], "grpo.py --model {runs}/sft --batch-size 4 --group-size 8"
                       " --learning-rate 2e-4 --max-steps 40 " + PROMPTS),
+    "grpo_seed1": (["sft"], "grpo.py --model {runs}/sft --batch-size 4 --group-size 8"
+                            " --learning-rate 2e-4 --max-steps 40 --seed 1 " + PROMPTS),
+    "grpo_length": (["sft"], "grpo.py --model {runs}/sft --batch-size 4 --group-size 8"
+                             " --learning-rate 2e-4 --max-steps 15 --reward correct_answer"
+                             " experiments/length_bug.py:work_shown --reward-weights 1 1 "
+                             + PROMPTS),
+    "distill": (["grpo"], "distill.py --model {runs}/sft --teacher {runs}/grpo --batch-size 16"
+                          " --learning-rate 5e-4 --max-steps 24 " + PROMPTS),
+    "agent_sft": ([], "sft.py --model {model} --chat-template examples/tools.jinja"
+                      " --dataset examples/wordproblems_calls.jsonl --eval-size 20"
+                      " --max-steps 12 --learning-rate 1e-3 --max-new-tokens 48 " + ROWS),
+    "agent": (["agent_sft"], "agent.py --model {runs}/agent_sft --batch-size 4 --group-size 8"
+                             " --learning-rate 2e-4 --max-steps 10 --max-turns 2"
+                             " --max-length 512 " + PROMPTS),
 }
+
+
+# evaluate.py runs no tools, so agent.py's own figures before and after training are shown.
+NOT_EVALUATED = ("agent_sft", "agent", "grpo_length")
 
 
 def make_flags():
@@ -77,7 +111,7 @@ def run(command, log, record):
         sys.exit(f"it failed: see {log}")
 
 
-def evaluate(checkpoint, dataset, size, file, log):
+def evaluate_checkpoint(checkpoint, dataset, size, file, log):
     """The figures of one checkpoint, from `file` if it was evaluated before."""
     if not file.exists():
         run(f"evaluate.py {checkpoint} --dataset {dataset} --size {size} --samples-per-prompt 1"
@@ -91,7 +125,7 @@ def train(name, args):
     for need in needs:
         train(need, args)
     runs = Path(args.runs)
-    is_training = name != "pairs"
+    is_training = not command.startswith("pairs.py")
     output = runs / name if is_training else runs / f"{name}.jsonl"
     command = command.format(model=args.model, runs=args.runs)
     if is_training:
@@ -105,6 +139,7 @@ def train(name, args):
         (RESULTS / name).mkdir(exist_ok=True)
         for part in ("args.json", "metrics.jsonl", "summary.json"):
             shutil.copy(output / part, RESULTS / name)
+    if is_training and name not in NOT_EVALUATED:
         measure(row, name, output, args)
     record(name, row)
 
@@ -113,11 +148,11 @@ def measure(row, name, checkpoint, args):
     """Adds what evaluate.py finds for a checkpoint to its row."""
     runs = Path(args.runs)
     log = runs / "evaluate.log"
-    row["test"] = evaluate(checkpoint, "examples/wordproblems_test.jsonl", 300,
+    row["test"] = evaluate_checkpoint(checkpoint, "examples/wordproblems_test.jsonl", 300,
                            runs / f"{name}-test.json", log)
-    if args.transfer:
-        row["transfer"] = evaluate(checkpoint, args.transfer, 200,
-                                   runs / f"{name}-transfer.json", log)
+    transfer = runs / f"{name}-transfer.json"
+    if args.transfer or transfer.exists():
+        row["transfer"] = evaluate_checkpoint(checkpoint, args.transfer, 200, transfer, log)
 
 
 def record(name, row):
@@ -129,41 +164,77 @@ def record(name, row):
     table.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def share(row, name):
-    """An accuracy with its 95% interval, as text."""
-    low, high = row[f"{name}_interval"]
-    return f"{row[name]:.3f} ({low:.3f}–{high:.3f})"
+def share(value, interval):
+    """A share with its 95% interval, as text."""
+    low, high = interval
+    return f"{value:.3f} ({low:.3f}–{high:.3f})"
 
 
-def print_table():
-    """Prints the recorded results as a table in Markdown."""
+def costs(row):
+    """The last cells of a line: CPU minutes and peak memory."""
+    if "cpu_seconds" not in row:
+        return ["–", "–"]
+    return [f"{row['cpu_seconds'] / 60:.0f}", f"{row['peak_gib']:.1f}"]
+
+
+def print_tables():
+    """Prints the recorded results as two tables in Markdown."""
+    rows = json.loads((RESULTS / "real.json").read_text())
     print("| run | sampled | greedy | other problems, sampled | tokens | CPU minutes | peak GiB |")
     print("|---|---|---|---|---|---|---|")
-    for name, row in json.loads((RESULTS / "real.json").read_text()).items():
+    for name, row in rows.items():
+        if name in NOT_EVALUATED:
+            continue
         cells = [name]
         for file, kind in (("test", "sampled"), ("test", "greedy"), ("transfer", "sampled")):
-            cells.append(share(row[file][0], kind) if file in row else "–")
+            line = row[file][0] if file in row else None
+            cells.append(share(line[kind], line[f"{kind}_interval"]) if line else "–")
         cells.append(f"{row['test'][0]['length']:.0f}" if "test" in row else "–")
-        cells.append(f"{row['cpu_seconds'] / 60:.0f}" if "cpu_seconds" in row else "–")
-        cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "–")
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {' | '.join(cells + costs(row))} |")
+    print("\n| run | correct before | after | CPU minutes | peak GiB |")
+    print("|---|---|---|---|---|")
+    summary = json.loads((RESULTS / "agent/summary.json").read_text())
+    cells = ["agent"]
+    for when in ("before", "after"):
+        correct = summary[when]["reward"]
+        cells.append(share(correct, evaluate.wilson(correct, summary["eval_size"])))
+    print(f"| {' | '.join(cells + costs(rows['agent']))} |")
 
 
-def draw_curves(file, window=8):
-    """Draws the means of GRPO's metrics over `window` rollouts: those of one are noisy."""
-    lines = (RESULTS / "grpo/metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
-    names = {"reward": "correct samples (share)", "kl": "KL from sft (nats per answer)",
-             "entropy": "entropy (nats per token)", "zero_spread": "groups without spread (share)"}
-    figure, panels = plt.subplots(1, len(names), figsize=(13, 2.8), facecolor="#f3f1ec")
-    for panel, (name, label) in zip(panels, names.items(), strict=True):
-        values = [step[name] for step in steps]
-        means = [sum(values[i:i + window]) / window for i in range(len(values) - window + 1)]
-        panel.plot(range(window, len(values) + 1), means, color="#D55E00")
-        panel.set(title=label, xlabel="rollout", ylim=(0, None), facecolor="#f3f1ec")
-        panel.spines[["top", "right"]].set_visible(False)
+def draw_curves(file, runs, panels, window=1):
+    """Draws metrics of runs, {folder: label}, as means over `window` rollouts.
+
+    A panel is a metric and its title. Nothing is drawn before all of the runs are recorded.
+    """
+    if not all((RESULTS / name / "metrics.jsonl").exists() for name in runs):
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 2.8), facecolor=PAPER)
+    for axis, (metric, title) in zip(axes, panels, strict=True):
+        for (name, label), color in zip(runs.items(), COLORS, strict=False):
+            lines = (RESULTS / name / "metrics.jsonl").read_text().splitlines()
+            steps = [json.loads(line) for line in lines]
+            values = [step[metric] for step in steps]
+            means = [sum(values[i:i + window]) / window for i in range(len(values) - window + 1)]
+            axis.plot(range(window, len(values) + 1), means, color=color, label=label)
+        axis.set(title=title, xlabel="rollout", ylim=(0, None), facecolor=PAPER)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
+
+
+def draw_all():
+    """Draws the curves of docs/real_model.md."""
+    images = ROOT / "docs/images"
+    draw_curves(images / "real_grpo.png", {"grpo": "seed 0", "grpo_seed1": "seed 1"}, [
+        ("reward", "correct samples (share)"), ("kl", "KL from sft (nats per answer)"),
+        ("entropy", "entropy (nats per token)"),
+        ("zero_spread", "groups without spread (share)")], window=8)
+    draw_curves(images / "real_length.png", {
+        "grpo": "correct or not", "grpo_length": "+ 0.1 per character"}, [
+        ("reward", "reward in training"), ("length", "length (tokens)"),
+        ("stopped", "answers that stopped (share)"),
+        ("reward_correct_answer", "correct samples (share)")], window=4)
 
 
 def main():
@@ -175,8 +246,8 @@ def main():
         row = {}
         measure(row, "start", args.model, args)
         record("start", row)
-    print_table()
-    draw_curves(ROOT / "docs/images/real_grpo.png")
+    print_tables()
+    draw_all()
 
 
 if __name__ == "__main__":
